@@ -1,0 +1,26 @@
+"""The language-model clients of the library; transformers and datasets load only when used."""
+
+from importlib.resources import files
+from pathlib import Path
+
+EMBEDDED_MODEL = "pydocs-2m"
+
+
+def model_path(name: str) -> str:
+    """Return where ``transformers`` finds a model: the packaged folder of the embedded model, else ``name``.
+
+    Args:
+        name: A hub name, a path, or the name of the embedded model.
+
+    Raises:
+        FileNotFoundError: ``name`` is written as a path and nothing is there.
+    """
+    if name == EMBEDDED_MODEL and not Path(name).exists():
+        return str(files("elsa_lightning").joinpath("models", name))
+    written_as_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if written_as_path and not Path(name).expanduser().exists():
+        raise FileNotFoundError(
+            f"model name {name!r} is a path that does not exist; give an existing folder, a hub name such as "
+            f"'facebook/opt-125m', or {EMBEDDED_MODEL!r}, the embedded model"
+        )
+    return str(Path(name).expanduser()) if name.startswith("~") else name

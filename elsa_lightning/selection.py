@@ -1,0 +1,161 @@
+"""Which parameters are constrained, and how much of the model that covers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The constrained parameters of a model and what they leave out.
+
+    Attributes:
+        parameters: Constrained parameters by name.
+        total: Elements of all parameters, shared ones counted once.
+        exempt: Elements of embeddings, the LM head and what ``ignore`` names: dense by intent.
+        left_out: Elements by name of matrices that are dense though nobody said so.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    total: int
+    exempt: int
+    left_out: dict[str, int]
+
+    @property
+    def constrained(self) -> int:
+        """Elements of the constrained parameters."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    def summary(self) -> str:
+        """Return one line for the log: how much is constrained."""
+        share = self.constrained / max(self.total, 1)
+        return (
+            f"{len(self.parameters)} tensors constrained: {self.constrained:,} of {self.total:,} parameters "
+            f"({share:.1%}); embeddings, LM head and ignored: {self.exempt:,} dense"
+        )
+
+    def warning(self, tolerated: float = 0.1) -> str | None:
+        """Return what to tell a user whose model is covered less than they may think, or None.
+
+        Args:
+            tolerated: Share of the matrices that may be left out silently.
+        """
+        left_out = sum(self.left_out.values())
+        if left_out <= tolerated * (left_out + self.constrained):
+            return None
+        groups: dict[str, int] = {}
+        for name, size in self.left_out.items():
+            group = re.sub(r"\d+", "*", name)
+            groups[group] = groups.get(group, 0) + size
+        largest = sorted(groups.items(), key=lambda item: -item[1])[:5]
+        names = "\n".join(f"    {group}  ({size:,} parameters)" for group, size in largest)
+        return (
+            f"LOW COVERAGE: {left_out:,} of the {left_out + self.constrained:,} parameters in matrices are NOT "
+            f"constrained and stay dense. The largest:\n{names}\n  Constrain them by name, for example "
+            f"targets=['{ALL_LINEAR}', '{_pattern(largest[0][0])}'], or list them in ignore to say that dense is meant."
+        )
+
+
+def _pattern(group: str) -> str:
+    return re.sub(r"(\\\*)+", r"\\d+", re.escape(group)) + "$"
+
+
+def select(model: nn.Module, targets: Sequence[str] = (ALL_LINEAR,), ignore: Sequence[str] = ()) -> Selection:
+    """Choose the parameters to constrain.
+
+    Args:
+        model: Any module.
+        targets: What to constrain. ``"all-linear"`` means the weight of every ``nn.Linear`` and Hugging Face
+            ``Conv1D`` except the LM head (tied to the embedding or not); anything else is a regular expression
+            searched for in the parameter names.
+        ignore: Regular expressions of parameter names to leave dense, stronger than ``targets``.
+
+    Raises:
+        ValueError: A pattern is no regular expression or matches nothing, or nothing is left to constrain.
+    """
+    names = {name: p for name, p in model.named_parameters()}
+    heads = _embeddings_and_heads(model)
+    matched: set[str] = set()
+    for target in targets:
+        if target == ALL_LINEAR:
+            matched |= _linear_weights(model, heads)
+        else:
+            matched |= _search("targets", target, names)
+    ignored: set[str] = set().union(*(_search("ignore", pattern, names) for pattern in ignore))
+    chosen = {name: names[name] for name in names if name in matched and name not in ignored}
+    if not chosen:
+        raise ValueError(
+            f"nothing to constrain: targets={list(targets)} and ignore={list(ignore)} select none of the model's "
+            f"{len(names)} parameters; '{ALL_LINEAR}' needs nn.Linear or Conv1D layers, other models need name patterns"
+        )
+    if vectors := [name for name, p in chosen.items() if p.dim() < 2]:
+        raise ValueError(
+            f"targets select {vectors[0]!r}, which is no matrix (shape {tuple(chosen[vectors[0]].shape)}); "
+            f"norms and biases stay dense: make the pattern more specific, for example 'proj.*weight'"
+        )
+    exempt = {name for name, p in names.items() if id(p) in heads or name in ignored} - chosen.keys()
+    return Selection(
+        parameters=chosen,
+        total=sum(p.numel() for p in names.values()),
+        exempt=sum(names[name].numel() for name in exempt),
+        left_out={n: p.numel() for n, p in names.items() if p.dim() > 1 and n not in chosen and n not in exempt},
+    )
+
+
+def _search(argument: str, pattern: str, names: dict[str, nn.Parameter]) -> set[str]:
+    try:
+        found = {name for name in names if re.search(pattern, name)}
+    except re.error as error:
+        raise ValueError(f"{argument}: {pattern!r} is no regular expression: {error}") from None
+    if not found:
+        example = ", ".join(list(names)[:3])
+        raise ValueError(f"{argument}: {pattern!r} matches no parameter of the model; names look like {example}")
+    return found
+
+
+def _linear_weights(model: nn.Module, heads: set[int]) -> set[str]:
+    return {
+        f"{name}.weight" if name else "weight"
+        for name, module in model.named_modules()
+        # transformers' Conv1D is recognised by name, so that transformers is not imported for it
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+        and id(module.weight) not in heads
+    }
+
+
+def _embeddings_and_heads(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters of embeddings and output layers.
+
+    Hugging Face models name their output layer. Elsewhere a Linear with one output per embedded token
+    is taken for it.
+    """
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    found = {id(module.weight) for module in embeddings}
+    hugging_face = False
+    for module in model.modules():
+        output = getattr(module, "get_output_embeddings", None)
+        if callable(output):
+            hugging_face = True
+            head = output()
+            if isinstance(head, nn.Module):
+                found |= {id(p) for p in head.parameters()}
+    if not hugging_face:
+        vocabularies = {module.num_embeddings for module in embeddings}
+        found |= {
+            id(module.weight)
+            for module in model.modules()
+            if isinstance(module, nn.Linear) and module.out_features in vocabularies
+        }
+    return found
+
+
+def count_zeros(model: nn.Module) -> tuple[int, int]:
+    """Return (zeros, elements) of the weights that ``all-linear`` means."""
+    weights = select(model).parameters.values()
+    return sum(int((p == 0).sum()) for p in weights), sum(p.numel() for p in weights)
