@@ -1,0 +1,32 @@
+"""Elsa: surrogate-free pruning of language models by ADMM, for PyTorch Lightning.
+
+Lee et al., 2026 (arXiv:2510.01650). Names load when they are first used, so that importing the package
+costs nothing of transformers or datasets.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elsa_lightning.admm import ADMM
+    from elsa_lightning.callbacks import ElsaCallback
+    from elsa_lightning.constraints import Unstructured
+    from elsa_lightning.lm.data import CalibrationData
+    from elsa_lightning.lm.module import CausalLM
+
+__version__ = "0.1.0"
+__all__ = ["ADMM", "CalibrationData", "CausalLM", "ElsaCallback", "Unstructured"]
+
+_HOMES = {
+    "ADMM": "admm",
+    "CalibrationData": "lm.data",
+    "CausalLM": "lm.module",
+    "ElsaCallback": "callbacks",
+    "Unstructured": "constraints",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

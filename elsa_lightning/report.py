@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 
 def perplexity_table(*, model: str, dense: float | None, final: float, sparsity: float, protocol: str) -> str:
     """Return the closing table of a run: perplexity before and after.
@@ -20,3 +26,23 @@ def perplexity_table(*, model: str, dense: float | None, final: float, sparsity:
     if dense is not None:
         lines.append(f"  dense → {final / dense:.2f}× perplexity")
     return "\n".join(lines)
+
+
+def mask_mosaic(masks: Mapping[str, Tensor], tile: int = 48, columns: int = 7) -> Tensor:
+    """Return a picture of where weights are kept: one tile a tensor, brighter where more survive.
+
+    Args:
+        masks: By parameter name, True where kept, ``(out, in)`` or ``(experts, out, in)``.
+        tile: Pixels of a side of a tile.
+        columns: Tiles a row; a Llama block has seven matrices.
+
+    Returns:
+        Float picture ``(height, width)`` in [0, 1] on the CPU.
+    """
+    tiles = []
+    for mask in masks.values():
+        density = F.adaptive_avg_pool2d(mask.flatten(0, -2)[None].float(), tile)[0]
+        tiles.append(F.pad(density / density.max().clamp(min=1e-12), (0, 1, 0, 1), value=1.0).cpu())
+    tiles += [torch.zeros_like(tiles[0])] * (-len(tiles) % columns)
+    rows = [torch.cat(tiles[start : start + columns], dim=1) for start in range(0, len(tiles), columns)]
+    return torch.cat(rows, dim=0)

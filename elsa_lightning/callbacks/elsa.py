@@ -1,0 +1,272 @@
+"""ElsaCallback: pruning as a constraint on anybody's training loop."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+
+from elsa_lightning.admm import ADMM, Prox, Update
+from elsa_lightning.constraints import Constraint, Unstructured
+from elsa_lightning.penalty import PenaltySchedule, Schedule
+from elsa_lightning.report import mask_mosaic
+from elsa_lightning.selection import ALL_LINEAR, select
+
+_MOSAICS = 10  # pictures of the masks in a run
+
+
+class ElsaCallback(Callback):
+    """Prunes the model during ``trainer.fit`` by ADMM (Lee et al., 2026, arXiv:2510.01650).
+
+    Works with any LightningModule and any torch optimizer, in automatic and manual optimisation::
+
+        Trainer(callbacks=[ElsaCallback(sparsity=0.9)], max_steps=1000)
+
+    The loss stays the module's own. The state is in the optimizer's, so Lightning's checkpoints hold it and
+    ``ckpt_path`` resumes exactly. The zeros are exact before the checkpoint of the last step is written;
+    a run that ends early gets exact zeros too, and the means to resume.
+
+    Args:
+        sparsity: Fraction of zeros in each constrained tensor, 0 ≤ sparsity < 1.
+        constraint: The set of sparse weights, where it is not ``Unstructured(sparsity)``. Give one of the two.
+        penalty: How hard the weights are pulled to the set: κ, without a unit, for ``tracked`` and
+            ``decoupled``; the published λ for ``coupled``.
+        penalty_schedule: How the penalty reaches that value.
+        prox: The form of the pull. ``tracked``: in the optimizer's metric, on the pruned weights only;
+            ``decoupled``: on all of them; ``coupled``: as published, through the gradient.
+        interval: Optimizer steps between projections; None takes a 64th of the ADMM phase, at most 32.
+        ramp: Fraction of all steps over which the sparsity rises to its target.
+        frozen: Fraction of all steps, the last ones, in which the mask is fixed and the zeros are exact.
+        targets: What to constrain: ``all-linear`` (every Linear and Conv1D weight but the LM head), or regular
+            expressions of parameter names, or both.
+        ignore: Regular expressions of parameter names that stay dense.
+        optimizer_index: Which optimizer's parameters, for a module with several.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        constraint: Constraint | None = None,
+        penalty: float = Schedule.penalty,
+        penalty_schedule: PenaltySchedule = Schedule.shape,
+        prox: Prox = "tracked",
+        interval: int | None = Schedule.interval,
+        ramp: float = Schedule.ramp,
+        frozen: float = Schedule.frozen,
+        targets: list[str] | None = None,
+        ignore: list[str] | None = None,
+        optimizer_index: int | None = None,
+    ) -> None:
+        if (sparsity is None) == (constraint is None):
+            raise ValueError(
+                f"give sparsity (a fraction, such as 0.9) or constraint, one of the two; got sparsity={sparsity}, "
+                f"constraint={constraint}"
+            )
+        self.constraint = constraint if constraint is not None else Unstructured(sparsity or 0.0)
+        self.schedule = Schedule(penalty, penalty_schedule, interval, ramp, frozen)
+        self.prox = prox
+        self.targets = list(targets or [ALL_LINEAR])
+        self.ignore = list(ignore or [])
+        self.optimizer_index = optimizer_index
+        self.admm: ADMM | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._logged: Update | None = None
+        self._mosaics = 0
+
+    # ------------------------------------------------------------------ start
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a Trainer that cannot work, before any data or model is loaded."""
+        if stage != "fit":
+            return
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise ValueError(
+                f"ElsaCallback works on one device or with strategy='ddp', not with "
+                f"{type(trainer.strategy).__name__}, which shards or hides the parameters it constrains"
+            )
+        for callback in trainer.callbacks:
+            if isinstance(callback, (ModelPruning, WeightAveraging, StochasticWeightAveraging)):
+                raise ValueError(
+                    f"ElsaCallback and {type(callback).__name__} both rewrite the weights, and the zeros would be lost; "
+                    f"remove {type(callback).__name__} from the callbacks"
+                )
+            if isinstance(callback, ElsaCallback) and callback is not self:
+                raise ValueError("there are two ElsaCallbacks; keep one (a fragment given twice is added twice)")
+        if trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
+            raise ValueError(
+                "ElsaCallback needs to know how long the run is, to schedule its penalty: set the Trainer's max_steps "
+                "or max_epochs (max_time may end it earlier)"
+            )
+        # after the callbacks that may stop the run, before those that save it
+        first_checkpoint = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]
+        others = [c for c in trainer.callbacks if c is not self and not isinstance(c, Checkpoint)]
+        trainer.callbacks = [*others, self, *first_checkpoint]  # type: ignore[attr-defined]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the parameters and attach to their optimizer, whose state is restored after this."""
+        selection = select(pl_module, self.targets, self.ignore)
+        optimizer = self._optimizer(trainer.optimizers)
+        steps = trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError(
+                "ElsaCallback needs to know how long the run is, and this data has no length: set the Trainer's max_steps"
+            )
+        self.admm = ADMM(
+            optimizer,
+            selection.parameters,
+            self.constraint,
+            # global_step counts the steps of all optimizers
+            total_steps=max(1, int(steps) // len(trainer.optimizers)),
+            schedule=self.schedule,
+            prox=self.prox,
+        )
+        rank_zero_info(f"{self.constraint}: {selection.summary()}")
+        if warning := selection.warning():
+            rank_zero_warn(warning)
+
+    def _optimizer(self, optimizers: list[Optimizer]) -> Optimizer:
+        names = ", ".join(f"{i}: {type(o).__name__}" for i, o in enumerate(optimizers))
+        if not optimizers:
+            raise ValueError("the module has no optimizer (configure_optimizers returns none): nothing trains its weights")
+        if self.optimizer_index is None and len(optimizers) > 1:
+            raise ValueError(
+                f"the module has {len(optimizers)} optimizers ({names}); say whose weights to prune with "
+                f"optimizer_index, and restrict targets to them"
+            )
+        index = self.optimizer_index or 0
+        if not 0 <= index < len(optimizers):
+            raise ValueError(f"optimizer_index is {index}, and the module's optimizers are {names}")
+        return optimizers[index]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the state of a checkpoint, now that model and optimizer have theirs."""
+        assert self.admm is not None
+        if self._loaded is not None:
+            self.admm.load_state_dict(self._loaded["admm"])
+            if self._loaded["rng"] is not None and trainer.world_size == 1:
+                _restore_rng(self._loaded["rng"])
+            self._loaded = None
+
+    # ------------------------------------------------------------------ during
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Go on where a request to stop was not heeded (min_steps, min_epochs)."""
+        assert self.admm is not None
+        if self.admm.suspended:
+            self.admm.resume()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log a new update; make the zeros exact after the last step and before its checkpoint."""
+        assert self.admm is not None
+        if self.admm.last_update is not self._logged:
+            self._log(trainer, pl_module, self.admm)
+        if trainer.global_step >= trainer.estimated_stepping_batches:
+            self.admm.finish()
+        self._suspend_if_stopping(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the zeros exact, resumably, when validation ended the run (early stopping)."""
+        self._suspend_if_stopping(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the zeros exact, resumably, when the epoch's metrics ended the run."""
+        self._suspend_if_stopping(trainer)
+
+    def _suspend_if_stopping(self, trainer: Trainer) -> None:
+        if self.admm is not None and trainer.should_stop and not trainer.sanity_checking:
+            self.admm.finish(resumable=True)
+
+    # ------------------------------------------------------------------ end
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure of the zeros, whatever ended the run, and say how it ended."""
+        assert self.admm is not None
+        if not self.admm.finished:
+            self.admm.finish(resumable=True)
+            self._say_unfinished()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Make the zeros exact, resumably, on Ctrl-C, before a checkpoint that is saved on exceptions."""
+        if isinstance(exception, KeyboardInterrupt) and self.admm is not None and not self.admm.finished:
+            self.admm.finish(resumable=True)
+            self._say_unfinished()
+
+    def _say_unfinished(self) -> None:
+        assert self.admm is not None
+        rank_zero_warn(
+            f"Elsa is unfinished: {self.admm.step} of {self.admm.total_steps} optimizer steps. The zeros are exact at "
+            f"the full sparsity, but the model had no time to recover; ckpt_path resumes the run where it was."
+        )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the hooks off the optimizer."""
+        if self.admm is not None and stage == "fit":
+            self.admm.detach()
+
+    # ------------------------------------------------------------------ what a user sees
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, admm: ADMM) -> None:
+        update = admm.last_update
+        assert update is not None
+        self._logged = update
+        values = torch.stack(
+            [update.primal_residual, update.dual_residual, update.mask_flips, update.sparsity]
+        ).tolist()  # the one transfer to the host, once every interval
+        names = ("primal_residual", "dual_residual", "mask_flips", "sparsity")
+        metrics = {f"elsa/{name}": value for name, value in zip(names, values, strict=True)}
+        metrics["elsa/penalty"] = update.penalty
+        if not all(math.isfinite(value) for value in values):
+            raise ValueError(
+                f"after {update.step} optimizer steps the constrained weights are no longer finite: the loss diverged. "
+                f"Lower the learning rate, clip gradients (gradient_clip_val) or lower penalty={self.schedule.penalty}"
+            )
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        # for progress bar and monitors; log_every_n_steps would drop most of these from the logger
+        shown = {"elsa/primal_residual", "elsa/sparsity"}
+        for name, value in metrics.items():
+            pl_module.log(name, value, prog_bar=name in shown, logger=False, rank_zero_only=True)
+        due = math.ceil(_MOSAICS * admm.step / admm.total_steps)
+        if due > self._mosaics:
+            self._mosaics = due
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image(
+                        "elsa/masks", mask_mosaic(admm.masks()), trainer.global_step, dataformats="HW"
+                    )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scalars of the run, and the random state that an exact resume needs."""
+        if self.admm is None:
+            return self._loaded or {}
+        return {"admm": self.admm.state_dict(), "rng": _rng()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until the optimizer has been restored."""
+        self._loaded = state_dict or None
+
+
+def _rng() -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+

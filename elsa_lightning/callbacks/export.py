@@ -1,0 +1,65 @@
+"""Write the model as a Hugging Face folder when training ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+
+class SaveHuggingFace(Callback):
+    """Saves the module's Hugging Face model, and its tokenizer, for ``from_pretrained``.
+
+    Looks for the model in the module's attribute ``model``, as :class:`~elsa_lightning.CausalLM` has it.
+    Written under a temporary name and renamed: the folder is whole or not there.
+
+    Args:
+        dirpath: Folder to write; None takes ``hf`` in the logger's folder. An existing one is replaced only
+            if it is a model folder (has a ``config.json``).
+    """
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        self.dirpath = dirpath
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a folder that holds something else, before training."""
+        if stage == "fit" and self.dirpath is not None:
+            _check_replaceable(Path(self.dirpath))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a module without a Hugging Face model, before training."""
+        if not hasattr(getattr(pl_module, "model", None), "save_pretrained"):
+            raise ValueError(
+                f"SaveHuggingFace needs a module whose attribute 'model' has save_pretrained; "
+                f"{type(pl_module).__name__} has none: remove the callback"
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the folder, on the first process."""
+        if not trainer.is_global_zero:
+            return
+        folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "hf").expanduser()
+        _check_replaceable(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        model: Any = pl_module.model
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+            whole = Path(temporary) / "whole"
+            model.save_pretrained(whole)
+            if (path := getattr(pl_module, "path", None)) is not None:
+                from transformers import AutoTokenizer
+
+                AutoTokenizer.from_pretrained(path).save_pretrained(whole)
+            if folder.exists():
+                shutil.move(folder, Path(temporary) / "former")
+            os.replace(whole, folder)
+        rank_zero_info(f"Model saved for from_pretrained: {folder}")
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists())):
+        raise ValueError(f"dirpath {str(folder)!r} exists and holds no model; give an empty or a new folder")
