@@ -116,17 +116,11 @@ class ElsaCallback(Callback):
         """Choose the parameters and attach to their optimizer, whose state is restored after this."""
         selection = select(pl_module, self.targets, self.ignore)
         optimizer = self._optimizer(trainer.optimizers)
-        steps = trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise ValueError(
-                "ElsaCallback needs to know how long the run is, and this data has no length: set the Trainer's max_steps"
-            )
         self.admm = ADMM(
             optimizer,
             selection.parameters,
             self.constraint,
-            # global_step counts the steps of all optimizers
-            total_steps=max(1, int(steps) // len(trainer.optimizers)),
+            total_steps=_total_steps(trainer),
             schedule=self.schedule,
             prox=self.prox,
         )
@@ -172,7 +166,7 @@ class ElsaCallback(Callback):
         assert self.admm is not None
         if self.admm.last_update is not self._logged:
             self._log(trainer, pl_module, self.admm)
-        if trainer.global_step >= trainer.estimated_stepping_batches:
+        if _is_last_step(trainer):
             self.admm.finish()
         self._suspend_if_stopping(trainer)
 
@@ -258,6 +252,26 @@ class ElsaCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the optimizer has been restored."""
         self._loaded = state_dict or None
+
+
+def _total_steps(trainer: Trainer) -> int:
+    """Return the steps each optimizer makes in the whole run."""
+    steps = float(trainer.estimated_stepping_batches)
+    if not math.isfinite(steps):
+        raise ValueError(
+            "ElsaCallback needs to know how long the run is, and this data has no length: set the Trainer's max_steps"
+        )
+    if trainer.max_steps != -1:  # which counts the steps of all optimizers together
+        steps = min(steps, trainer.max_steps / max(1, len(trainer.optimizers)))
+    return max(1, int(steps))
+
+
+def _is_last_step(trainer: Trainer) -> bool:
+    """Say whether the run as it was planned ends with this batch."""
+    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        return True
+    last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
+    return last_epoch and trainer.is_last_batch
 
 
 def _rng() -> dict[str, Any]:
