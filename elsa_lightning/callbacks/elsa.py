@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from elsa_lightning.admm import ADMM, Prox, Update
 from elsa_lightning.constraints import Constraint, Unstructured
@@ -79,6 +80,9 @@ class ElsaCallback(Callback):
         self.ignore = list(ignore or [])
         self.optimizer_index = optimizer_index
         self.admm: ADMM | None = None
+        self._first_step = 0  # optimizer steps that were made before pruning began
+        self._one_process = True
+        self._state_dict_hook: RemovableHandle | None = None
         self._loaded: dict[str, Any] | None = None
         self._logged: Update | None = None
         self._mosaics = 0
@@ -89,10 +93,11 @@ class ElsaCallback(Callback):
         """Refuse a Trainer that cannot work, before any data or model is loaded."""
         if stage != "fit":
             return
-        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        strategy = trainer.strategy
+        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
             raise ValueError(
                 f"ElsaCallback works on one device or with strategy='ddp', not with "
-                f"{type(trainer.strategy).__name__}, which shards or hides the parameters it constrains"
+                f"{type(strategy).__name__}, which shards or hides the parameters it constrains"
             )
         for callback in trainer.callbacks:
             if isinstance(callback, (ModelPruning, WeightAveraging, StochasticWeightAveraging)):
@@ -107,10 +112,9 @@ class ElsaCallback(Callback):
                 "ElsaCallback needs to know how long the run is, to schedule its penalty: set the Trainer's max_steps "
                 "or max_epochs (max_time may end it earlier)"
             )
-        # after the callbacks that may stop the run, before those that save it
-        first_checkpoint = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]
-        others = [c for c in trainer.callbacks if c is not self and not isinstance(c, Checkpoint)]
-        trainer.callbacks = [*others, self, *first_checkpoint]  # type: ignore[attr-defined]
+        self._one_process = trainer.world_size == 1
+        # first, so that the zeros are there for every callback that saves or exports when training ends
+        trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the parameters and attach to their optimizer, whose state is restored after this."""
@@ -123,6 +127,10 @@ class ElsaCallback(Callback):
             total_steps=_total_steps(trainer),
             schedule=self.schedule,
             prox=self.prox,
+        )
+        self._detach_module()
+        self._state_dict_hook = pl_module.register_state_dict_pre_hook(
+            lambda *_: self._suspend_if_stopping(trainer)  # whoever asks for the stop, in whatever order
         )
         rank_zero_info(f"{self.constraint}: {selection.summary()}")
         if warning := selection.warning():
@@ -143,13 +151,21 @@ class ElsaCallback(Callback):
         return optimizers[index]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the state of a checkpoint, now that model and optimizer have theirs."""
+        """Take over the state of a checkpoint, now that model, optimizer and loops have theirs."""
         assert self.admm is not None
-        if self._loaded is not None:
-            self.admm.load_state_dict(self._loaded["admm"])
-            if self._loaded["rng"] is not None and trainer.world_size == 1:
-                _restore_rng(self._loaded["rng"])
-            self._loaded = None
+        loaded, self._loaded = self._loaded, None
+        self._first_step = loaded["first_step"] if loaded else trainer.global_step // len(trainer.optimizers)
+        self.admm.total_steps = max(1, self.admm.total_steps - self._first_step)
+        if loaded:
+            self.admm.load_state_dict(loaded["admm"])
+            # at the end of an epoch load_state_dict has done it, before the loader drew the order of the next one
+            if self._one_process and not trainer.is_last_batch:
+                _restore_rng(loaded["rng"])
+        elif self._first_step > 0:
+            rank_zero_warn(
+                f"training goes on from step {self._first_step} without a state of ElsaCallback, so pruning begins "
+                f"here and has the remaining {self.admm.total_steps} optimizer steps"
+            )
 
     # ------------------------------------------------------------------ during
 
@@ -170,16 +186,19 @@ class ElsaCallback(Callback):
             self.admm.finish()
         self._suspend_if_stopping(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the zeros exact, resumably, when validation ended the run (early stopping)."""
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate what a run that is about to end will leave."""
         self._suspend_if_stopping(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the zeros exact, resumably, when the epoch's metrics ended the run."""
-        self._suspend_if_stopping(trainer)
+        """Make the zeros exact if the last epoch was cut short by ``on_train_batch_start``."""
+        assert self.admm is not None
+        if _is_last_step(trainer):
+            self.admm.finish()
 
     def _suspend_if_stopping(self, trainer: Trainer) -> None:
-        if self.admm is not None and trainer.should_stop and not trainer.sanity_checking:
+        """Make the zeros exact, resumably, if the run ends here unless somebody takes the request to stop back."""
+        if self.admm is not None and _is_stopping(trainer):
             self.admm.finish(resumable=True)
 
     # ------------------------------------------------------------------ end
@@ -205,9 +224,15 @@ class ElsaCallback(Callback):
         )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the hooks off the optimizer."""
+        """Take the hooks off the optimizer and the module."""
         if self.admm is not None and stage == "fit":
             self.admm.detach()
+            self._detach_module()
+
+    def _detach_module(self) -> None:
+        if self._state_dict_hook is not None:
+            self._state_dict_hook.remove()
+            self._state_dict_hook = None
 
     # ------------------------------------------------------------------ what a user sees
 
@@ -231,7 +256,7 @@ class ElsaCallback(Callback):
         # for progress bar and monitors; log_every_n_steps would drop most of these from the logger
         shown = {"elsa/primal_residual", "elsa/sparsity"}
         for name, value in metrics.items():
-            pl_module.log(name, value, prog_bar=name in shown, logger=False, rank_zero_only=True)
+            pl_module.log(name, value, prog_bar=name in shown, logger=False)
         due = math.ceil(_MOSAICS * admm.step / admm.total_steps)
         if due > self._mosaics:
             self._mosaics = due
@@ -247,23 +272,33 @@ class ElsaCallback(Callback):
         """Return the scalars of the run, and the random state that an exact resume needs."""
         if self.admm is None:
             return self._loaded or {}
-        return {"admm": self.admm.state_dict(), "rng": _rng()}
+        return {"admm": self.admm.state_dict(), "first_step": self._first_step, "rng": _rng()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the optimizer has been restored."""
+        """Restore the random state, before data is loaded, and keep the rest until the optimizer has its state."""
         self._loaded = state_dict or None
+        if self._loaded and self._one_process:
+            _restore_rng(self._loaded["rng"])
 
 
 def _total_steps(trainer: Trainer) -> int:
     """Return the steps each optimizer makes in the whole run."""
     steps = float(trainer.estimated_stepping_batches)
-    if not math.isfinite(steps):
+    if not 0 <= steps < math.inf:  # Lightning says -1 or infinity where it cannot know
         raise ValueError(
             "ElsaCallback needs to know how long the run is, and this data has no length: set the Trainer's max_steps"
         )
     if trainer.max_steps != -1:  # which counts the steps of all optimizers together
         steps = min(steps, trainer.max_steps / max(1, len(trainer.optimizers)))
     return max(1, int(steps))
+
+
+def _is_stopping(trainer: Trainer) -> bool:
+    """Say whether a request to stop was made and will be heeded."""
+    if not trainer.should_stop or trainer.sanity_checking:
+        return False
+    epochs = trainer.current_epoch + trainer.is_last_batch
+    return trainer.global_step >= (trainer.min_steps or 0) and epochs >= (trainer.min_epochs or 0)
 
 
 def _is_last_step(trainer: Trainer) -> bool:
@@ -282,5 +317,3 @@ def _restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-
-

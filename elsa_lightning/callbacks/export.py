@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 
 class SaveHuggingFace(Callback):
@@ -29,7 +29,7 @@ class SaveHuggingFace(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a folder that holds something else, before training."""
         if stage == "fit" and self.dirpath is not None:
-            _check_replaceable(Path(self.dirpath))
+            _check_replaceable(Path(self.dirpath).expanduser())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a module without a Hugging Face model, before training."""
@@ -41,23 +41,32 @@ class SaveHuggingFace(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder, on the first process."""
+        # every process asks for log_dir, which is a broadcast
+        folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "hf").expanduser()
         if not trainer.is_global_zero:
             return
-        folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "hf").expanduser()
         _check_replaceable(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         model: Any = pl_module.model
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             whole = Path(temporary) / "whole"
             model.save_pretrained(whole)
-            if (path := getattr(pl_module, "path", None)) is not None:
-                from transformers import AutoTokenizer
-
-                AutoTokenizer.from_pretrained(path).save_pretrained(whole)
+            _save_tokenizer(getattr(pl_module, "path", None), whole)
             if folder.exists():
                 shutil.move(folder, Path(temporary) / "former")
             os.replace(whole, folder)
         rank_zero_info(f"Model saved for from_pretrained: {folder}")
+
+
+def _save_tokenizer(path: str | None, folder: Path) -> None:
+    if path is None:
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(path).save_pretrained(folder)
+    except (OSError, ValueError) as error:  # the trained model is worth more than its tokenizer
+        rank_zero_warn(f"SaveHuggingFace: {path} has no tokenizer to save beside the model: {error}")
 
 
 def _check_replaceable(folder: Path) -> None:
