@@ -1,0 +1,144 @@
+"""What the READMEs show is executed; what takes long or needs a network goes through the real parsers only."""
+
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from torch import nn
+from torch.utils.data import DataLoader
+
+from elsa_lightning.cli import main
+
+ROOT = Path(__file__).parents[1]
+READMES = [ROOT / "README.md", ROOT / "callbacks/README.md"]
+
+
+def blocks(language: str) -> list[str]:
+    """Return the fenced blocks of all READMEs, each once."""
+    found = [block for readme in READMES for block in re.findall(rf"```{language}\n(.*?)```", readme.read_text(), re.S)]
+    return list(dict.fromkeys(found))
+
+
+COMMANDS = list(dict.fromkeys(line for block in blocks("bash") for line in block.splitlines()))
+
+
+def commands(*start: str) -> list[str]:
+    return [line for line in COMMANDS if shlex.split(line)[: len(start)] == list(start)]
+
+
+def zeros(weight: torch.Tensor) -> float:
+    return float((weight == 0).float().mean())
+
+
+def test_every_command_is_of_a_kind_that_is_checked_here() -> None:
+    checked = [*commands("make"), *commands("elsa"), *commands("python", "train.py"), *benchmark_commands()]
+    assert sorted(checked) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_llama, tmp_path / "runs/elsa/lightning_logs/version_0/hf")  # where the demo leaves its model
+    torch.manual_seed(0)
+    theirs, model = BoringModel(), nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 2))
+    names = {
+        "your_module": theirs,
+        "your_data": DataLoader(RandomDataset(32, 64)),
+        "model": model,
+        "optimizer": torch.optim.Adam(model.parameters(), lr=1e-3),
+        "batches": torch.randn(40, 4, 32).unbind(),
+        "loss": lambda model, batch: F.mse_loss(model(batch), batch[:, :2]),
+    }
+    exec(compile(block, "README.md", "exec"), names)
+    if "Trainer(" in block:
+        assert zeros(theirs.layer.weight) == pytest.approx(0.9, abs=0.01)
+    if "ADMM(" in block:
+        assert zeros(model[0].weight) == pytest.approx(0.9, abs=0.01)
+    if "from_pretrained" in block:
+        assert names["model"].num_parameters() > 0
+
+
+@pytest.mark.parametrize("command", commands("elsa"))
+def test_elsa_command_parses(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as exit_:
+        main([*(a for a in shlex.split(command)[1:] if a != "--print_config"), "--print_config"])
+    assert exit_.value.code == 0, capsys.readouterr().err
+
+
+THEIR_SCRIPT = """
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+
+LightningCLI(BoringModel, BoringDataModule)
+"""
+THEIR_CONFIG = """
+trainer:
+  accelerator: cpu
+  devices: 1
+  max_steps: 20
+  enable_progress_bar: false
+  callbacks: [{class_path: lightning.pytorch.callbacks.ModelSummary}]
+"""
+
+
+@pytest.mark.parametrize("command", commands("python", "train.py"))
+def test_command_prunes_somebody_elses_pipeline(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "callbacks", tmp_path / "callbacks")
+    (tmp_path / "train.py").write_text(THEIR_SCRIPT)
+    (tmp_path / "train.yaml").write_text(THEIR_CONFIG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+    runpy.run_path("train.py", run_name="__main__")
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    weight = torch.load(checkpoint, weights_only=True)["state_dict"]["layer.weight"]
+    expected = re.search(r"sparsity=([\d.]+)", command)
+    assert zeros(weight) == pytest.approx(float(expected[1]) if expected else 0.9, abs=0.01)
+
+
+def benchmark_commands() -> list[str]:
+    return [line for line in commands("python") if "benchmarks/" in line]
+
+
+@pytest.mark.parametrize("command", benchmark_commands())
+def test_benchmark_command_names_a_script_and_options_it_has(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, *arguments = shlex.split(command)[1:]
+    assert (ROOT / script).is_file()
+    options = [argument for argument in arguments if argument.startswith("--")]
+    if not options:  # a folder that exists is all it takes
+        assert all((ROOT / argument).is_dir() for argument in arguments)
+        return
+    monkeypatch.setattr(sys, "argv", [script, *arguments, "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert exit_.value.code == 0
+    described = capsys.readouterr().out
+    assert all(option in described for option in options)
+
+
+@pytest.mark.parametrize("command", commands("make"))
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_target_exists(command: str) -> None:
+    subprocess.run(["make", "--dry-run", *shlex.split(command)[1:]], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_and_named_configurations_exist(readme: Path) -> None:
+    text = readme.read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (readme.parent / target).exists(), target
+    for pattern in re.findall(r"(?:configs|callbacks|benchmarks)/[\w./{},-]*\w\.(?:yaml|py|md)", text):
+        head, _, rest = pattern.partition("{")
+        choices, _, tail = rest.partition("}")
+        for choice in choices.split(","):
+            assert (ROOT / f"{head}{choice}{tail}").is_file(), pattern
