@@ -15,13 +15,8 @@ OFFLINE = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "HF_HUB_OF
 
 def run(*arguments: str, cwd: Path, **environment: str) -> str:
     """Return the standard output of a Python command that must succeed."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env={**os.environ, **OFFLINE, **environment},
-        capture_output=True,
-        text=True,
-    )
+    variables = {**os.environ, **OFFLINE, **environment}
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
