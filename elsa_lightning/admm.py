@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,13 @@ SPLIT = "elsa_split"  # s = z − u, in at least float32
 MASK = "elsa_mask"  # True where an entry is kept
 REMOVED = "elsa_removed"  # what finish(resumable=True) took off the weights
 _KEYS = (SPLIT, MASK, REMOVED)
+
+
+def check_prox(prox: str) -> Prox:
+    """Return ``prox``; raise ValueError if there is no such form."""
+    if prox not in get_args(Prox):
+        raise ValueError(f"prox must be one of {get_args(Prox)}, got {prox!r}")
+    return cast(Prox, prox)
 
 
 @dataclass(frozen=True)
@@ -101,14 +108,12 @@ class ADMM:
     ) -> None:
         if total_steps < 1:
             raise ValueError(f"total_steps must be 1 or more optimizer steps, got {total_steps}")
-        if prox not in get_args(Prox):
-            raise ValueError(f"prox must be one of {get_args(Prox)}, got {prox!r}")
         if not parameters:
             raise ValueError("parameters is empty: there is nothing to constrain")
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, p in parameters.items():
             constraint.check(name, p.shape)
-            if id(p) not in groups:
+            if id(p) not in trained:
                 raise ValueError(
                     f"{name} is constrained but {type(optimizer).__name__} does not train it; give the optimizer that "
                     f"does, or leave the parameter out"
@@ -118,12 +123,11 @@ class ADMM:
         self.constraint = constraint
         self.total_steps = total_steps
         self.schedule = schedule or Schedule()
-        self.prox: Prox = prox
+        self.prox = check_prox(prox)
         self.step = 0
         self.penalty = 0.0
         self.finished = False
         self.last_update: Update | None = None
-        self._groups = {name: groups[id(p)] for name, p in parameters.items()}
         self._depth = 0
         self._told = False
         self._stash: dict[int, dict[str, Any]] = {}
@@ -235,8 +239,10 @@ class ADMM:
 
     def _apply_prox(self) -> None:
         """x ← (x + γ s)/(1 + γ), off the mask only when z tracks x."""
-        for name, p in self.parameters.items():
-            state, group = self.optimizer.state.get(p, {}), self._groups[name]
+        # looked up at every step: loading an optimizer's state replaces its groups
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        for p in self.parameters.values():
+            state, group = self.optimizer.state.get(p, {}), groups[id(p)]
             if SPLIT not in state:
                 continue
             peak = float(group.get("max_lr", group.get("initial_lr", group["lr"])))

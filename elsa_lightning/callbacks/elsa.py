@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from elsa_lightning.admm import ADMM, Prox, Update
+from elsa_lightning.admm import ADMM, Prox, Update, check_prox
 from elsa_lightning.constraints import Constraint, Unstructured
 from elsa_lightning.penalty import PenaltySchedule, Schedule
 from elsa_lightning.report import mask_mosaic
@@ -75,13 +76,14 @@ class ElsaCallback(Callback):
             )
         self.constraint = constraint if constraint is not None else Unstructured(sparsity or 0.0)
         self.schedule = Schedule(penalty, penalty_schedule, interval, ramp, frozen)
-        self.prox = prox
+        self.prox = check_prox(prox)
         self.targets = list(targets or [ALL_LINEAR])
         self.ignore = list(ignore or [])
         self.optimizer_index = optimizer_index
         self.admm: ADMM | None = None
         self._first_step = 0  # optimizer steps that were made before pruning began
         self._one_process = True
+        self._saved_dense = -1  # optimizer step of the latest state dict without exact zeros
         self._state_dict_hook: RemovableHandle | None = None
         self._loaded: dict[str, Any] | None = None
         self._logged: Update | None = None
@@ -99,14 +101,13 @@ class ElsaCallback(Callback):
                 f"ElsaCallback works on one device or with strategy='ddp', not with "
                 f"{type(strategy).__name__}, which shards or hides the parameters it constrains"
             )
-        for callback in trainer.callbacks:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
             if isinstance(callback, (ModelPruning, WeightAveraging, StochasticWeightAveraging)):
                 raise ValueError(
-                    f"ElsaCallback and {type(callback).__name__} both rewrite the weights, and the zeros would be lost; "
-                    f"remove {type(callback).__name__} from the callbacks"
+                    f"ElsaCallback and {type(callback).__name__} both rewrite the weights, and the zeros would be "
+                    f"lost; remove {type(callback).__name__} from the callbacks"
                 )
-            if isinstance(callback, ElsaCallback) and callback is not self:
-                raise ValueError("there are two ElsaCallbacks; keep one (a fragment given twice is added twice)")
         if trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
             raise ValueError(
                 "ElsaCallback needs to know how long the run is, to schedule its penalty: set the Trainer's max_steps "
@@ -114,7 +115,7 @@ class ElsaCallback(Callback):
             )
         self._one_process = trainer.world_size == 1
         # first, so that the zeros are there for every callback that saves or exports when training ends
-        trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *(c for c in callbacks if c is not self)]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the parameters and attach to their optimizer, whose state is restored after this."""
@@ -124,13 +125,13 @@ class ElsaCallback(Callback):
             optimizer,
             selection.parameters,
             self.constraint,
-            total_steps=_total_steps(trainer),
+            total_steps=1,  # until on_train_start: asked now, Lightning would lose the place of stateful loaders
             schedule=self.schedule,
             prox=self.prox,
         )
         self._detach_module()
-        self._state_dict_hook = pl_module.register_state_dict_pre_hook(
-            lambda *_: self._suspend_if_stopping(trainer)  # whoever asks for the stop, in whatever order
+        self._state_dict_hook = pl_module.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            lambda *_: self._before_saving(trainer)
         )
         rank_zero_info(f"{self.constraint}: {selection.summary()}")
         if warning := selection.warning():
@@ -139,7 +140,9 @@ class ElsaCallback(Callback):
     def _optimizer(self, optimizers: list[Optimizer]) -> Optimizer:
         names = ", ".join(f"{i}: {type(o).__name__}" for i, o in enumerate(optimizers))
         if not optimizers:
-            raise ValueError("the module has no optimizer (configure_optimizers returns none): nothing trains its weights")
+            raise ValueError(
+                "the module has no optimizer (configure_optimizers returns none): nothing trains its weights"
+            )
         if self.optimizer_index is None and len(optimizers) > 1:
             raise ValueError(
                 f"the module has {len(optimizers)} optimizers ({names}); say whose weights to prune with "
@@ -155,7 +158,7 @@ class ElsaCallback(Callback):
         assert self.admm is not None
         loaded, self._loaded = self._loaded, None
         self._first_step = loaded["first_step"] if loaded else trainer.global_step // len(trainer.optimizers)
-        self.admm.total_steps = max(1, self.admm.total_steps - self._first_step)
+        self.admm.total_steps = max(1, _total_steps(trainer) - self._first_step)
         if loaded:
             self.admm.load_state_dict(loaded["admm"])
             # at the end of an epoch load_state_dict has done it, before the loader drew the order of the next one
@@ -201,6 +204,13 @@ class ElsaCallback(Callback):
         if self.admm is not None and _is_stopping(trainer):
             self.admm.finish(resumable=True)
 
+    def _before_saving(self, trainer: Trainer) -> None:
+        """See to it that what is saved after a request to stop, whoever made it, has the zeros."""
+        assert self.admm is not None
+        self._suspend_if_stopping(trainer)
+        if not (self.admm.finished or self.admm.suspended):
+            self._saved_dense = trainer.global_step
+
     # ------------------------------------------------------------------ end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -208,7 +218,18 @@ class ElsaCallback(Callback):
         assert self.admm is not None
         if not self.admm.finished:
             self.admm.finish(resumable=True)
+            if self._saved_dense == trainer.global_step:
+                self._save_again(trainer)
             self._say_unfinished()
+
+    def _save_again(self, trainer: Trainer) -> None:
+        """Rewrite the checkpoints of this step that were saved before the run was known to end with it."""
+        for saver in trainer.checkpoint_callbacks:
+            if isinstance(saver, ModelCheckpoint):
+                paths = {str(path) for path in (*saver.best_k_models, saver.best_model_path, saver.last_model_path)}
+                latest = sorted(path for path in paths if _global_step(path) == trainer.global_step)
+                for path in trainer.strategy.broadcast(latest):
+                    trainer.save_checkpoint(path, saver.save_weights_only)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Make the zeros exact, resumably, on Ctrl-C, before a checkpoint that is saved on exceptions."""
@@ -307,6 +328,14 @@ def _is_last_step(trainer: Trainer) -> bool:
         return True
     last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
     return last_epoch and trainer.is_last_batch
+
+
+def _global_step(checkpoint: str) -> int | None:
+    """Return the step a checkpoint file is of; None where there is no such file."""
+    if not Path(checkpoint).is_file():
+        return None
+    step: int = torch.load(checkpoint, map_location="meta", mmap=True, weights_only=False)["global_step"]
+    return step
 
 
 def _rng() -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -53,8 +51,8 @@ class SaveHuggingFace(Callback):
             model.save_pretrained(whole)
             _save_tokenizer(getattr(pl_module, "path", None), whole)
             if folder.exists():
-                shutil.move(folder, Path(temporary) / "former")
-            os.replace(whole, folder)
+                folder.replace(Path(temporary) / "former")
+            whole.replace(folder)
         rank_zero_info(f"Model saved for from_pretrained: {folder}")
 
 

@@ -70,6 +70,8 @@ class ResumableLoader(DataLoader[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
         self._given, self._skip = self._skip, 0
         assert self.batch_size is not None
+        if self.generator is None:  # a DataLoader draws a seed for its workers, which would disturb the model's dropout
+            self.generator = torch.Generator()
         self.sampler.skip = self._given * self.batch_size  # type: ignore[attr-defined]
         for batch in super().__iter__():
             self._given += 1
@@ -143,6 +145,8 @@ class CalibrationData(LightningDataModule):
         self.num_workers = num_workers
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self._sets: dict[Split, PackedTokens] = {}
+        self._loader: ResumableLoader | None = None
+        self._resume: dict[str, int] = {"batches": 0}
 
     def prepare_data(self) -> None:
         """Download and tokenize what is not cached yet, in one process a machine."""
@@ -192,9 +196,13 @@ class CalibrationData(LightningDataModule):
         data = self._sets["train"]
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = ResumableSampler(data, num_replicas=world, rank=rank, shuffle=True, seed=self.seed, drop_last=True)
-        return ResumableLoader(
+        self._loader = ResumableLoader(
             data, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers, drop_last=True
         )
+        # Lightning restores loaders too, but not when a module asked for the number of steps before
+        self._loader.load_state_dict(self._resume)
+        self._resume = {"batches": 0}
+        return self._loader
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Return the validation segments in order."""
@@ -223,11 +231,11 @@ class CalibrationData(LightningDataModule):
                 "data.seed": self.seed, "data.train_sequences": self.train_sequences}  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the settings that a place in the data is only meaningful with."""
-        return self._settings()
+        """Return the place in the epoch, and the settings that it is only meaningful with."""
+        return {**self._settings(), "loader": self._resume if self._loader is None else self._loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that the checkpoint's place in the data means the same here.
+        """Go to the checkpoint's place in the data.
 
         Raises:
             ValueError: A setting differs.
@@ -239,3 +247,4 @@ class CalibrationData(LightningDataModule):
                     f"the checkpoint was made with {setting}={theirs!r}, this run has {ours!r}: it cannot go on at "
                     f"the next sample. Resume with the same setting, or start anew without ckpt_path"
                 )
+        self._resume = state_dict["loader"]
