@@ -68,8 +68,9 @@ class Net(LightningModule):
         )
 
     def loss(self, batch: Tensor) -> Tensor:
-        batch = batch.to(self.layers[0].weight.dtype)  # type: ignore[arg-type]
-        return (self.layers(batch) - batch.sin().flip(-1)).float().square().mean()
+        dtype = self.layers[3].weight.dtype
+        error = self.layers(batch.to(dtype)) - batch.sin().flip(-1)  # type: ignore[arg-type]
+        return error.to(torch.promote_types(dtype, torch.float32)).square().mean()  # type: ignore[arg-type]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
