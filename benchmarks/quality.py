@@ -98,7 +98,8 @@ def main() -> None:
     print("| method | sparsity | perplexity | training tokens | seconds |\n|---|---|---|---|---|")
     for row in results(arguments):
         print(
-            f"| {row.method} | {row.sparsity:.2%} | {row.perplexity:.2f} | {row.tokens:,} | {row.seconds:.0f} |", flush=True
+            f"| {row.method} | {row.sparsity:.2%} | {row.perplexity:.2f} | {row.tokens:,} | {row.seconds:.0f} |",
+            flush=True,
         )
 
 

@@ -23,13 +23,12 @@ class ElsaCLI(LightningCLI):
 def _shipped(argument: str) -> str:
     """Return ``configs/NAME.yaml`` as the packaged file where the working folder has none of that name."""
     value = argument.removeprefix("--config=")
-    if not value.startswith("configs/") or Path(value).exists():
+    if not value.startswith(("configs/", "callbacks/")) or Path(value).exists():
         return argument
     package = Path(str(files("elsa_lightning")))
-    for folder in (package, package.parent):  # an installed wheel, a checkout
-        if (folder / value).is_file():
-            return argument.replace(value, str(folder / value))
-    return argument
+    places = (package / value, package / "configs" / value, package.parent / value)  # a wheel's two, a checkout's
+    found = next((str(place) for place in places if place.is_file()), value)
+    return argument.replace(value, found)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -38,11 +37,14 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: Arguments without the program's name; None takes ``sys.argv``.
     """
+    if args is None:  # LightningCLI reads sys.argv, and warns of both
+        sys.argv[1:] = [_shipped(argument) for argument in sys.argv[1:]]
     ElsaCLI(
         CausalLM,
         CalibrationData,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "elsa", "description": "Prune Hugging Face language models with Elsa."},
-        args=[_shipped(argument) for argument in (sys.argv[1:] if args is None else args)],
+        auto_configure_optimizers=False,  # CausalLM's own optimizer and schedule are not to be bypassed
+        args=None if args is None else [_shipped(argument) for argument in args],
     )

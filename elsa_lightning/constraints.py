@@ -75,7 +75,9 @@ class Unstructured(Constraint):
     def check(self, name: str, shape: torch.Size) -> None:
         """Raise ValueError unless the tensor is a matrix, or a stack of them."""
         if len(shape) < 2:
-            raise ValueError(f"{name} has shape {tuple(shape)}; a constrained tensor is a matrix or a stack of matrices")
+            raise ValueError(
+                f"{name} has shape {tuple(shape)}; a constrained tensor is a matrix or a stack of matrices"
+            )
 
     def kept(self, shape: torch.Size) -> int:
         """Return how many entries of each matrix survive."""

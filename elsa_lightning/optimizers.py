@@ -20,7 +20,5 @@ def second_moment(optimizer: Optimizer, p: nn.Parameter) -> Tensor | None:
         return moment
     from bitsandbytes.functional import dequantize_blockwise
 
-    dequantized: Tensor = dequantize_blockwise(
-        moment, absmax=state["absmax2"], code=state["qmap2"], blocksize=256
-    )
+    dequantized: Tensor = dequantize_blockwise(moment, absmax=state["absmax2"], code=state["qmap2"], blocksize=256)
     return dequantized.view(p.shape)

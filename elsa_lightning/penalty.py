@@ -70,7 +70,7 @@ class Schedule:
         if self.shape == "cosine":
             return self.penalty * (1 - math.cos(math.pi * t)) / 2
         if self.shape == "exponential":
-            return self.penalty * _EXPONENTIAL_START ** (1 - t)
+            return self.penalty * math.pow(_EXPONENTIAL_START, 1 - t)
         return self.penalty
 
     def tightness_at(self, step: int, total: int) -> float:

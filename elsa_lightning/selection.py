@@ -79,7 +79,7 @@ def select(model: nn.Module, targets: Sequence[str] = (ALL_LINEAR,), ignore: Seq
     Raises:
         ValueError: A pattern is no regular expression or matches nothing, or nothing is left to constrain.
     """
-    names = {name: p for name, p in model.named_parameters()}
+    names = dict(model.named_parameters())
     heads = _embeddings_and_heads(model)
     matched: set[str] = set()
     for target in targets:
@@ -124,7 +124,7 @@ def _linear_weights(model: nn.Module, heads: set[int]) -> set[str]:
         f"{name}.weight" if name else "weight"
         for name, module in model.named_modules()
         # transformers' Conv1D is recognised by name, so that transformers is not imported for it
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+        if (isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")))
         and id(module.weight) not in heads
     }
 

@@ -55,7 +55,7 @@ def test_one_state_gives_the_iterates_of_two_variable_admm(name: str, prox: str,
     schedule = Schedule(penalty, shape, interval, ramp=0.6, frozen=0)  # type: ignore[arg-type]
     p, loss = problem()
     optimizer = OPTIMIZERS[name]([p])
-    admm = ADMM(optimizer, {"p": p}, Unstructured(sparsity), total_steps=steps, schedule=schedule, prox=prox)  # type: ignore[arg-type]
+    ADMM(optimizer, {"p": p}, Unstructured(sparsity), total_steps=steps, schedule=schedule, prox=prox)  # type: ignore[arg-type]
 
     x, x_loss = problem()
     base = OPTIMIZERS[name]([x])
@@ -113,8 +113,8 @@ def test_reaches_the_best_support_and_a_stationary_point() -> None:
     torch.testing.assert_close(p.detach(), torch.where(best, target, 0.0), atol=1e-6, rtol=0)
     gradient = p.detach() - target
     stationary = p.detach() - gradient / lam
-    torch.testing.assert_close(p.detach(), torch.where(keep_largest(stationary.abs(), int(best.sum())), stationary, 0.0),
-                               atol=1e-6, rtol=0)  # fmt: skip
+    projected = torch.where(keep_largest(stationary.abs(), int(best.sum())), stationary, 0.0)
+    torch.testing.assert_close(p.detach(), projected, atol=1e-6, rtol=0)
 
 
 def test_finds_a_stationary_point_of_a_coupled_quadratic() -> None:
@@ -232,7 +232,9 @@ def test_grad_scaler_changes_nothing_and_an_overflow_does_not_count(prox: str, f
     def run(scaled: bool) -> tuple[Tensor, int]:
         p, loss = problem(dtype=torch.float32)
         optimizer = torch.optim.Adam([p], lr=0.05, fused=fused)
-        admm = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=30, schedule=Schedule(0.3, interval=3), prox=prox)  # type: ignore[arg-type]
+        admm = ADMM(
+            optimizer, {"p": p}, Unstructured(0.5), total_steps=30, schedule=Schedule(0.3, interval=3), prox=prox
+        )  # type: ignore[arg-type]
         scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=256.0, growth_interval=1000)
         for step in range(31):
             optimizer.zero_grad()

@@ -32,14 +32,14 @@ def test_exactly_k_of_each_matrix_survive_and_they_are_the_best(case: tuple[Tens
     v, importance, kept = case
     mask = unstructured(v, importance, kept)
     for index in range(v.shape[0] if v.dim() == 3 else 1):
-        part = (lambda t, i=index: (t[i] if t.dim() == 3 else t).flatten())
         f = torch.ones_like(v) if importance is None else importance
-        score = [(float(a * a * b), float(a.abs()), -i) for i, (a, b) in enumerate(zip(part(v), part(f), strict=True))]
+        one_v, one_f, one_mask = ((t[index] if t.dim() == 3 else t).flatten() for t in (v, f, mask))
+        score = [(float(a * a * b), float(a.abs()), -i) for i, (a, b) in enumerate(zip(one_v, one_f, strict=True))]
         score = [(-math.inf if math.isnan(s) else s, m, i) for s, m, i in score]
         if any(s == -math.inf for s, _, _ in score):
             continue  # 0 · inf has no rank
         expected = sorted(range(len(score)), key=lambda i: score[i], reverse=True)[:kept]
-        assert set(part(mask).nonzero().flatten().tolist()) == set(expected)
+        assert set(one_mask.nonzero().flatten().tolist()) == set(expected)
 
 
 def test_minimises_the_weighted_distance_over_all_supports() -> None:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -53,7 +53,7 @@ class CausalLM(LightningModule):
         self,
         name: str = EMBEDDED_MODEL,
         pretrained: bool = True,
-        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=2e-3),
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=2e-4),
         lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
         warmup_steps: int = 0,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -99,9 +99,8 @@ class CausalLM(LightningModule):
                 self.model = AutoModelForCausalLM.from_pretrained(self.path, **source, **options)
             else:
                 config = AutoConfig.from_pretrained(self.path, **source)
-                self.model = AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=self.trust_remote_code, **options
-                )
+                build: Any = AutoModelForCausalLM.from_config
+                self.model = build(config, trust_remote_code=self.trust_remote_code, **options)
         except OSError as error:
             raise OSError(
                 f"model {self.name!r} could not be loaded: {error}\nWithout a network give the path of a folder "
@@ -111,21 +110,32 @@ class CausalLM(LightningModule):
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def forward(self, batch: Batch) -> Any:
-        """Return the model's output (``loss``, ``logits``) for a batch; padding is not scored."""
+    def forward(self, batch: Batch) -> tuple[Any, Tensor]:
+        """Return the model's output (``loss``, ``logits``) and the labels of a batch; padding is not scored.
+
+        Raises:
+            ValueError: The sequences are longer than the model can take.
+        """
         assert self.model is not None
         inputs = dict(batch) if isinstance(batch, dict) else {"input_ids": batch}
+        ids = inputs["input_ids"]
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        if longest is not None and ids.shape[1] > longest:
+            raise ValueError(
+                f"the data has sequences of {ids.shape[1]} tokens, and {self.name!r} takes at most {longest}: "
+                f"set --data.seq_len {longest} or less"
+            )
         if "labels" not in inputs:
             mask = inputs.get("attention_mask")
-            ids = inputs["input_ids"]
             inputs["labels"] = ids if mask is None else ids.masked_fill(mask == 0, -100)
         return self.model(**inputs, use_cache=False), inputs["labels"]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean next-token negative log-likelihood of the batch, in nats."""
         output, _ = self(batch)
-        self.log("train/loss", output.loss, prog_bar=True)
-        return output.loss
+        loss: Tensor = output.loss
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score a batch; ``val/perplexity`` is logged once per validation run."""
@@ -200,7 +210,7 @@ class CausalLM(LightningModule):
         modes = {module: module.training for module in self.modules()}
         self.eval()
         self.perplexity.reset()
-        hidden = rank_zero_only.rank != 0 or self.trainer.progress_bar_callback is None
+        hidden = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
         with self.trainer.precision_plugin.val_step_context():
             total = int(sum(self.trainer.num_val_batches))
             for batch, _, _ in tqdm(combined, title, total=total, disable=hidden, leave=False, dynamic_ncols=True):
@@ -212,8 +222,8 @@ class CausalLM(LightningModule):
         return value
 
     def _protocol(self) -> str:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        text = datamodule.protocol() if hasattr(datamodule, "protocol") else "the validation data"
+        protocol = getattr(getattr(self.trainer, "datamodule", None), "protocol", None)
+        text = "the validation data" if protocol is None else protocol()
         return f"{text}, {self.trainer.precision}"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

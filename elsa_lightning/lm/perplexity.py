@@ -57,6 +57,6 @@ class TokenPerplexity(Perplexity):
             return tensor.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
         self.total_log_probs, self.count = move(self.total_log_probs), move(self.count)
-        self._defaults = {name: move(value) for name, value in self._defaults.items()}
+        self._defaults = {name: move(v) for name, v in self._defaults.items() if isinstance(v, Tensor)}
         self._device = self.count.device
         return self

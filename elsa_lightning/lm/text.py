@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -56,7 +55,9 @@ class Source:
         if not files:
             raise ValueError(f"data.name {self.name!r} holds no file that ends in {', '.join(_LOADERS)}")
         if len({_LOADERS[file.suffix] for file in files}) > 1:
-            raise ValueError(f"data.name {self.name!r} mixes file types; give a folder with one of {', '.join(_LOADERS)}")
+            raise ValueError(
+                f"data.name {self.name!r} mixes file types; give a folder with one of {', '.join(_LOADERS)}"
+            )
 
     @property
     def path(self) -> Path:
@@ -222,4 +223,4 @@ def _write(file: Path, tokens: np.ndarray) -> None:
     """Write under a temporary name and rename: a reader never sees half a file."""
     with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as temporary:
         np.save(temporary, tokens)
-    os.replace(temporary.name, file)
+    Path(temporary.name).replace(file)

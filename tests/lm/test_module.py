@@ -1,0 +1,141 @@
+"""CausalLM: the true objective, the schedule, the perplexities, and every family of models."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer, seed_everything
+from transformers import AutoModelForCausalLM
+
+from elsa_lightning import CalibrationData, CausalLM
+
+
+def trainer(**options: Any) -> Trainer:
+    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(**{**quiet, "enable_model_summary": False, "num_sanity_val_steps": 0, **options})
+
+
+@pytest.fixture
+def data(token_cache: str) -> CalibrationData:
+    return CalibrationData(seq_len=32, batch_size=4, eval_segments=12, train_sequences=400, cache_dir=token_cache)
+
+
+def loaded(name: str, **options: Any) -> CausalLM:
+    module = CausalLM(name, **options)
+    module.configure_model()
+    return module
+
+
+def test_the_loss_is_the_shifted_cross_entropy(tiny_llama: str) -> None:
+    module = loaded(tiny_llama)
+    ids = torch.randint(1, 2048, (3, 20), generator=torch.Generator().manual_seed(0))
+    output, _ = module(ids)
+    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    mask = torch.ones_like(ids)
+    mask[0, 10:] = 0
+    padded, labels = module({"input_ids": ids, "attention_mask": mask})
+    kept = F.cross_entropy(padded.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    torch.testing.assert_close(padded.loss, kept)
+    assert (labels[0, 10:] == -100).all() and (labels[1:] != -100).all()
+
+
+def test_checkpointed_gradients_are_the_gradients(tiny_llama: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        module = loaded(tiny_llama, gradient_checkpointing=checkpointing)
+        ids = torch.randint(1, 2048, (2, 16), generator=torch.Generator().manual_seed(0))
+        module(ids)[0].loss.backward()
+        assert module.model is not None and module.model.is_gradient_checkpointing == checkpointing
+        gradients.append([p.grad for p in module.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("linear", [0.5, 1.0, 0.75, 0.5, 0.25]), ("constant", [0.5, 1.0, 1.0, 1.0, 1.0])],
+)
+def test_the_learning_rate_warms_up_and_decays_over_the_whole_run(
+    schedule: Any, expected: list[float], tiny_llama: str, data: CalibrationData
+) -> None:
+    rates: list[float] = []
+
+    class Recording(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    module = CausalLM(
+        tiny_llama, optimizer=lambda params: Recording(params, lr=1.0), lr_schedule=schedule, warmup_steps=2
+    )
+    trainer(max_steps=6, limit_val_batches=0).fit(module, data)
+    assert rates[1:] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_dense_perplexity_is_that_of_the_untouched_model(
+    precision: Any, tiny_llama: str, data: CalibrationData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seed_everything(0, verbose=False)
+    untouched = trainer(precision=precision).validate(CausalLM(tiny_llama), data, verbose=False)[0]["val/perplexity"]
+    module = CausalLM(tiny_llama)
+    run = trainer(max_steps=3, precision=precision, callbacks=[])
+    with caplog.at_level("INFO"):
+        run.fit(module, data)
+    assert module.dense_perplexity == pytest.approx(untouched, rel=1e-6)
+    assert module.final_perplexity is not None and module.final_perplexity != module.dense_perplexity
+    for words in ("pydocs validation, 12 segments of 32 tokens", precision, f"{untouched:.3f}", "dense →"):
+        assert words in caplog.text
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = CausalLM.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert again.dense_perplexity == module.dense_perplexity and again.name == tiny_llama
+    for one, other in zip(module.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one.float(), other.float())
+
+
+def test_prediction_gives_each_sequence_its_loss(tiny_llama: str, token_cache: str) -> None:
+    data = CalibrationData(seq_len=32, batch_size=4, eval_segments=10, cache_dir=token_cache)
+    module = CausalLM(tiny_llama)
+    predicted = trainer().predict(module, data)
+    assert predicted is not None
+    losses = torch.cat(predicted)  # type: ignore[arg-type]
+    (tested,) = trainer().test(module, data, verbose=False)
+    assert losses.shape == (10,)
+    assert math.exp(losses.mean()) == pytest.approx(tested["test/perplexity"], rel=1e-6)
+
+
+def test_random_weights_come_from_the_configuration(tiny_llama: str) -> None:
+    pretrained, random = loaded(tiny_llama), loaded(tiny_llama, pretrained=False)
+    assert pretrained.model is not None and random.model is not None
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(pretrained.model.get_parameter(name), original.get_parameter(name))
+    assert not torch.equal(random.model.get_parameter(name), original.get_parameter(name))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"name": "./no/such/model"}, FileNotFoundError, "'./no/such/model' is a path that does not exist"),
+        ({"dtype": "int8"}, ValueError, "dtype must be one of .* got 'int8'"),
+        ({"warmup_steps": -1}, ValueError, "warmup_steps must be 0 or more"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        CausalLM(**options)
+
+
+def test_a_model_that_cannot_be_loaded_says_what_can() -> None:
+    with pytest.raises(OSError, match=r"model 'facebook/opt-125m' could not be loaded(?s:.)*pydocs-2m"):
+        loaded("facebook/opt-125m")
+
+
+def test_sequences_longer_than_the_model_takes_are_refused(tiny_llama: str, token_cache: str) -> None:
+    data = CalibrationData(seq_len=128, eval_segments=4, cache_dir=token_cache)
+    with pytest.raises(ValueError, match=r"sequences of 128 tokens, and .* takes at most 64: set --data\.seq_len 64"):
+        trainer(max_steps=1).fit(CausalLM(tiny_llama), data)

@@ -1,0 +1,68 @@
+"""The command line on a tiny model, and what importing costs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from elsa_lightning.cli import main
+from elsa_lightning.selection import select
+
+
+def test_fit_prunes_and_writes_a_model_that_every_command_takes(
+    tiny_llama: str, token_cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [
+        f"--model.name={tiny_llama}",
+        "--data.seq_len=32",
+        "--data.eval_segments=8",
+        f"--data.cache_dir={token_cache}",
+    ]
+    quiet = [
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+    ]
+    main(["fit", "--config", "configs/elsa.yaml", "--trainer.max_steps=12", "--trainer.callbacks.sparsity=0.75",
+          *common, *quiet])  # fmt: skip
+    (folder,) = tmp_path.rglob("hf")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for p in select(model).parameters.values():
+        assert int((p == 0).sum()) == round(0.75 * p.numel())
+    assert int((model.get_input_embeddings().weight == 0).sum()) == 0
+    capsys.readouterr()
+    for command in ("validate", "test"):
+        main([command, f"--model.name={folder}", *common[1:], "--trainer.logger=false", *quiet])
+        assert "perplexity" in capsys.readouterr().out
+    checkpoint = next(tmp_path.rglob("last.ckpt"))
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 12
+
+
+def test_shipped_configurations_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config=configs/elsa.yaml", "--print_config"])
+    assert end.value.code == 0 and "sparsity: 0.9" in capsys.readouterr().out
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for words in ("--model.gradient_checkpointing", "Recompute activations", "--data.seq_len", "Tokens a sequence"):
+        assert words in printed
+
+
+def test_importing_the_package_loads_neither_transformers_nor_datasets_nor_bitsandbytes() -> None:
+    code = (
+        "import sys, elsa_lightning, elsa_lightning.admm, elsa_lightning.selection; "
+        "heavy = {'transformers', 'datasets', 'bitsandbytes', 'lightning'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
