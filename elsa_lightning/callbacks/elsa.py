@@ -331,7 +331,7 @@ def _is_last_step(trainer: Trainer) -> bool:
 
 
 def _global_step(checkpoint: str) -> int | None:
-    """Return the step a checkpoint file is of; None where there is no such file."""
+    """Return the step of a checkpoint that this run wrote; None where there is no such file."""
     if not Path(checkpoint).is_file():
         return None
     step: int = torch.load(checkpoint, map_location="meta", mmap=True, weights_only=False)["global_step"]
