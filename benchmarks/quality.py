@@ -1,6 +1,6 @@
-"""Perplexity of the embedded model after pruning: dense, magnitude one-shot, Elsa as published, Elsa's default.
+"""Perplexity of the embedded model after pruning, by method.
 
-    python benchmarks/quality.py --sparsity 0.9 --steps 1000
+    python benchmarks/quality.py --sparsity 0.9 --steps 500
 
 Every trained method sees the same batches in the same order, from the same dense weights, with the same
 optimizer and learning-rate schedule; perplexity is on all held-out text. Prints a Markdown table.
@@ -35,7 +35,13 @@ class Result:
 
 
 def trainer(**options: Any) -> Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "num_sanity_val_steps": 0,
+    }
     return Trainer(devices=1, **{**quiet, **options})
 
 
@@ -72,7 +78,8 @@ def results(arguments: argparse.Namespace) -> Iterator[Result]:
         "Elsa, published form": ElsaCallback(
             arguments.sparsity, prox="coupled", penalty=arguments.published_penalty, ramp=0, frozen=0
         ),
-        "Elsa, default": ElsaCallback(arguments.sparsity),
+        "Elsa, decoupled": ElsaCallback(arguments.sparsity, prox="decoupled"),
+        "Elsa, default (tracked)": ElsaCallback(arguments.sparsity),
     }
     for method, callback in methods.items():
         module = dense()
@@ -87,8 +94,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pydocs-2m", help="name or folder (default: %(default)s)")
     parser.add_argument("--sparsity", type=float, default=0.9, help="fraction of zeros (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=500, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=4e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--published-penalty", type=float, default=0.1, help="λ of the published form (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences a step (default: %(default)s)")
     parser.add_argument("--seq-len", type=int, default=256, help="tokens a sequence (default: %(default)s)")
