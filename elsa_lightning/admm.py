@@ -14,27 +14,30 @@ and one mask ``elsa_mask`` in ``optimizer.state[p]`` replace z, u and the former
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import chain
 from typing import Any, Literal, cast, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elsa_lightning.constraints import Constraint, Point
-from elsa_lightning.optimizers import second_moment
+from elsa_lightning.constraints import Constraint, Point, Points
+from elsa_lightning.hooks import StepHooks
+from elsa_lightning.optimizers import WeightRounding, dtype_name, gradients_are_not_finite, set_up
 from elsa_lightning.penalty import Schedule
+from elsa_lightning.sharding import check_rows, local, parts_of
+from elsa_lightning.state import BLOCK, StateDtype, check_state_dtype
+from elsa_lightning.tensors import KEYS, MASK, REMOVED, SCALE, SPLIT, ConstrainedTensor
 
 log = logging.getLogger(__name__)
 
-Prox = Literal["tracked", "decoupled", "coupled"]
+_MOST_SKIPPED = 20  # steps in a row without finite gradients
+_OF_WEIGHTS, _OF_STEPS, _OF_UPDATES = range(3)  # what random numbers are used for
 
-SPLIT = "elsa_split"  # s = z − u, in at least float32
-MASK = "elsa_mask"  # True where an entry is kept
-REMOVED = "elsa_removed"  # what finish(resumable=True) took off the weights
-_KEYS = (SPLIT, MASK, REMOVED)
+Prox = Literal["hard", "decoupled", "coupled"]
 
 
 def check_prox(prox: str) -> Prox:
@@ -81,16 +84,25 @@ class ADMM:
       through the optimizer's moments.
     * ``decoupled``: ADMM in the optimizer's own metric. After its step x ← (x + γ s)/(1 + γ) with
       γ = κ · lr/lr_max, as decoupled weight decay does; the second moment stays an estimate of ∇f alone.
-    * ``tracked``: decoupled, and z follows x on the mask. For a fixed support the augmented Lagrangian is
-      minimised over z by z = x + u there, so the penalty acts off the mask only.
+    * ``hard``: x-update and z-update take turns at every step, so the weights stay on the set: from z the
+      optimizer makes its step d, on the mask z ← z + d, off it u ← u + d/κ, the x-update linearised at z in the
+      optimizer's metric. Only the support waits for the next projection. The dual is the memory of what was
+      cut: an entry returns when the loss has asked for it long enough. With κ = 1 this is the feedback of Lin
+      et al., 2020 (arXiv:2006.07253); a larger κ forgets more.
 
     Args:
         optimizer: Any torch optimizer. One without a second moment is projected by magnitude.
-        parameters: What to constrain, by name; see :func:`elsa_lightning.selection.select`.
+        parameters: What to constrain, by name; see :func:`elsa_lightning.selection.select`. They may be DTensors,
+            sharded in any way that keeps 8 entries of a row together (32 with ``state_dtype`` float8), or the flat
+            slices of FSDP1, once :func:`elsa_lightning.sharding.mark_slices` has seen the model.
         constraint: The set S.
         total_steps: Optimizer steps of the whole run.
         schedule: The course of penalty, sparsity, projections and frozen phase.
         prox: The form of the x-update.
+        state_dtype: What ``elsa_split`` is kept in; the arithmetic is float32. See :mod:`elsa_lightning.state`.
+
+    Weights in bfloat16 are rounded stochastically after each step; see
+    :class:`elsa_lightning.optimizers.WeightRounding`. A step whose gradients are not finite is skipped.
 
     Raises:
         ValueError: A parameter is not the optimizer's or cannot be in the set, or an argument is out of range.
@@ -104,101 +116,169 @@ class ADMM:
         *,
         total_steps: int,
         schedule: Schedule | None = None,
-        prox: Prox = "tracked",
+        prox: Prox = "hard",
+        state_dtype: StateDtype = "float32",
     ) -> None:
         if total_steps < 1:
             raise ValueError(f"total_steps must be 1 or more optimizer steps, got {total_steps}")
         if not parameters:
             raise ValueError("parameters is empty: there is nothing to constrain")
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for name, p in parameters.items():
-            constraint.check(name, p.shape)
-            if id(p) not in trained:
-                raise ValueError(
-                    f"{name} is constrained but {type(optimizer).__name__} does not train it; give the optimizer that "
-                    f"does, or leave the parameter out"
-                )
         self.optimizer = optimizer
-        self.parameters = dict(parameters)
         self.constraint = constraint
         self.total_steps = total_steps
         self.schedule = schedule or Schedule()
         self.prox = check_prox(prox)
+        if prox == "hard" and self.schedule.penalty == 0:
+            raise ValueError("prox 'hard' divides by the penalty, which is 0; give a penalty above 0")
+        self.state_dtype = check_state_dtype(state_dtype)
+        self._parts = parts_of(p for group in optimizer.param_groups for p in group["params"])
+        self.sharded = any(part.sharded for part in self._parts.values())
+        self._flat = any(part.start is not None for part in self._parts.values())
+        self.tensors = {name: self._constrain(name, p) for name, p in parameters.items()}
         self.step = 0
         self.penalty = 0.0
         self.finished = False
+        self.skipped = 0  # steps in a row
+        self._skips = False
         self.last_update: Update | None = None
-        self._depth = 0
-        self._told = False
-        self._stash: dict[int, dict[str, Any]] = {}
-        # bitsandbytes loads state by itself and casts what is not named here
-        if hasattr(optimizer, "non_castable_tensor_keys"):
-            optimizer.non_castable_tensor_keys |= set(_KEYS)
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_load_state_dict_pre_hook(self._before_load),
-            optimizer.register_load_state_dict_post_hook(self._after_load),
-        ]
+        self._told: set[str] = set()
+        self._weights = WeightRounding()
+        self._places = {p: place for place, p in enumerate(self._parts)}
+        self._saves = optimizer.register_state_dict_post_hook(self._to_dense) if self._flat else None
+        self._hooks = StepHooks(optimizer, KEYS, self._gradients_are_final, self._after_step)
+
+    def _constrain(self, name: str, p: nn.Parameter) -> ConstrainedTensor:
+        part = self._parts.get(p)
+        self.constraint.check(name, p.shape if part is None else part.shape)
+        if part is not None and part.start is not None and len(part.shape) > 2 and math.prod(part.shape[-2:]) % BLOCK:
+            raise ValueError(
+                f"{name} is a stack of matrices of {math.prod(part.shape[-2:])} entries, and in flat slices (FSDP1) "
+                f"these must be a multiple of {BLOCK}: shard the model with ModelParallelStrategy (FSDP2)"
+            )
+        if part is None:
+            raise ValueError(
+                f"{name} is constrained but {type(self.optimizer).__name__} does not train it; give the optimizer that "
+                f"does, or leave the parameter out"
+            )
+        check_rows(name, p, BLOCK if self.state_dtype == "float8_e4m3fn" else 8)
+        return ConstrainedTensor(p, part, self.optimizer, self.state_dtype)
 
     def detach(self) -> None:
         """Take the hooks off the optimizer; its state stays."""
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.remove()
+        if self._saves is not None:
+            self._saves.remove()
 
     @property
     def frozen(self) -> bool:
         """Whether the mask is fixed and the zeros are exact after every step."""
-        states = [self.optimizer.state.get(p, {}) for p in self.parameters.values()]
-        return any(MASK in state for state in states) and not any(SPLIT in state for state in states)
-
-    def _active(self) -> dict[str, nn.Parameter]:
-        """Return the parameters the optimizer has stepped.
-
-        The others wait for their first gradient: state put in before it breaks an optimizer's own set-up.
-        """
-        return {name: p for name, p in self.parameters.items() if self.optimizer.state.get(p) or p.grad is not None}
+        return self._any(MASK) and not self._any(SPLIT)
 
     @property
     def suspended(self) -> bool:
         """Whether :meth:`finish` left the means to go on."""
-        return any(REMOVED in self.optimizer.state.get(p, {}) for p in self.parameters.values())
+        return self._any(REMOVED)
+
+    def _any(self, key: str) -> bool:
+        return any(tensor.has(key) for tensor in self.tensors.values())
+
+    def _with(self, key: str) -> list[ConstrainedTensor]:
+        return [tensor for tensor in self.tensors.values() if tensor.has(key)]
+
+    def _active(self) -> list[ConstrainedTensor]:
+        """Return the tensors that the optimizer has stepped, the same on every process.
+
+        The others wait for their first gradient: state put in before it breaks an optimizer's own set-up.
+        """
+        tensors = list(self.tensors.values())
+        active = [bool(tensor.state) or tensor.p.grad is not None for tensor in tensors]
+        return [tensor for tensor, yes in zip(tensors, self._on_any(active), strict=True) if yes]
+
+    def _on_any(self, flags: list[bool]) -> list[bool]:
+        """Say of each whether it is so on any process; only a flat slice can be empty, and then knows nothing."""
+        if not self._flat:
+            return flags
+        found = torch.tensor(flags, dtype=torch.float32, device=next(iter(self._parts)).device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in found.tolist()]
+
+    def expect(self, keys: Mapping[nn.Parameter, Collection[str]]) -> None:
+        """Make room for a state that will be loaded by name, which finds nothing else.
+
+        Args:
+            keys: Names of the state of each parameter.
+        """
+        set_up(self.optimizer, [p for p, names in keys.items() if set(names) - set(KEYS)])
+        for tensor in self.tensors.values():
+            names = [key for key in KEYS if key in keys.get(tensor.p, ())]
+            tensor.release(*KEYS)
+            tensor.allocate(*names)
 
     def masks(self) -> dict[str, Tensor]:
-        """Return the current masks by parameter name, True where kept; empty before the first step."""
-        states = {name: self.optimizer.state.get(p, {}) for name, p in self.parameters.items()}
-        return {name: state[MASK] for name, state in states.items() if MASK in state}
+        """Return the current masks by parameter name, True where kept; empty before the first step.
+
+        Each is this process's part, ``(out, in)`` or ``(experts, out, in)``, of a flat slice ``(n,)``.
+        """
+        return {
+            name: tensor.mask(slice(0, tensor.rows)).view(local(tensor.p).shape)
+            for name, tensor in self.tensors.items()
+            if tensor.has(MASK)
+        }
+
+    def occupancy(self) -> tuple[list[str], Tensor]:
+        """Return names and, float64 ``(tensors, 4)``, kept entries, entries, empty rows and rows of each tensor.
+
+        Rows are not counted where shards cut them.
+        """
+        tensors = {name: tensor for name, tensor in self.tensors.items() if tensor.has(MASK)}
+        counts = torch.zeros(len(tensors), 4, dtype=torch.float64, device=next(iter(self._parts)).device)
+        for index, tensor in enumerate(tensors.values()):
+            whole_rows = tensor.part.start is None and local(tensor.p).shape[-1] == tensor.part.shape[-1]
+            for rows, *_ in tensor.pieces() if tensor.part.counts else ():
+                mask = tensor.mask(rows)
+                empty = (~mask.any(dim=1)).sum() if whole_rows else mask.new_zeros(())
+                numbers = [mask.sum(), mask.numel(), empty, len(mask) * whole_rows]
+                counts[index] += torch.stack([torch.as_tensor(n, device=counts.device).double() for n in numbers])
+        return list(tensors), self._add(counts)
+
+    def _add(self, t: Tensor) -> Tensor:
+        """Return the sum, in place, over the processes that hold different entries; each adds what it counts."""
+        if self.sharded:
+            dist.all_reduce(t)
+        return t
+
+    def _seed(self, p: nn.Parameter, use: int) -> int:
+        """Return a seed that any run draws again, resumed or on other processes: of the step, the tensor, the use."""
+        return (self.step << 24) + (self._places[p] << 2) + use
 
     # ------------------------------------------------------------------ inside the optimizer's step
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Add the proximal gradient once the gradients of this step are final.
+    def _gradients_are_final(self, loss: Any) -> None:
+        """Skip the step if it cannot be made, else prepare it."""
+        self._skips = gradients_are_not_finite(self.optimizer, self._add)
+        if self._skips:
+            self._skip(loss)
+            return
+        self._add_proximal_gradient()
+        if (warning := self._weights.set_aside(self.optimizer)) is not None:
+            self._warn_once(warning)
 
-        With a closure (Lightning's automatic optimisation) they are final when it returns, after accumulation
-        and clipping; without one they already are.
-        """
-        self._depth += 1
-        if self._depth > 1:  # a subclass whose step calls its parent's fires the hooks twice
-            return None
-        args = list(args)
-        closure: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._add_proximal_gradient()
-            return None
-
-        def wrapped() -> Any:
-            try:
-                loss = closure()
-            except BaseException:
-                self._depth = 0  # the post-hook will not run
-                raise
-            self._add_proximal_gradient()
-            return loss
-
-        if len(args) > 1:
-            args[1] = wrapped
-            return tuple(args), kwargs
-        return tuple(args), {**kwargs, "closure": wrapped}
+    def _skip(self, loss: Any) -> None:
+        """Leave weights and state as they are; raise if that goes on."""
+        for p in self._parts:
+            p.grad = None
+        self.skipped += 1
+        message = (
+            f"after optimizer step {self.step} the gradients are not finite, and the step is skipped"
+            f"{_where_not_finite(loss)}."
+        )
+        if self.skipped >= _MOST_SKIPPED:
+            raise ValueError(
+                f"{message} That makes {self.skipped} in a row: the data or the loss is broken, or the run has "
+                f"diverged. Lower the learning rate, clip gradients (gradient_clip_val), or look at the batch; the "
+                f"checkpoints made so far are sound"
+            )
+        log.warning("Elsa: %s", message)
 
     @torch.no_grad()
     def _add_proximal_gradient(self) -> None:
@@ -206,84 +286,124 @@ class ADMM:
         if self.prox != "coupled" or self.frozen or self.penalty == 0:
             return
         scale = getattr(self.optimizer, "grad_scale", None)  # a fused optimizer under GradScaler unscales by itself
-        for p in self.parameters.values():
-            state = self.optimizer.state.get(p)
-            if p.grad is None or not state or SPLIT not in state:
+        for tensor in self._with(SPLIT):
+            if tensor.p.grad is None:
                 continue
-            pull = p - state[SPLIT]
-            p.grad.add_(pull if scale is None else pull * scale, alpha=self.penalty)
+            for rows, *_ in tensor.pieces():
+                pull = tensor.x(rows) - tensor.split(rows)
+                grad = tensor.grad(rows)
+                grad.add_((pull if scale is None else pull * scale).to(grad.dtype), alpha=self.penalty)
 
     @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._depth = max(0, self._depth - 1)
-        if self._depth or not self._stepped():
+    def _after_step(self) -> None:
+        self._weights.put_back(self._noise)
+        skips, self._skips = self._skips, False
+        if skips or not self._stepped():
+            return
+        self.skipped = 0
+        if self._only_sets_up():
+            for tensor in self.tensors.values():
+                if tensor.state:
+                    tensor.allocate(SPLIT, SCALE, MASK)
             return
         self.step += 1
         if self.frozen:
-            for name, mask in self.masks().items():
-                self.parameters[name].mul_(mask)
+            for tensor in self._with(MASK):
+                for rows, *_ in tensor.pieces():
+                    tensor.x(rows).mul_(tensor.mask(rows))
             return
-        if self.prox != "coupled" and self.penalty > 0 and self.step > 1:
-            self._apply_prox()
+        if self.penalty > 0 and self.step > 1:
+            if self.prox == "hard":
+                self._remember()
+            elif self.prox == "decoupled":
+                self._apply_prox()
         if self.schedule.projects_at(self.step, self.total_steps):
             self._update()
         if self.schedule.frozen > 0 and self.step >= self.schedule.freeze_step(self.total_steps):
             self._freeze()
+
+    def _noise(self, p: nn.Parameter) -> Tensor:
+        part, shape = self._parts[p], local(p).shape
+        rows = slice(0, math.prod(shape[:-1]) if part.start is None else p.numel())
+        return part.noise(shape, rows, self._seed(p, _OF_WEIGHTS), p.device).view(shape)
 
     def _stepped(self) -> bool:
         """Say whether the optimizer really stepped: a skipped batch or an overflow fires the hooks too."""
         overflow = getattr(self.optimizer, "found_inf", None)
         if overflow is not None and bool(overflow):
             return False
-        return any(p.grad is not None for p in self.parameters.values())
+        if self._flat:  # a process may hold nothing of what is constrained
+            return any(p.grad is not None for p in self._parts)
+        return any(t.p.grad is not None for t in self.tensors.values())
+
+    def _only_sets_up(self) -> bool:
+        """Say whether this is the step on zero gradients by which a distributed checkpoint makes room for itself."""
+        if self.step > 0 or any(float(group["lr"]) != 0 for group in self.optimizer.param_groups):
+            return False
+        return not any(bool(local(p.grad).any()) for p in self._parts if p.grad is not None)
 
     def _apply_prox(self) -> None:
-        """x ← (x + γ s)/(1 + γ), off the mask only when z tracks x."""
+        """x ← (x + γ s)/(1 + γ)."""
         # looked up at every step: loading an optimizer's state replaces its groups
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-        for p in self.parameters.values():
-            state, group = self.optimizer.state.get(p, {}), groups[id(p)]
-            if SPLIT not in state:
-                continue
+        for tensor in self._with(SPLIT):
+            group = groups[id(tensor.p)]
             peak = float(group.get("max_lr", group.get("initial_lr", group["lr"])))
             gamma = self.penalty * float(group["lr"]) / peak if peak else 0.0
-            pull = state[SPLIT] - p
-            if self.prox == "tracked":
-                pull.masked_fill_(state[MASK], 0)
-            p.add_(pull, alpha=gamma / (1 + gamma))
+            for rows, *_ in tensor.pieces():
+                x = tensor.x(rows)
+                x.add_(tensor.split(rows) - x, alpha=gamma / (1 + gamma))
+
+    def _remember(self) -> None:
+        """u ← u + x/κ and x ← 0 off the mask, where s = −u."""
+        for tensor in self._with(SPLIT):
+            seed = self._seed(tensor.p, _OF_STEPS)
+            for rows, *_ in tensor.pieces():
+                x, mask = tensor.x(rows), tensor.mask(rows)
+                split = tensor.split(rows).sub_(x.masked_fill(mask, 0), alpha=1 / self.penalty)
+                tensor.set_split(rows, split, seed)
+                x.mul_(mask)
 
     # ------------------------------------------------------------------ projections
 
-    def _dual_sum(self, p: nn.Parameter) -> Tensor:
+    def _dual_sum(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
         """v = x + u, with u = 0 on the mask and −s off it."""
-        x = p.detach().to(torch.promote_types(p.dtype, torch.float32))
-        state = self.optimizer.state.get(p, {})
-        return x - state[SPLIT].masked_fill(state[MASK], 0) if SPLIT in state else x
+        x = tensor.x(rows)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x - tensor.split(rows).masked_fill(tensor.mask(rows), 0) if tensor.has(SPLIT) else x
 
     def _update(self) -> None:
         """z ← Π_S(v); u ← v − z, rescaled to the new penalty; s ← z − u; and what a user watches."""
         before, self.penalty = self.penalty, self.schedule.penalty_at(self.step, self.total_steps)
         rescale = before / self.penalty if self.penalty > 0 else 0.0  # u = y/λ for the true multiplier y
+        if self.prox == "hard" and before == 0:
+            rescale = 1.0  # what the first mask cuts is remembered too, or a mask of one batch's F̂ would stay
         target = self.constraint.relaxed(self.schedule.tightness_at(self.step, self.total_steps))
-        active = self._active()
-        masks = target.project(_Points(self, active, self._dual_sum))
-        sums: list[Tensor] = []
-        for p, mask in zip(active.values(), masks, strict=True):
-            state, v = self.optimizer.state[p], self._dual_sum(p)
-            x, z = p.to(v.dtype), v.masked_fill(~mask, 0)
-            former = state.get(MASK, torch.ones_like(mask))
-            z_before = (x if self.prox == "tracked" or SPLIT not in state else state[SPLIT]).masked_fill(~former, 0)
-            sums.append(
-                torch.stack(
-                    [(x - z).square().sum(), x.square().sum(), (z - z_before).square().sum(),
-                     (mask ^ former).sum().to(v.dtype), mask.sum().to(v.dtype)]
-                ).double()
-            )  # fmt: skip
-            state[SPLIT] = torch.where(mask, v, v * -rescale)
-            state[MASK] = mask
-        device = sums[0].device
-        gap, norm, moved, flips, kept = torch.stack([s.to(device) for s in sums]).sum(dim=0)
-        entries = sum(p.numel() for p in active.values())
+        points = _Pieces(self, self._active(), self._dual_sum)
+        masks = target.project(points)
+        sums = torch.zeros(5, dtype=torch.float64, device=points.device)
+        for tensor in points.tensors:
+            seed, fresh = self._seed(tensor.p, _OF_UPDATES), not tensor.has(SPLIT)
+            tensor.allocate(SPLIT, SCALE, MASK)
+            for rows, *_ in tensor.pieces():
+                v, x = self._dual_sum(tensor, rows), tensor.x(rows)
+                mask = next(masks).view(v.shape)
+                z = v.masked_fill(~mask, 0)
+                former = torch.ones_like(mask) if fresh else tensor.mask(rows)
+                z_before = x.to(v.dtype) if self.prox == "hard" or fresh else tensor.split(rows)
+                z_before = z_before.masked_fill(~former, 0)
+                if tensor.part.counts:
+                    sums += torch.stack(
+                        [(x - z).square().sum(), x.square().sum(), (z - z_before).square().sum(),
+                         (mask ^ former).sum().to(v.dtype), mask.sum().to(v.dtype)]
+                    ).double()  # fmt: skip
+                tensor.set_mask(rows, mask)
+                tensor.set_split(rows, torch.where(mask, 0 if self.prox == "hard" else v, v * -rescale), seed)
+                if self.prox == "hard":
+                    x.copy_(z)
+        next(masks, None)
+        gap, norm, moved, flips, kept = self._add(sums)
+        entries = sum(shape.numel() for shape in points.shapes)
         self.last_update = Update(
             step=self.step,
             penalty=self.penalty,
@@ -295,10 +415,10 @@ class ADMM:
 
     def _freeze(self) -> None:
         """Fix the mask, make the zeros exact, and release the split."""
-        for name, mask in self.masks().items():
-            p = self.parameters[name]
-            p.masked_fill_(~mask, 0)
-            del self.optimizer.state[p][SPLIT]
+        for tensor in self._with(MASK):
+            for rows, *_ in tensor.pieces():
+                tensor.x(rows).masked_fill_(~tensor.mask(rows), 0)
+            tensor.release(SPLIT, SCALE)
 
     @torch.no_grad()
     def finish(self, resumable: bool = False) -> None:
@@ -308,29 +428,42 @@ class ADMM:
             resumable: Keep what is removed in the optimizer's state, so that :meth:`resume` goes on as if
                 nothing had happened. For runs that end before their last step.
         """
+        self._weights.undo()  # if interrupted inside the optimizer's step
+        self._hooks.reset()
         if self.finished or self.suspended or (resumable and self.step == 0):
             return
-        fixed = self.masks() if self.frozen else {}
-        free = {name: p for name, p in self.parameters.items() if name not in fixed}
-        projected = self.constraint.project(_Points(self, free, lambda p: p.detach()))
-        for name, mask in chain(fixed.items(), zip(free, projected, strict=True)):
-            p = self.parameters[name]
-            state = self.optimizer.state[p]
-            if resumable:
-                state[REMOVED] = p.masked_fill(mask, 0)
-            else:
-                state[MASK] = mask
-                state.pop(SPLIT, None)
-            p.masked_fill_(~mask, 0)
+        fixed = self._with(MASK) if self.frozen else []
+        free = [tensor for tensor in self.tensors.values() if tensor not in fixed]
+        for tensor in fixed:
+            self._cut(tensor, (tensor.mask(rows) for rows, *_ in tensor.pieces()), resumable)
+        if free:
+            masks = self.constraint.project(_Pieces(self, free, lambda tensor, rows: tensor.x(rows)))
+            for tensor in free:
+                self._cut(tensor, masks, resumable)
+            next(masks, None)
         self.finished = not resumable
+
+    def _cut(self, tensor: ConstrainedTensor, masks: Iterator[Tensor], resumable: bool) -> None:
+        tensor.allocate(REMOVED if resumable else MASK)
+        for rows, *_ in tensor.pieces():
+            x = tensor.x(rows)
+            mask = next(masks).view(x.shape)
+            if resumable:
+                tensor.set_removed(rows, x.masked_fill(mask, 0))
+            else:
+                tensor.set_mask(rows, mask)
+            x.masked_fill_(~mask, 0)
+        if not resumable:
+            tensor.release(SPLIT, SCALE)
 
     @torch.no_grad()
     def resume(self) -> None:
         """Undo ``finish(resumable=True)``, bit for bit; does nothing otherwise."""
-        for p in self.parameters.values():
-            removed = self.optimizer.state.get(p, {}).pop(REMOVED, None)
-            if removed is not None:
-                p.copy_(torch.where(removed != 0, removed, p))
+        for tensor in self._with(REMOVED):
+            for rows, *_ in tensor.pieces():
+                x, removed = tensor.x(rows), tensor.removed(rows)
+                x.copy_(torch.where(removed != 0, removed, x))
+            tensor.release(REMOVED)
 
     # ------------------------------------------------------------------ saving and loading
 
@@ -358,7 +491,8 @@ class ADMM:
                 f"the checkpoint is of a run with other settings ({changes}). Resume with the settings it was made "
                 f"with, or start a new run from its weights without resuming"
             )
-        if state_dict["step"] > 0 and not self.masks():
+        self._take_over()
+        if state_dict["step"] > 0 and not self._any(MASK):
             raise ValueError(
                 f"the checkpoint counts {state_dict['step']} ADMM steps but the optimizer's state has no masks; load "
                 f"the optimizer's state first, from a checkpoint that has it (no save_weights_only)"
@@ -371,54 +505,125 @@ class ADMM:
         self.step, self.penalty, self.finished = state_dict["step"], state_dict["penalty"], state_dict["finished"]
         self.resume()
 
+    def _to_dense(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return an optimizer's state as FSDP1 can save it: of its parameters' shape, one dtype, the same for all."""
+        ours = {tensor.p: tensor for tensor in self.tensors.values()}
+        keys = [key for key in (SPLIT, MASK, REMOVED) if self._any(key)]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        theirs: dict[str, Any] = next((s for s in state_dict["state"].values() if s.keys() - set(KEYS)), {})
+        states = dict(state_dict["state"])
+        for index, p in zip(indices, parameters, strict=True):
+            if self._parts[p].start is None:
+                continue
+            states.pop(index, None)
+            if p.numel() == 0:
+                continue
+            wide = torch.promote_types(p.dtype, torch.float32)
+            state = {key: value for key, value in state_dict["state"].get(index, {}).items() if key not in KEYS}
+            if not state and p.requires_grad:  # without a gradient so far
+                state = {key: _nothing(value, p, wide) for key, value in theirs.items() if key not in KEYS}
+            if not state:
+                continue
+            dense = ours[p].dense() if p in ours else {}
+            for key in keys:
+                state[key] = dense.get(key, torch.full_like(p.detach(), -1 if key == MASK else 0, dtype=wide))
+            states[index] = {
+                key: value.to(wide) if isinstance(value, Tensor) and value.dim() else value
+                for key, value in state.items()
+            }
+        return {**state_dict, "state": states}
+
+    @torch.no_grad()
+    def _take_over(self) -> None:
+        """Turn loaded state that :meth:`_to_dense` wrote into ours, and see that every process knows of the same."""
+        ours = {tensor.p: tensor for tensor in self.tensors.values()}
+        for p in list(self._parts):
+            state = self.optimizer.state.get(p, {})
+            if MASK in state and state[MASK].is_floating_point():
+                dense = {key: local(state.pop(key)) for key in (SPLIT, MASK, REMOVED) if key in state}
+                if bool((dense[MASK] < 0).any()):  # not ours, or without a mask so far
+                    dense = {key: dense[key] for key in dense.keys() & {REMOVED}}
+                if p in ours:
+                    ours[p].take_dense(dense)
+                if float(state.get("step", 1)) == 0:  # it stood for a parameter without gradient
+                    for key in state.keys() - set(KEYS):
+                        del state[key]
+        if self._flat:
+            tensors = list(self.tensors.values())
+            for key in KEYS:
+                for tensor, yes in zip(tensors, self._on_any([t.has(key) for t in tensors]), strict=True):
+                    tensor.allocate(*[key] * yes)
+
     def _settings(self) -> dict[str, Any]:
-        names = sorted(f"{name}{tuple(p.shape)}" for name, p in self.parameters.items())
+        names = sorted(f"{name}{tuple(tensor.part.shape)}" for name, tensor in self.tensors.items())
         return {
             "constraint": repr(self.constraint),
             "prox": self.prox,
+            "state_dtype": self.state_dtype,
             "constrained tensors": names,
             **asdict(self.schedule),
         }
 
-    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Set our tensors aside: torch would cast them to the parameter's dtype."""
-        states = {index: dict(state) for index, state in state_dict["state"].items()}
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._stash = {
-            id(p): {key: states[index].pop(key) for key in _KEYS if key in states[index]}
-            for index, p in zip(indices, parameters, strict=False)
-            if index in states
-        }
-        return {**state_dict, "state": states}
+    def importance(self, tensor: ConstrainedTensor, rows: slice) -> Tensor | None:
+        """Return what a squared change of each weight costs, or None where the optimizer keeps no second moment.
 
-    def _after_load(self, optimizer: Optimizer) -> None:
-        for p in self.parameters.values():
-            ours = self._stash.get(id(p))
-            if ours:
-                optimizer.state[p].update({key: value.to(p.device, copy=True) for key, value in ours.items()})
-        self._stash = {}
+        F̂ as published for ``coupled``; √F̂, the metric that the optimizer's own steps are in, for the other forms.
+        """
+        moment = tensor.importance(rows)
+        if moment is None and (tensor.stepped or tensor.p.grad is not None):
+            self._warn_once(
+                f"{type(self.optimizer).__name__} keeps no second moment, so weights are ranked by magnitude alone; an "
+                f"Adam makes the projection aware of the loss."
+            )
+        elif moment is not None and moment.dtype.itemsize == 2:
+            self._warn_once(
+                f"{type(self.optimizer).__name__} keeps its second moment in {dtype_name(moment.dtype)}, where a step "
+                f"of beta2 = 0.999 is lost to rounding and old gradients never fade. Use bitsandbytes' Adam8bit, or "
+                f"keep float32 weights (precision bf16-mixed)."
+            )
+        return moment if moment is None or self.prox == "coupled" else moment.sqrt()
 
-    def importance(self, p: nn.Parameter) -> Tensor | None:
-        """Return F̂ of a parameter, or None (said once) where the optimizer keeps no second moment."""
-        moment = second_moment(self.optimizer, p)
-        if moment is None and not self._told and self.optimizer.state.get(p) is not None:
-            self._told = True
-            log.warning(
-                "%s keeps no second moment, so weights are ranked by magnitude alone; an Adam makes the projection "
-                "aware of the loss.", type(self.optimizer).__name__,
-            )  # fmt: skip
-        return moment
+    def _warn_once(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            log.warning(message)
 
 
-class _Points:
-    """The points to project, made one at a time at each iteration."""
+def _nothing(like: Any, p: Tensor, wide: torch.dtype) -> Any:
+    """Return the state of a parameter that was never stepped, in place of what others have."""
+    if isinstance(like, Tensor) and like.dim():
+        return torch.zeros_like(p, dtype=wide)
+    return torch.zeros_like(like) if isinstance(like, Tensor) else 0
+
+
+def _where_not_finite(loss: Any) -> str:
+    """Say on which processes a loss is not finite; all of them ask."""
+    if not (isinstance(loss, Tensor) and dist.is_initialized()):
+        return ""
+    broken = torch.zeros(dist.get_world_size(), device=loss.device)
+    broken[dist.get_rank()] = float(not bool(loss.detach().isfinite().all()))
+    dist.all_reduce(broken)
+    ranks = broken.nonzero().flatten().tolist()
+    return f": the loss is not finite on process {', '.join(map(str, ranks))}" if ranks else ""
+
+
+class _Pieces(Points):
+    """The points to project, made a piece at a time at each iteration."""
 
     def __init__(
-        self, admm: ADMM, parameters: Mapping[str, nn.Parameter], value: Callable[[nn.Parameter], Tensor]
+        self, admm: ADMM, tensors: list[ConstrainedTensor], value: Callable[[ConstrainedTensor, slice], Tensor]
     ) -> None:
-        self.admm, self.parameters, self.value = admm, parameters, value
+        self.admm, self.tensors, self.value = admm, tensors, value
+        self.shapes = [tensor.part.shape for tensor in tensors]
+        self.parts = dist.get_world_size() if any(tensor.part.sharded for tensor in tensors) else 1
+        self.device = tensors[0].p.device
 
     def __iter__(self) -> Iterator[Point]:
-        for name, p in self.parameters.items():
-            yield Point(name, self.value(p), self.admm.importance(p))
+        for index, tensor in enumerate(self.tensors):
+            for rows, matrix, matrices in tensor.pieces():
+                v = self.value(tensor, rows)
+                yield Point(v, self.admm.importance(tensor, rows), index, matrix, matrices, tensor.part)
+
+    def add(self, t: Tensor) -> Tensor:
+        return self.admm._add(t)

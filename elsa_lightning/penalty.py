@@ -25,19 +25,19 @@ class Schedule:
         shape: How the penalty reaches it: at once, or from 0 as a line or half a cosine, or exponentially
             from a thousandth.
         interval: Optimizer steps between projections (K). None takes a 64th of the ADMM phase, at most 32.
-        ramp: Fraction of all steps over which the sparsity rises to its target, as 1 − (1 − t)³; 0 asks for the
-            target from the first projection.
+        ramp: Fraction of all steps over which the sparsity rises to its target, as 1 − (1 − t)³ from what the set
+            begins with; 0 asks for the target from the first projection.
         frozen: Fraction of all steps, the last ones, that form the frozen phase; 0 for none.
 
     Raises:
         ValueError: A value is out of range.
     """
 
-    penalty: float = 1.0
-    shape: PenaltySchedule = "cosine"
+    penalty: float = 2.0
+    shape: PenaltySchedule = "constant"
     interval: int | None = None
     ramp: float = 0.4
-    frozen: float = 0.5
+    frozen: float = 0.4
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.penalty) and self.penalty >= 0):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from elsa_lightning.threshold import Scores, largest
+
 
 def unstructured(v: Tensor, importance: Tensor | None, kept: int) -> Tensor:
     """Return the support of argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over z with ``kept`` non-zeros in each matrix.
@@ -20,25 +22,15 @@ def unstructured(v: Tensor, importance: Tensor | None, kept: int) -> Tensor:
     Returns:
         Mask of the shape of ``v``, True where an entry is kept.
     """
-    matrices = v.reshape(-1, v.shape[-2] * v.shape[-1])
-    magnitude = matrices.abs()
-    score = magnitude if importance is None else magnitude.square() * importance.reshape(magnitude.shape)
-    return _largest(score, magnitude, kept).view(v.shape)
+    size = v.shape[-2] * v.shape[-1]
+    if kept <= 0 or kept >= size:
+        return torch.full_like(v, kept > 0, dtype=torch.bool)
+    score, magnitude = distance(v, importance).view(-1, size), v.abs().float().view(-1, size)
+    pools = torch.arange(len(score), device=v.device)
+    (mask,) = largest(lambda: [Scores(score, magnitude, 0)], pools, torch.full_like(pools, kept))
+    return mask.view(v.shape)
 
 
-def _largest(score: Tensor, tiebreak: Tensor, k: int) -> Tensor:
-    """Return a mask of exactly ``k`` largest entries in each row of ``score`` ``(rows, n)``."""
-    n = score.shape[1]
-    if k <= 0 or k >= n:
-        return torch.full_like(score, k > 0, dtype=torch.bool)
-    threshold = score.kthvalue(n - k + 1, dim=1, keepdim=True).values
-    mask = score > threshold
-    tied = score == threshold
-    places = k - mask.sum(dim=1)
-    if bool((tied.sum(dim=1) == places).all()):
-        return mask.logical_or_(tied)
-    for row, free in enumerate(places.tolist()):
-        candidates = tied[row].nonzero().squeeze(1)
-        order = tiebreak[row, candidates].sort(descending=True, stable=True).indices
-        mask[row, candidates[order[:free]]] = True
-    return mask
+def distance(v: Tensor, importance: Tensor | None) -> Tensor:
+    """Return √F |v| in float32, whose square is what zeroing each entry costs; it has the range of v."""
+    return v.abs().float() if importance is None else (v.abs() * importance.sqrt()).float()

@@ -6,7 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
 from torch import nn
+
+from elsa_lightning.sharding import clean, local, part_of, parts_of, settle
 
 ALL_LINEAR = "all-linear"
 
@@ -30,7 +34,7 @@ class Selection:
     @property
     def constrained(self) -> int:
         """Elements of the constrained parameters."""
-        return sum(p.numel() for p in self.parameters.values())
+        return sum(_size(p) for p in self.parameters.values())
 
     def summary(self) -> str:
         """Return one line for the log: how much is constrained."""
@@ -79,7 +83,7 @@ def select(model: nn.Module, targets: Sequence[str] = (ALL_LINEAR,), ignore: Seq
     Raises:
         ValueError: A pattern is no regular expression or matches nothing, or nothing is left to constrain.
     """
-    names = dict(model.named_parameters())
+    names = {clean(name): p for name, p in model.named_parameters()}
     heads = _embeddings_and_heads(model)
     matched: set[str] = set()
     for target in targets:
@@ -94,18 +98,25 @@ def select(model: nn.Module, targets: Sequence[str] = (ALL_LINEAR,), ignore: Seq
             f"nothing to constrain: targets={list(targets)} and ignore={list(ignore)} select none of the model's "
             f"{len(names)} parameters; '{ALL_LINEAR}' needs nn.Linear or Conv1D layers, other models need name patterns"
         )
-    if vectors := [name for name, p in chosen.items() if p.dim() < 2]:
+    if vectors := [name for name, p in chosen.items() if len(part_of(p).shape) < 2]:
         raise ValueError(
-            f"targets select {vectors[0]!r}, which is no matrix (shape {tuple(chosen[vectors[0]].shape)}); "
+            f"targets select {vectors[0]!r}, which is no matrix (shape {tuple(part_of(chosen[vectors[0]]).shape)}); "
             f"norms and biases stay dense: make the pattern more specific, for example 'proj.*weight'"
         )
     exempt = {name for name, p in names.items() if id(p) in heads or name in ignored} - chosen.keys()
     return Selection(
         parameters=chosen,
-        total=sum(p.numel() for p in names.values()),
-        exempt=sum(names[name].numel() for name in exempt),
-        left_out={n: p.numel() for n, p in names.items() if p.dim() > 1 and n not in chosen and n not in exempt},
-    )
+        total=sum(_size(p) for p in names.values()),
+        exempt=sum(_size(names[name]) for name in exempt),
+        left_out={
+            n: _size(p) for n, p in names.items()
+            if len(part_of(p).shape) > 1 and n not in chosen and n not in exempt
+        },
+    )  # fmt: skip
+
+
+def _size(p: nn.Parameter) -> int:
+    return part_of(p).shape.numel()
 
 
 def _search(argument: str, pattern: str, names: dict[str, nn.Parameter]) -> set[str]:
@@ -121,7 +132,7 @@ def _search(argument: str, pattern: str, names: dict[str, nn.Parameter]) -> set[
 
 def _linear_weights(model: nn.Module, heads: set[int]) -> set[str]:
     return {
-        f"{name}.weight" if name else "weight"
+        clean(f"{name}.weight" if name else "weight")
         for name, module in model.named_modules()
         # transformers' Conv1D is recognised by name, so that transformers is not imported for it
         if (isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")))
@@ -156,6 +167,12 @@ def _embeddings_and_heads(model: nn.Module) -> set[int]:
 
 
 def count_zeros(model: nn.Module) -> tuple[int, int]:
-    """Return (zeros, elements) of the weights that ``all-linear`` means."""
-    weights = select(model).parameters.values()
-    return sum(int((p == 0).sum()) for p in weights), sum(p.numel() for p in weights)
+    """Return (zeros, elements) of the weights that ``all-linear`` means, over all processes."""
+    settle(model)
+    parts = parts_of(select(model).parameters.values())
+    zeros = sum(int((local(p) == 0).sum()) for p, part in parts.items() if part.counts)
+    if any(part.sharded for part in parts.values()):
+        total = torch.tensor(zeros, device=next(iter(parts)).device)
+        dist.all_reduce(total)
+        zeros = int(total)
+    return zeros, sum(part.shape.numel() for part in parts.values())

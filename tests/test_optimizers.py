@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from elsa_lightning.adam8bit import Adam8bit
 from elsa_lightning.optimizers import second_moment
 
 
@@ -49,3 +50,33 @@ def test_there_is_none_without_one_or_before_the_first_step() -> None:
     optimizer = torch.optim.Adam([p])
     assert second_moment(optimizer, p) is None
     assert not optimizer.state, "looking must not create state"
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, bitsandbytes.optim.Adam8bit, Adam8bit])
+def test_rows_of_a_second_moment_are_rows_of_all_of_it(kind: type) -> None:
+    p, optimizer = stepped(kind)
+    whole = second_moment(optimizer, p)
+    assert whole is not None
+    for rows in (slice(0, 128), slice(3, 4), slice(5, 99)):
+        some = second_moment(optimizer, p, rows)
+        assert some is not None and torch.equal(some, whole[rows])
+
+
+def test_our_8_bit_adam_is_that_of_bitsandbytes_where_rows_are_whole_blocks() -> None:
+    def trained(kind: type) -> torch.Tensor:
+        p = nn.Parameter(torch.randn(16, 512, generator=torch.Generator().manual_seed(0)))
+        optimizer = kind([p], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(20):
+            p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        return p.detach()
+
+    assert torch.equal(trained(Adam8bit), trained(bitsandbytes.optim.Adam8bit))
+
+
+def test_our_8_bit_adam_stays_near_adam_where_rows_are_not() -> None:
+    (p, optimizer), (exact, _) = stepped(Adam8bit), stepped(torch.optim.Adam)
+    assert optimizer.state[p]["state1"].shape == (128, 256) and optimizer.state[p]["absmax1"].shape == (128, 1)
+    start = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    assert float((p - exact).norm() / (exact - start).norm()) < 0.05

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from elsa_lightning import Unstructured
-from elsa_lightning.constraints import Point
+from elsa_lightning.constraints import AT_ONCE, WholePoints
 from elsa_lightning.projections import unstructured
 
 SPECIAL = [0.0, 1.0, -1.0, 2.0, -2.0, 1e-42, 1e30, math.inf]
@@ -34,7 +34,9 @@ def test_exactly_k_of_each_matrix_survive_and_they_are_the_best(case: tuple[Tens
     for index in range(v.shape[0] if v.dim() == 3 else 1):
         f = torch.ones_like(v) if importance is None else importance
         one_v, one_f, one_mask = ((t[index] if t.dim() == 3 else t).flatten() for t in (v, f, mask))
-        score = [(float(a * a * b), float(a.abs()), -i) for i, (a, b) in enumerate(zip(one_v, one_f, strict=True))]
+        score = [
+            (float(a.abs() * b.sqrt()), float(a.abs()), -i) for i, (a, b) in enumerate(zip(one_v, one_f, strict=True))
+        ]
         score = [(-math.inf if math.isnan(s) else s, m, i) for s, m, i in score]
         if any(s == -math.inf for s, _, _ in score):
             continue  # 0 · inf has no rank
@@ -62,10 +64,53 @@ def test_is_idempotent_and_the_identity_inside_the_set() -> None:
 
 @pytest.mark.parametrize(("sparsity", "kept"), [(0.0, 100), (0.5, 50), (0.9, 10), (0.999, 1), (0.014, 99), (0.016, 98)])
 def test_the_sparsity_is_counted_per_matrix(sparsity: float, kept: int) -> None:
-    points = [Point("a", torch.randn(10, 10), None), Point("experts", torch.randn(3, 20, 5), torch.rand(3, 20, 5))]
+    points = WholePoints([(torch.randn(10, 10), None), (torch.randn(3, 20, 5), torch.rand(3, 20, 5))])
     matrix, experts = Unstructured(sparsity).project(points)
     assert int(matrix.sum()) == kept
-    assert experts.sum(dim=(1, 2)).tolist() == [kept] * 3
+    assert experts.view(3, 100).sum(dim=1).tolist() == [kept] * 3
+
+
+@st.composite
+def tied_points(draw: st.DrawFn) -> tuple[list[tuple[Tensor, Tensor]], int]:
+    few = st.sampled_from([0.0, 0.5, -0.5, 1.0, -1.0, 2.0])
+    points = [
+        (
+            torch.tensor(draw(st.lists(few, min_size=a * b, max_size=a * b))).view(a, b),
+            torch.tensor(draw(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=a * b, max_size=a * b))).view(a, b),
+        )
+        for a, b in [(3, 4), (2, 5), (4, 2)]
+    ]
+    return points, draw(st.integers(0, 29))
+
+
+@settings(max_examples=200, deadline=None)
+@given(tied_points())
+def test_one_budget_for_all_tensors_keeps_the_largest_relative_scores(
+    case: tuple[list[tuple[Tensor, Tensor]], int],
+) -> None:
+    points, zeros = case
+    masks = list(Unstructured(zeros / 30, scope="model").project(WholePoints(points)))
+    entries = []
+    for v, importance in points:
+        score = v.abs() * importance.sqrt()
+        score = score / score.double().square().mean().sqrt().float().clamp_min(1e-30)
+        entries += zip(score.flatten().tolist(), v.abs().flatten().tolist(), strict=True)
+    best = sorted(range(30), key=lambda i: (*entries[i], -i), reverse=True)[: 30 - zeros]
+    assert set(torch.cat([mask.flatten() for mask in masks]).nonzero().flatten().tolist()) == set(best)
+
+
+def test_one_budget_leaves_more_where_few_entries_carry_the_weight() -> None:
+    generator = torch.Generator().manual_seed(0)
+    even = torch.ones(20, 20) + 0.01 * torch.randn(20, 20, generator=generator)
+    uneven = torch.randn(20, 20, generator=generator) ** 5
+    points = WholePoints([(even, None), (uneven, None)])
+    even_mask, uneven_mask = Unstructured(0.5, scope="model").project(points)
+    assert int(even_mask.sum() + uneven_mask.sum()) == 400 and int(even_mask.sum()) > 300
+
+
+def test_an_unknown_scope_is_refused() -> None:
+    with pytest.raises(ValueError, match="scope must be 'tensor' or 'model', got 'layer'"):
+        Unstructured(0.5, scope="layer")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +122,9 @@ def test_a_sparsity_out_of_range_is_refused(sparsity: float, message: str) -> No
         Unstructured(sparsity)
 
 
-def test_relaxing_goes_from_everything_to_the_set() -> None:
-    assert Unstructured(0.8).relaxed(0) == Unstructured(0.0)
-    assert Unstructured(0.8).relaxed(0.5) == Unstructured(0.4)
-    assert Unstructured(0.8).relaxed(1) == Unstructured(0.8)
+def test_relaxing_goes_from_what_is_cut_at_once_to_the_set() -> None:
+    assert Unstructured(0.9).relaxed(0) == Unstructured(AT_ONCE)
+    assert AT_ONCE < Unstructured(0.9).relaxed(0.5).sparsity < 0.9
+    assert Unstructured(0.9).relaxed(1) == Unstructured(0.9)
+    for tightness in (0, 0.5, 1):
+        assert Unstructured(0.6).relaxed(tightness) == Unstructured(0.6)

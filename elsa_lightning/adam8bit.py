@@ -1,0 +1,159 @@
+"""bitsandbytes' 8-bit Adam on parameters of any layout."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import bitsandbytes.optim
+import torch
+from bitsandbytes import functional
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from elsa_lightning.optimizers import BNB_BLOCK
+from elsa_lightning.sharding import check_rows, laid_out_like, local, part_of
+
+
+class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
+    """bitsandbytes' Adam8bit, with state that shards and reshards as the weights do.
+
+    The kernels are bitsandbytes' own. Blocks of 256 entries run along rows, never across: what is stored of a row
+    depends on that row alone, so checkpoints move between any numbers of processes unchanged. Rows that are no
+    multiple of 256 are filled up. Matrices from ``min_8bit_size`` entries on, counted over all processes, get 8-bit
+    state, everything else float32.
+
+    On the flat slices of FSDP1 blocks begin with the slice, and state is saved as float32 numbers that are rounded to
+    the same 8 bits when it is loaded. What is a matrix there is known once :func:`elsa_lightning.sharding.mark_slices`
+    has seen the model, as :class:`~elsa_lightning.ElsaCallback` has it do.
+
+    Args:
+        params: As of any optimizer; DTensors too.
+        lr: Learning rate.
+        betas: Decay rates of the two moments.
+        eps: Added to the denominator.
+        weight_decay: Factor of the weights added to the gradient.
+        min_8bit_size: Entries of the smallest matrix with 8-bit state.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        min_8bit_size: int = 4096,
+    ) -> None:
+        super().__init__(params, lr, tuple(betas), eps, weight_decay, min_8bit_size=min_8bit_size)
+        self.register_state_dict_post_hook(_saved)
+
+    def _in_8_bits(self, p: nn.Parameter) -> bool:
+        shape = part_of(p).shape
+        return len(shape) > 1 and shape.numel() >= int(self.args.min_8bit_size)
+
+    @torch.no_grad()
+    def init_state(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
+        """Make room for the moments."""
+        state = self.state[p]
+        state["step"] = 0
+        if not self._in_8_bits(p):
+            state["state1"], state["state2"] = (torch.zeros_like(p, dtype=torch.float32) for _ in range(2))
+            return
+        check_rows("a parameter of Adam8bit", p, BNB_BLOCK)
+        self._make_room(p)
+
+    def _make_room(self, p: nn.Parameter) -> None:
+        state, x = self.state[p], local(p)
+        blocks, all_blocks = -(-x.shape[-1] // BNB_BLOCK), -(-p.shape[-1] // BNB_BLOCK)
+
+        def room(each: int, dtype: torch.dtype) -> Tensor:
+            empty = torch.zeros((*x.shape[:-1], each * blocks), dtype=dtype, device=x.device)
+            return laid_out_like(p, empty, each * all_blocks)
+
+        for index in "12":
+            flat = part_of(p).start is not None  # not filled up
+            state[f"state{index}"] = torch.zeros_like(x, dtype=torch.uint8) if flat else room(BNB_BLOCK, torch.uint8)
+            state[f"absmax{index}"] = room(1, torch.float32)
+        self._add_code_books(p)
+
+    def _add_code_books(self, p: nn.Parameter) -> None:
+        state = self.state[p]
+        for index, name in (("1", "dynamic"), ("2", "udynamic")):
+            self.name2qmap[name] = self.name2qmap[name].to(p.device)
+            state[f"qmap{index}"] = self.name2qmap[name]
+
+    @torch.no_grad()
+    def update_step(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
+        """Make a step of one parameter's local entries."""
+        state = self.state[p]
+        state["step"] += 1
+        x, grad = local(p), local(cast(Tensor, p.grad)).contiguous()
+        if x.numel() == 0:
+            return
+        beta1, beta2 = group["betas"]
+        first, second = local(state["state1"]), local(state["state2"])
+        if first.dtype == torch.float32:
+            functional.optimizer_update_32bit(
+                "adam", grad, x, first, beta1, group["eps"], state["step"], group["lr"], second, beta2, 0.0,
+                0.0, group["weight_decay"], 1.0, None, max_unorm=0.0, skip_zeros=False,
+            )  # fmt: skip
+            return
+        filler = first.shape[-1] - x.shape[-1]
+        weights, grad = (nn.functional.pad(t, (0, filler)) if filler else t for t in (x, grad))
+        scales = [local(state[name]).view(-1) for name in ("absmax1", "absmax2")]
+        functional.optimizer_update_8bit_blockwise(
+            "adam", grad, weights, first, second, beta1, beta2, 0.0, 0.0, group["eps"], state["step"], group["lr"],
+            state["qmap1"], state["qmap2"], scales[0], scales[1], group["weight_decay"],
+        )  # fmt: skip
+        if filler:
+            x.copy_(weights[..., : x.shape[-1]])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state with the moments as they are and without the code books, which are the same for all."""
+        state_dict: dict[str, Any] = Optimizer.state_dict(self)
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+        """Restore the state, dtypes included."""
+        super().load_state_dict(state_dict, move_to_device)
+        for p, state in self.state.items():
+            if "state1" in state and "absmax1" not in state and self._in_8_bits(p):
+                self._round(p)
+            if "absmax1" in state:
+                self._add_code_books(p)
+
+    def _round(self, p: nn.Parameter) -> None:
+        """Round moments that FSDP1 saved."""
+        state = self.state[p]
+        moments = {index: state[f"state{index}"].to(p.device) for index in "12"}
+        self._make_room(p)
+        for index, moment in moments.items():
+            codes, scales = state[f"state{index}"], state[f"absmax{index}"]
+            filled = nn.functional.pad(moment, (0, codes.shape[-1] - moment.shape[-1]))
+            rounded, quantised = functional.quantize_blockwise(
+                filled.float().contiguous(), code=state[f"qmap{index}"], blocksize=BNB_BLOCK
+            )
+            codes.copy_(rounded.view(codes.shape))
+            scales.copy_(quantised.absmax.view(scales.shape))
+
+
+def _saved(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict without the code books, and with flat slices as float32."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+    states = {}
+    for index, p in zip(indices, parameters, strict=True):
+        if index not in state_dict["state"]:
+            continue
+        state = state_dict["state"][index]
+        states[index] = {key: value for key, value in state.items() if not key.startswith("qmap")}
+        if part_of(p).start is None or "absmax1" not in state:
+            continue
+        for key in "12":
+            codes, scales = state[f"state{key}"], states[index].pop(f"absmax{key}")
+            scale = scales.repeat_interleave(BNB_BLOCK)[: codes.numel()]
+            moment = scale * state[f"qmap{key}"][codes.int()]
+            if key == "1":  # the lowest code stands for -0.993, and what gave the scale must give it again
+                moment = torch.where(codes == 0, -scale, moment)
+            states[index][f"state{key}"] = moment
+    return {**state_dict, "state": states}

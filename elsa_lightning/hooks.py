@@ -1,0 +1,100 @@
+"""Inside other people's optimizers: between the final gradients and the step, after the step, and at loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+class StepHooks:
+    """Calls back at every step of an optimizer, whoever makes it, and keeps our state's dtypes when it is loaded.
+
+    Args:
+        optimizer: Any torch optimizer.
+        keys: Names of our tensors in its state.
+        before: Called once the gradients of a step are final, with the loss where there is one. With a closure
+            (Lightning's automatic optimisation) they are when it returns, after accumulation and clipping.
+        after: Called after the step.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, keys: Collection[str], before: Callable[[Any], None], after: Callable[[], None]
+    ) -> None:
+        self.keys, self.before, self.after = keys, before, after
+        self._depth = 0
+        self._stash: dict[nn.Parameter, dict[str, Any]] = {}
+        # bitsandbytes loads state by itself and casts what is not named here
+        if hasattr(optimizer, "non_castable_tensor_keys"):
+            optimizer.non_castable_tensor_keys |= set(keys)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def reset(self) -> None:
+        """Forget a step that was interrupted."""
+        self._depth = 0
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        self._depth += 1
+        if self._depth > 1:  # a subclass whose step calls its parent's fires the hooks twice
+            return None
+        args = list(args)
+        closure: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._prepare(None)
+            return None
+
+        def wrapped() -> Any:
+            try:
+                loss = closure()
+            except BaseException:
+                self.reset()  # the post-hook will not run
+                raise
+            self._prepare(loss)
+            return loss
+
+        if len(args) > 1:
+            args[1] = wrapped
+            return tuple(args), kwargs
+        return tuple(args), {**kwargs, "closure": wrapped}
+
+    def _prepare(self, loss: Any) -> None:
+        try:
+            self.before(loss)
+        except BaseException:
+            self.reset()
+            raise
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth = max(0, self._depth - 1)
+        if self._depth == 0:
+            self.after()
+
+    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Set our tensors aside: torch would cast them to the parameter's dtype."""
+        states = {index: dict(state) for index, state in state_dict["state"].items()}
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._stash = {
+            p: {key: states[index].pop(key) for key in self.keys if key in states[index]}
+            for index, p in zip(indices, parameters, strict=False)
+            if index in states
+        }
+        return {**state_dict, "state": states}
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        for p, ours in self._stash.items():
+            if ours:
+                optimizer.state[p].update({key: value.to(p.device, copy=True) for key, value in ours.items()})
+        self._stash = {}

@@ -1,0 +1,69 @@
+"""Selection by counting bits equals a sort, for any ties, pools and pieces."""
+
+import itertools
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from elsa_lightning.sharding import Part
+from elsa_lightning.threshold import Scores, largest
+
+few = st.sampled_from([0.0, 1e-42, 0.25, 1.0, 3.0, float("inf")])
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], bool, list[list[int]]]:
+    matrices, ties, cuts = [], [], []
+    for n in draw(st.lists(st.integers(1, 12), min_size=1, max_size=4)):
+        matrices.append(torch.tensor(draw(st.lists(few, min_size=n, max_size=n))))
+        ties.append(torch.tensor(draw(st.lists(few, min_size=n, max_size=n))))
+        cuts.append(sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=2))}))
+    return matrices, ties, draw(st.booleans()), cuts
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases(), st.data())
+def test_the_largest_survive_wherever_the_tensors_are_cut(
+    case: tuple[list[Tensor], list[Tensor], bool, list[list[int]]], data: st.DataObject
+) -> None:
+    matrices, ties, together, cuts = case
+    sizes = [sum(map(len, matrices))] if together else list(map(len, matrices))
+    kept = [data.draw(st.integers(1, size)) for size in sizes]
+    pools = torch.zeros(len(matrices), dtype=torch.int64) if together else torch.arange(len(matrices))
+
+    def scores() -> list[Scores]:
+        return [
+            Scores(matrix[None, a:b], tie[None, a:b], index)
+            for index, (matrix, tie, cut) in enumerate(zip(matrices, ties, cuts, strict=True))
+            for a, b in itertools.pairwise(cut)
+        ]
+
+    found = torch.cat([mask.flatten() for mask in largest(scores, pools, torch.tensor(kept))])
+    expected, start = torch.zeros_like(found), 0
+    for size, k in zip(sizes, kept, strict=True):
+        score, tie = torch.cat(matrices)[start : start + size], torch.cat(ties)[start : start + size]
+        best = sorted(range(size), key=lambda i: (-score[i], -tie[i], i))[:k]
+        expected[[start + i for i in best]] = True
+        start += size
+    assert torch.equal(found, expected)
+
+
+def test_noise_depends_on_the_place_in_the_whole_and_not_on_the_cut() -> None:
+    shape, cpu = torch.Size((3, 10, 16)), torch.device("cpu")
+    whole = Part(shape, (0, 0, 0)).noise(shape, slice(0, 30), 7, cpu).view(shape)
+    rows = Part(shape, (1, 0, 0)).noise(torch.Size((2, 10, 16)), slice(0, 20), 7, cpu).view(2, 10, 16)
+    columns = Part(shape, (0, 0, 8)).noise(torch.Size((3, 10, 8)), slice(5, 30), 7, cpu)
+    assert torch.equal(rows, whole[1:])
+    assert torch.equal(columns, whole.view(30, 16)[5:, 8:])
+    other = Part(shape, (0, 0, 0)).noise(shape, slice(0, 30), 8, cpu)
+    assert int((other.view(shape) == whole).sum()) < 3
+
+
+def test_noise_is_even_in_every_bit() -> None:
+    shape = torch.Size((512, 256))
+    bits = Part(shape, (0, 0)).noise(shape, slice(0, 512), 3, torch.device("cpu"))
+    for bit in range(32):
+        share = float(((bits >> bit) & 1).float().mean())
+        assert abs(share - 0.5) < 5 * 0.5 / shape.numel() ** 0.5
