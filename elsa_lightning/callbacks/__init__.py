@@ -2,5 +2,6 @@
 
 from elsa_lightning.callbacks.elsa import ElsaCallback
 from elsa_lightning.callbacks.export import SaveHuggingFace
+from elsa_lightning.callbacks.terminate import SaveOnTerminate
 
-__all__ = ["ElsaCallback", "SaveHuggingFace"]
+__all__ = ["ElsaCallback", "SaveHuggingFace", "SaveOnTerminate"]

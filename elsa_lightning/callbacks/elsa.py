@@ -7,19 +7,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from elsa_lightning.admm import ADMM, Prox, Update, check_prox
+from elsa_lightning.callbacks.health import Health
+from elsa_lightning.checkpoints import WRITTEN_LAST, check_whole, saved_state_keys
 from elsa_lightning.constraints import Constraint, Unstructured
 from elsa_lightning.penalty import PenaltySchedule, Schedule
 from elsa_lightning.report import mask_mosaic
 from elsa_lightning.selection import ALL_LINEAR, select
+from elsa_lightning.sharding import mark_slices, settle
+from elsa_lightning.state import StateDtype, check_state_dtype
 
 _MOSAICS = 10  # pictures of the masks in a run
 
@@ -38,14 +51,16 @@ class ElsaCallback(Callback):
     Args:
         sparsity: Fraction of zeros in each constrained tensor, 0 ≤ sparsity < 1.
         constraint: The set of sparse weights, where it is not ``Unstructured(sparsity)``. Give one of the two.
-        penalty: How hard the weights are pulled to the set: κ, without a unit, for ``tracked`` and
+        penalty: How hard the weights are held to the set: κ, without a unit, for ``hard`` and
             ``decoupled``; the published λ for ``coupled``.
         penalty_schedule: How the penalty reaches that value.
-        prox: The form of the pull. ``tracked``: in the optimizer's metric, on the pruned weights only;
-            ``decoupled``: on all of them; ``coupled``: as published, through the gradient.
+        prox: The form of the x-update. ``hard``: the weights are on the set after every step, and the dual
+            remembers what the loss asks of pruned ones; ``decoupled``: a pull in the optimizer's metric;
+            ``coupled``: as published, a pull through the gradient.
         interval: Optimizer steps between projections; None takes a 64th of the ADMM phase, at most 32.
-        ramp: Fraction of all steps over which the sparsity rises to its target.
+        ramp: Fraction of all steps over which the sparsity rises to its target, from 70 % or from less if that is all.
         frozen: Fraction of all steps, the last ones, in which the mask is fixed and the zeros are exact.
+        state_dtype: What the method's own number a weight is kept in: ``float32``, ``bfloat16`` or ``float8_e4m3fn``.
         targets: What to constrain: ``all-linear`` (every Linear and Conv1D weight but the LM head), or regular
             expressions of parameter names, or both.
         ignore: Regular expressions of parameter names that stay dense.
@@ -61,10 +76,11 @@ class ElsaCallback(Callback):
         constraint: Constraint | None = None,
         penalty: float = Schedule.penalty,
         penalty_schedule: PenaltySchedule = Schedule.shape,
-        prox: Prox = "tracked",
+        prox: Prox = "hard",
         interval: int | None = Schedule.interval,
         ramp: float = Schedule.ramp,
         frozen: float = Schedule.frozen,
+        state_dtype: StateDtype = "float32",
         targets: list[str] | None = None,
         ignore: list[str] | None = None,
         optimizer_index: int | None = None,
@@ -77,17 +93,19 @@ class ElsaCallback(Callback):
         self.constraint = constraint if constraint is not None else Unstructured(sparsity or 0.0)
         self.schedule = Schedule(penalty, penalty_schedule, interval, ramp, frozen)
         self.prox = check_prox(prox)
+        self.state_dtype = check_state_dtype(state_dtype)
         self.targets = list(targets or [ALL_LINEAR])
         self.ignore = list(ignore or [])
         self.optimizer_index = optimizer_index
         self.admm: ADMM | None = None
         self._first_step = 0  # optimizer steps that were made before pruning began
-        self._one_process = True
         self._saved_dense = -1  # optimizer step of the latest state dict without exact zeros
         self._state_dict_hook: RemovableHandle | None = None
+        self._watched: Strategy | None = None
         self._loaded: dict[str, Any] | None = None
         self._logged: Update | None = None
         self._mosaics = 0
+        self._health = Health()
 
     # ------------------------------------------------------------------ start
 
@@ -96,10 +114,18 @@ class ElsaCallback(Callback):
         if stage != "fit":
             return
         strategy = trainer.strategy
-        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
+        works = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
+        if not isinstance(strategy, works) or isinstance(strategy, DeepSpeedStrategy):
             raise ValueError(
-                f"ElsaCallback works on one device or with strategy='ddp', not with "
-                f"{type(strategy).__name__}, which shards or hides the parameters it constrains"
+                f"ElsaCallback works on one device, with strategy 'ddp' or 'fsdp', and with ModelParallelStrategy "
+                f"(FSDP2), not with {type(strategy).__name__}, which hides the parameters it constrains; to shard a "
+                f"model use lightning.pytorch.strategies.ModelParallelStrategy and shard it in configure_model, as "
+                f"CausalLM does"
+            )
+        if isinstance(strategy, FSDPStrategy) and not strategy.kwargs["use_orig_params"]:
+            raise ValueError(
+                "ElsaCallback needs FSDPStrategy with use_orig_params=True, Lightning's default: without it the "
+                "weights of a layer cannot be told from its bias"
             )
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
@@ -113,14 +139,20 @@ class ElsaCallback(Callback):
                 "ElsaCallback needs to know how long the run is, to schedule its penalty: set the Trainer's max_steps "
                 "or max_epochs (max_time may end it earlier)"
             )
-        self._one_process = trainer.world_size == 1
         # first, so that the zeros are there for every callback that saves or exports when training ends
         trainer.callbacks = [self, *(c for c in callbacks if c is not self)]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the parameters and attach to their optimizer, whose state is restored after this."""
-        selection = select(pl_module, self.targets, self.ignore)
         optimizer = self._optimizer(trainer.optimizers)
+        if fsdp := isinstance(trainer.strategy, FSDPStrategy):
+            mark_slices(trainer.strategy.model or pl_module)
+            if type(optimizer).__module__.startswith("bitsandbytes"):
+                raise ValueError(
+                    f"{type(optimizer).__name__} of bitsandbytes trains under FSDPStrategy, but its state cannot be "
+                    f"saved; use elsa_lightning.adam8bit.Adam8bit, which has the same kernels"
+                )
+        selection = select(pl_module, self.targets, self.ignore)
         self.admm = ADMM(
             optimizer,
             selection.parameters,
@@ -128,14 +160,59 @@ class ElsaCallback(Callback):
             total_steps=1,  # until on_train_start: asked now, Lightning would lose the place of stateful loaders
             schedule=self.schedule,
             prox=self.prox,
+            state_dtype=self.state_dtype,
         )
         self._detach_module()
-        self._state_dict_hook = pl_module.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-            lambda *_: self._before_saving(trainer)
-        )
+        if fsdp:
+            self._watch_fsdp(trainer)
+        else:
+            self._state_dict_hook = pl_module.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+                lambda *_: self._before_saving(trainer)
+            )
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            self._expect_what_is_loaded(trainer, pl_module)
         rank_zero_info(f"{self.constraint}: {selection.summary()}")
         if warning := selection.warning():
             rank_zero_warn(warning)
+
+    def _watch_fsdp(self, trainer: Trainer) -> None:
+        """See what is saved, before FSDP1 gathers it, and that what is loaded is whole."""
+        strategy = trainer.strategy
+        save, load = strategy.lightning_module_state_dict, strategy.load_checkpoint
+
+        def saving() -> dict[str, Any]:
+            self._before_saving(trainer)
+            return save()
+
+        def loading(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            check_whole(Path(strategy.broadcast(checkpoint_path)))
+            return load(checkpoint_path, *args, **kwargs)
+
+        strategy.lightning_module_state_dict = saving  # type: ignore[method-assign]
+        strategy.load_checkpoint = loading  # type: ignore[method-assign]
+        self._watched = strategy
+
+    def _expect_what_is_loaded(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make room for a checkpoint's state when it is about to be loaded; only the strategy is told which it is."""
+        assert self.admm is not None
+        admm, strategy = self.admm, trainer.strategy
+        load = strategy.load_checkpoint
+
+        def expecting(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            strategy.load_checkpoint = load  # type: ignore[method-assign]
+            path = Path(strategy.broadcast(checkpoint_path))
+            keys = saved_state_keys(path, pl_module, admm.optimizer, self.optimizer_index or 0)
+            admm.expect(keys)
+            unused = [p for p in pl_module.parameters() if p.requires_grad and p not in keys]
+            for p in unused:  # else torch insists on state that a parameter without gradient never had
+                p.requires_grad_(False)
+            try:
+                return load(checkpoint_path, *args, **kwargs)
+            finally:
+                for p in unused:
+                    p.requires_grad_(True)
+
+        strategy.load_checkpoint = expecting  # type: ignore[method-assign]
 
     def _optimizer(self, optimizers: list[Optimizer]) -> Optimizer:
         names = ", ".join(f"{i}: {type(o).__name__}" for i, o in enumerate(optimizers))
@@ -162,7 +239,7 @@ class ElsaCallback(Callback):
         if loaded:
             self.admm.load_state_dict(loaded["admm"])
             # at the end of an epoch load_state_dict has done it, before the loader drew the order of the next one
-            if self._one_process and not trainer.is_last_batch:
+            if not trainer.is_last_batch:
                 _restore_rng(loaded["rng"])
         elif self._first_step > 0:
             rank_zero_warn(
@@ -176,6 +253,7 @@ class ElsaCallback(Callback):
         """Go on where a request to stop was not heeded (min_steps, min_epochs)."""
         assert self.admm is not None
         if self.admm.suspended:
+            settle(trainer.strategy.model or pl_module)
             self.admm.resume()
 
     def on_train_batch_end(
@@ -183,10 +261,11 @@ class ElsaCallback(Callback):
     ) -> None:
         """Log a new update; make the zeros exact after the last step and before its checkpoint."""
         assert self.admm is not None
+        self._health.add_loss(outputs)
         if self.admm.last_update is not self._logged:
             self._log(trainer, pl_module, self.admm)
         if _is_last_step(trainer):
-            self.admm.finish()
+            self._finish(trainer)
         self._suspend_if_stopping(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -197,12 +276,17 @@ class ElsaCallback(Callback):
         """Make the zeros exact if the last epoch was cut short by ``on_train_batch_start``."""
         assert self.admm is not None
         if _is_last_step(trainer):
-            self.admm.finish()
+            self._finish(trainer)
+
+    def _finish(self, trainer: Trainer, resumable: bool = False) -> None:
+        assert self.admm is not None
+        settle(trainer.strategy.model or trainer.lightning_module)
+        self.admm.finish(resumable)
 
     def _suspend_if_stopping(self, trainer: Trainer) -> None:
         """Make the zeros exact, resumably, if the run ends here unless somebody takes the request to stop back."""
         if self.admm is not None and _is_stopping(trainer):
-            self.admm.finish(resumable=True)
+            self._finish(trainer, resumable=True)
 
     def _before_saving(self, trainer: Trainer) -> None:
         """See to it that what is saved after a request to stop, whoever made it, has the zeros."""
@@ -217,7 +301,7 @@ class ElsaCallback(Callback):
         """Make sure of the zeros, whatever ended the run, and say how it ended."""
         assert self.admm is not None
         if not self.admm.finished:
-            self.admm.finish(resumable=True)
+            self._finish(trainer, resumable=True)
             if self._saved_dense == trainer.global_step:
                 self._save_again(trainer)
             self._say_unfinished()
@@ -234,7 +318,10 @@ class ElsaCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Make the zeros exact, resumably, on Ctrl-C, before a checkpoint that is saved on exceptions."""
         if isinstance(exception, KeyboardInterrupt) and self.admm is not None and not self.admm.finished:
-            self.admm.finish(resumable=True)
+            if self.admm.sharded:  # the other processes may be anywhere, and a projection needs them
+                rank_zero_warn("Elsa is unfinished; ckpt_path resumes the run from its last checkpoint.")
+                return
+            self._finish(trainer, resumable=True)
             self._say_unfinished()
 
     def _say_unfinished(self) -> None:
@@ -254,6 +341,10 @@ class ElsaCallback(Callback):
         if self._state_dict_hook is not None:
             self._state_dict_hook.remove()
             self._state_dict_hook = None
+        if self._watched is not None:
+            for name in ("lightning_module_state_dict", "load_checkpoint"):
+                self._watched.__dict__.pop(name, None)
+            self._watched = None
 
     # ------------------------------------------------------------------ what a user sees
 
@@ -272,6 +363,8 @@ class ElsaCallback(Callback):
                 f"after {update.step} optimizer steps the constrained weights are no longer finite: the loss diverged. "
                 f"Lower the learning rate, clip gradients (gradient_clip_val) or lower penalty={self.schedule.penalty}"
             )
+        for warning in self._health.warnings(admm, values[0], values[2], values[3]):
+            rank_zero_warn(warning)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         # for progress bar and monitors; log_every_n_steps would drop most of these from the logger
@@ -279,7 +372,7 @@ class ElsaCallback(Callback):
         for name, value in metrics.items():
             pl_module.log(name, value, prog_bar=name in shown, logger=False)
         due = math.ceil(_MOSAICS * admm.step / admm.total_steps)
-        if due > self._mosaics:
+        if due > self._mosaics and not admm.sharded:  # no process has a whole mask
             self._mosaics = due
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
@@ -298,7 +391,7 @@ class ElsaCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the random state, before data is loaded, and keep the rest until the optimizer has its state."""
         self._loaded = state_dict or None
-        if self._loaded and self._one_process:
+        if self._loaded:
             _restore_rng(self._loaded["rng"])
 
 
@@ -332,17 +425,38 @@ def _is_last_step(trainer: Trainer) -> bool:
 
 def _global_step(checkpoint: str) -> int | None:
     """Return the step of a checkpoint that this run wrote; None where there is no such file."""
-    if not Path(checkpoint).is_file():
+    path = Path(checkpoint)
+    file = path / WRITTEN_LAST if path.is_dir() else path
+    if not file.is_file():
         return None
-    step: int = torch.load(checkpoint, map_location="meta", mmap=True, weights_only=False)["global_step"]
+    step: int = torch.load(file, map_location="meta", mmap=True, weights_only=False)["global_step"]
     return step
 
 
-def _rng() -> dict[str, Any]:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+def _rng() -> dict[str, Tensor]:
+    """Return the random state of every process, uint8 ``(processes, bytes)``."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    if not _distributed():
+        return {name: state[None] for name, state in states.items()}
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    gathered = {}
+    for name, state in states.items():
+        parts = [torch.empty_like(state, device=device) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, state.to(device))
+        gathered[name] = torch.stack(parts).cpu()
+    return gathered
 
 
-def _restore_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+def _restore_rng(states: dict[str, Tensor]) -> None:
+    """Go on with the random numbers of the run that saved them, if it had as many processes."""
+    world, rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
+    if len(states["cpu"]) == world:
+        torch.set_rng_state(states["cpu"][rank].cpu().clone())
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"][rank].cpu().clone())
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

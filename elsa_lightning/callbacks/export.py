@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 class SaveHuggingFace(Callback):
@@ -41,19 +44,34 @@ class SaveHuggingFace(Callback):
         """Write the folder, on the first process."""
         # every process asks for log_dir, which is a broadcast
         folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "hf").expanduser()
+        model: Any = pl_module.model
+        whole_state = _gather(model, trainer.strategy)
         if not trainer.is_global_zero:
             return
         _check_replaceable(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        model: Any = pl_module.model
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             whole = Path(temporary) / "whole"
-            model.save_pretrained(whole)
+            model.save_pretrained(whole, **whole_state)
             _save_tokenizer(getattr(pl_module, "path", None), whole)
             if folder.exists():
                 folder.replace(Path(temporary) / "former")
             whole.replace(folder)
         rank_zero_info(f"Model saved for from_pretrained: {folder}")
+
+
+def _gather(model: Any, strategy: Strategy) -> dict[str, Any]:
+    """Return what ``save_pretrained`` needs beside a sharded model: its whole state, on the first process's CPU."""
+    fsdp1 = isinstance(strategy, FSDPStrategy)
+    if not isinstance(model, nn.Module) or not (fsdp1 or any(isinstance(p, DTensor) for p in model.parameters())):
+        return {}
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    if not fsdp1:
+        return {"state_dict": get_model_state_dict(model, options=options)}
+    state = get_model_state_dict(cast(nn.Module, strategy.model), options=options)  # knows its units from the root on
+    return {"state_dict": {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}}
 
 
 def _save_tokenizer(path: str | None, folder: Path) -> None:

@@ -1,12 +1,11 @@
 """Two processes find what one finds on their data together: λ means the same at any world size."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 
 from elsa_lightning import ElsaCallback
 from elsa_lightning.callbacks import SaveHuggingFace
@@ -85,10 +84,16 @@ def test_a_run_of_two_processes_resumes_in_one(step: int, two: Path, tmp_path: P
     assert_close(resumed["weights"], load(two / "rank0.pt")["weights"])
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
-def test_a_strategy_that_shards_the_weights_is_refused(strategy: type[Any], tmp_path: Path) -> None:
-    """FSDP asks for a GPU when its Trainer is made, so the refusal is asked for directly."""
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (object.__new__(DeepSpeedStrategy), r"not with DeepSpeedStrategy.*to shard a model use .*ModelParallelStrategy"),
+        (FSDPStrategy(use_orig_params=False), r"needs FSDPStrategy with use_orig_params=True"),
+    ],
+)
+def test_a_strategy_that_hides_the_weights_is_refused(strategy: Strategy, message: str, tmp_path: Path) -> None:
+    """These ask for GPUs when their Trainer is made, so the refusal is asked for directly."""
     trainer = make_trainer(tmp_path, ElsaCallback(sparsity=0.9), max_steps=1)
-    trainer._accelerator_connector.strategy = strategy()
-    with pytest.raises(ValueError, match=f"one device or with strategy='ddp', not with {strategy.__name__}"):
+    trainer._accelerator_connector.strategy = strategy
+    with pytest.raises(ValueError, match=message):
         ElsaCallback(sparsity=0.9).setup(trainer, Net(), "fit")

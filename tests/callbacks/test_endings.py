@@ -1,5 +1,7 @@
 """However a run ends, and whoever ends it: what is saved has the zeros, and what is resumed does not notice."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from elsa_lightning import ElsaCallback
-from elsa_lightning.admm import REMOVED, SPLIT
+from elsa_lightning.callbacks import SaveOnTerminate
+from elsa_lightning.tensors import REMOVED, SPLIT
 from tests.callbacks.tiny import (
     BATCHES,
     At,
@@ -184,7 +187,7 @@ def test_a_loss_that_diverges_ends_with_what_to_change(lr: float, tmp_path: Path
             return torch.optim.SGD(self.parameters(), lr=lr)
 
     trainer = make_trainer(tmp_path, ElsaCallback(sparsity=0.9), max_steps=64)
-    message = r"no longer finite: the loss diverged.*[Ll]ower the learning rate.*gradient_clip_val.*penalty=1.0"
+    message = r"(no longer finite: the loss diverged|20 in a row).*[Ll]ower the learning rate.*gradient_clip_val"
     with pytest.raises(ValueError, match=message):
         trainer.fit(Hot(), loader())
 
@@ -212,3 +215,37 @@ def test_the_loaders_length_is_not_needed_with_max_steps(tmp_path: Path) -> None
     data = torch.utils.data.DataLoader(Endless(), batch_size=4)
     make_trainer(tmp_path, ElsaCallback(sparsity=0.9), max_steps=10, accumulate_grad_batches=2).fit(model, data)
     assert zeros(model.state_dict()) == EXACT
+
+
+def test_a_step_without_finite_gradients_changes_nothing_and_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Net):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("nan") if self.global_step == 4 else loss
+
+    def state(step: int) -> Any:
+        checkpoint = load(tmp_path / f"{step}.ckpt")
+        return checkpoint["state_dict"], checkpoint["optimizer_states"][0]["state"]
+
+    trainer = make_trainer(tmp_path, ElsaCallback(sparsity=0.9, interval=3), every_step(tmp_path), max_steps=20)
+    model = Broken()
+    trainer.fit(model, loader())
+    assert_same(state(4), state(5))
+    assert sum("after optimizer step 4 the gradients are not finite" in r.message for r in caplog.records) == 1
+    assert zeros(model.state_dict()) == EXACT
+
+
+def test_sigterm_saves_and_ends_as_a_terminated_process_does(tmp_path: Path) -> None:
+    def terminate(trainer: Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    former = signal.getsignal(signal.SIGTERM)
+    fit(tmp_path / "whole", every_step(tmp_path / "whole"))
+    with pytest.raises(SystemExit) as ended, pytest.warns(UserWarning, match="terminated after optimizer step 7"):
+        fit(tmp_path, At(7, terminate), SaveOnTerminate(str(tmp_path)))
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == former
+    fit(tmp_path, every_step(tmp_path), resume=tmp_path / "terminated-step=7.ckpt")
+    assert_same_run(tmp_path / "20.ckpt", tmp_path / "whole/20.ckpt")

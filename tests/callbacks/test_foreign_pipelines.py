@@ -187,7 +187,7 @@ def test_a_fragment_given_twice_is_refused(tmp_path: Path) -> None:
 def test_pruning_leaves_the_pipeline_as_it_was_when_it_does_nothing(tmp_path: Path) -> None:
     """With no sparsity and no penalty the run is theirs to the bit, dropout and data order included."""
     results = []
-    for callbacks in ([], [ElsaCallback(sparsity=0.0, penalty=0.0)]):
+    for callbacks in ([], [ElsaCallback(sparsity=0.0)]):
         seed_everything(0, verbose=False)
         model = DemoTransformer()
         make_trainer(tmp_path, *callbacks, max_epochs=2, gradient_clip_val=0.1, accumulate_grad_batches=2).fit(model)

@@ -52,30 +52,33 @@ def test_a_crash_after_any_step_costs_nothing(step: int, uninterrupted: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "precision", "prox"),
+    ("optimizer", "precision", "prox", "state_dtype"),
     [
-        ("adam", "bf16-true", "tracked"),
-        ("adam", "bf16-mixed", "coupled"),
-        ("adam8bit", "32-true", "tracked"),
-        ("adam8bit", "bf16-true", "decoupled"),
-        ("adam8bit", "bf16-mixed", "tracked"),
-        ("sgd", "32-true", "coupled"),
-        ("sgd", "bf16-true", "tracked"),
-        ("sgd", "bf16-mixed", "decoupled"),
+        ("adam", "bf16-true", "hard", "bfloat16"),
+        ("adam", "bf16-mixed", "coupled", "float8_e4m3fn"),
+        ("adam8bit", "32-true", "hard", "float32"),
+        ("adam8bit", "bf16-true", "decoupled", "float32"),
+        ("adam8bit", "bf16-true", "hard", "float8_e4m3fn"),
+        ("adam8bit", "bf16-mixed", "hard", "bfloat16"),
+        ("sgd", "32-true", "coupled", "float32"),
+        ("sgd", "bf16-true", "hard", "float8_e4m3fn"),
+        ("sgd", "bf16-mixed", "decoupled", "bfloat16"),
     ],
 )
 def test_every_precision_and_optimizer_resumes_exactly(
-    optimizer: str, precision: str, prox: str, tmp_path: Path
+    optimizer: str, precision: str, prox: str, state_dtype: str, tmp_path: Path
 ) -> None:
-    settings = {"net": {"optimizer": optimizer}, "elsa": {"prox": prox, "penalty": 0.1}, "precision": precision}
+    elsa = {"prox": prox, "penalty": 0.1, "state_dtype": state_dtype}
+    settings = {"net": {"optimizer": optimizer}, "elsa": elsa, "precision": precision}
     fit(tmp_path / "whole", every_step(tmp_path / "whole"), **settings)
     for step in (5, FREEZE, 15):
         fit(tmp_path / str(step), every_step(tmp_path / str(step)), resume=tmp_path / f"whole/{step}.ckpt", **settings)
         assert_same_run(tmp_path / str(step) / LAST, tmp_path / "whole" / LAST)
     first = load(tmp_path / "whole/5.ckpt")["optimizer_states"][0]["state"][0]
     first |= first.pop("__bnb_optimizer_quant_state__", {})
-    assert first["elsa_split"].dtype == torch.float32  # in a model of bfloat16 too
-    assert first["elsa_mask"].dtype == torch.bool
+    stored = torch.uint8 if state_dtype == "float8_e4m3fn" else getattr(torch, state_dtype)
+    assert first["elsa_split"].dtype == stored  # whatever the model's
+    assert first["elsa_mask"].dtype == torch.uint8
     assert (first["state1"].dtype == torch.uint8) if optimizer == "adam8bit" else True
 
 
@@ -149,7 +152,7 @@ def test_a_run_of_max_epochs_resumes_in_the_middle_of_an_epoch(step: int, tmp_pa
 def test_a_checkpoint_of_other_settings_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"other settings \(constraint: .*0\.9.* there, .*0\.8.* here\)"):
         fit(tmp_path, elsa={"sparsity": 0.8}, resume=uninterrupted / "6.ckpt")
-    with pytest.raises(ValueError, match="prox: tracked there, coupled here"):
+    with pytest.raises(ValueError, match="prox: hard there, coupled here"):
         fit(tmp_path, elsa={"prox": "coupled"}, resume=uninterrupted / "6.ckpt")
     with pytest.raises(ValueError, match="constrained tensors"):
         fit(tmp_path, elsa={"ignore": ["layers.0"]}, resume=uninterrupted / "6.ckpt")

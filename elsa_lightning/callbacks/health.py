@@ -1,0 +1,98 @@
+"""Notices, while a run goes on, that it goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from elsa_lightning.admm import ADMM
+
+_LATE = 0.75  # of the ADMM phase: from here on it should be closing
+_RESIDUAL = 0.2  # ‖x − z‖/‖x‖ that the final projection would cut off
+_FLIPS = 0.1  # of the kept entries, in one update
+_RISE = 1.5  # of the loss, over its lowest since the sparsity was reached
+_BATCHES = 16  # that the loss is averaged over, or more
+_DEAD = 0.1  # of the share that survives in the whole model
+_EMPTY_ROWS = 0.5
+
+
+class Health:
+    """Warns of each trouble once, with the setting that most likely changes it."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+        self._loss: Tensor | None = None
+        self._batches = 0
+        self._lowest = float("inf")
+
+    def add_loss(self, outputs: Any) -> None:
+        """Take the loss of a batch, as a training step returned it; nothing is read from the device."""
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            loss = loss.detach().float()
+            self._loss = loss if self._loss is None else self._loss + loss
+            self._batches += 1
+
+    def warnings(self, admm: ADMM, residual: float, flips: float, sparsity: float) -> Iterator[str]:
+        """Yield what is wrong at the update just made and was not said before."""
+        freeze, kept = admm.schedule.freeze_step(admm.total_steps), max(1 - sparsity, 1e-9)
+        if admm.schedule.tightness_at(admm.step, admm.total_steps) < 1:
+            return
+        found = list(self._rising())
+        if admm.step >= _LATE * freeze:
+            found += [*self._moving(admm, freeze, residual, flips / kept), *self._dead(admm, kept)]
+        for kind, message in found:
+            if kind not in self._said:
+                self._said.add(kind)
+                yield f"Elsa, step {admm.step} of {admm.total_steps}: {message}"
+
+    def _rising(self) -> Iterator[tuple[str, str]]:
+        if self._loss is None or self._batches < _BATCHES:
+            return
+        loss = float(self._loss) / self._batches
+        self._loss, self._batches = None, 0
+        lowest, self._lowest = self._lowest, min(self._lowest, loss)
+        if 0 < lowest < loss / _RISE:
+            message = (
+                f"the training loss is {loss:.3g} and was {lowest:.3g} since the full sparsity was reached: it "
+                f"diverges. Lower the learning rate, or clip gradients (gradient_clip_val)"
+            )
+            yield "loss", message
+
+    def _moving(self, admm: ADMM, freeze: int, residual: float, flips: float) -> Iterator[tuple[str, str]]:
+        penalty = f"penalty (now {admm.schedule.penalty:g})"
+        if residual > _RESIDUAL:
+            message = (
+                f"the weights are still {residual:.0%} of their norm away from the constraint, and the projection "
+                f"after step {freeze} will cut that off at once. Raise {penalty} or reach the full sparsity earlier "
+                f"(a smaller ramp, now {admm.schedule.ramp:g})"
+            )
+            yield "residual", message
+        if flips > _FLIPS:
+            message = (
+                f"the mask still moves: {flips:.0%} of what is kept was exchanged in the last update, and the mask is "
+                f"fixed after step {freeze}. Train longer, or raise {penalty}"
+            )
+            yield "flips", message
+
+    def _dead(self, admm: ADMM, kept: float) -> Iterator[tuple[str, str]]:
+        tensors, counts = admm.occupancy()
+        shares, rows = (counts[:, 0] / counts[:, 1]).tolist(), (counts[:, 2] / counts[:, 3].clamp_min(1)).tolist()
+        if names := [name for name, share in zip(tensors, shares, strict=True) if share < _DEAD * kept]:
+            message = (
+                f"hardly anything is left of {_list(names)}. Give every tensor the same sparsity (scope 'tensor'), or "
+                f"leave these dense (ignore)"
+            )
+            yield "dead", message
+        if names := [name for name, share in zip(tensors, rows, strict=True) if share > _EMPTY_ROWS]:
+            message = (
+                f"more than half of the outputs of {_list(names)} are always zero. Lower the sparsity, or leave these "
+                f"dense (ignore)"
+            )
+            yield "rows", message
+
+
+def _list(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

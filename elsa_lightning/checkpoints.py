@@ -1,0 +1,59 @@
+"""What a checkpoint holds, before it is loaded: a distributed one fills only tensors that are already there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+WRITTEN_LAST = "meta.pt"  # of a distributed checkpoint, by Lightning; what is no tensor
+
+Keys = dict[nn.Parameter, set[str]]
+
+
+def check_whole(path: Path) -> None:
+    """Raise ValueError if a distributed checkpoint was not written to its end."""
+    if path.is_dir() and not (path / WRITTEN_LAST).is_file():
+        raise ValueError(
+            f"{str(path)!r} is no whole checkpoint: the processes that wrote it were ended before it was complete; "
+            f"resume from an earlier one"
+        )
+
+
+def saved_state_keys(path: Path, model: nn.Module, optimizer: Optimizer, index: int) -> Keys:
+    """Return the names of what a Lightning checkpoint holds of an optimizer's state, by parameter.
+
+    Args:
+        path: A file, or the folder of a distributed checkpoint.
+        model: Whose parameters the optimizer trains.
+        optimizer: The one asked about.
+        index: Its place among the run's optimizers.
+
+    Raises:
+        ValueError: The checkpoint was not written to its end.
+    """
+    check_whole(path)
+    if path.is_dir():
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+        names = FileSystemReader(path).read_metadata().state_dict_metadata
+        return _of_flat_names(names, model, f"optimizer_{index}.state.")
+    checkpoint = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+    states: dict[Any, dict[str, Any]] = checkpoint["optimizer_states"][index]["state"]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    by_name = dict(model.named_parameters())
+    return {trained[k] if isinstance(k, int) else by_name[k]: set(state) for k, state in states.items()}
+
+
+def _of_flat_names(names: Iterable[str], model: nn.Module, prefix: str) -> Keys:
+    keys: Keys = {}
+    by_name = dict(model.named_parameters())
+    for name in names:
+        parameter, _, key = name.removeprefix(prefix).rpartition(".")
+        if name.startswith(prefix) and parameter in by_name:
+            keys.setdefault(by_name[parameter], set()).add(key)
+    return keys
