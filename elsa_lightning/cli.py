@@ -1,30 +1,96 @@
-"""The command line: ``elsa fit | validate | test | predict``."""
+"""The command line: ``elsa fit | validate | test | predict | plan``."""
 
 from __future__ import annotations
 
 import sys
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+import torch
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from elsa_lightning.callbacks.elsa import ElsaCallback
 from elsa_lightning.lm.data import CalibrationData
 from elsa_lightning.lm.module import CausalLM
+from elsa_lightning.plan import Plan, plan
+
+
+class ElsaTrainer(Trainer):
+    """A Trainer that can also say beforehand what a run takes."""
+
+    def plan(
+        self, model: CausalLM, datamodule: CalibrationData, devices: int = 1, gpu_memory: float | None = None
+    ) -> None:
+        """Print the memory that fit would take, and load nothing.
+
+        Args:
+            model: What would be pruned; only its configuration is read.
+            datamodule: The batches.
+            devices: GPUs that FSDP would shard over.
+            gpu_memory: GiB of each of them, to be told whether the run fits.
+        """
+        if devices < 1:
+            raise ValueError(f"devices must be 1 or more, got {devices}")
+        print(f"{model.name}, batches of {datamodule.batch_size} × {datamodule.seq_len} tokens on each device")
+        print(self.memory(model, datamodule).table(devices, gpu_memory))
+
+    def memory(self, model: CausalLM, datamodule: CalibrationData) -> Plan:
+        """Return the memory plan of this Trainer's run."""
+        precision = str(self.precision)
+        elsa = next((c for c in self.callbacks if isinstance(c, ElsaCallback)), None)  # type: ignore[attr-defined]
+        half = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+        return plan(
+            model.on_meta(),
+            model.optimizer,
+            dtype=half.get(precision, getattr(torch, model.dtype_name)),
+            autocast=precision.endswith("-mixed"),
+            targets=elsa.targets if elsa else (),
+            ignore=elsa.ignore if elsa else (),
+            state_dtype=elsa.state_dtype if elsa else None,
+            teacher=model.distillation > 0,
+            tokens=datamodule.batch_size * datamodule.seq_len,
+            checkpointing=model.gradient_checkpointing,
+        )
 
 
 class ElsaCLI(LightningCLI):
     """LightningCLI for a :class:`CausalLM` on :class:`CalibrationData`; the tokenizer follows the model."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the Trainer's methods with the arguments that are no options."""
+        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link the data's tokenizer to the model's name."""
         parser.link_arguments("model.name", "data.tokenizer")
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        if self.subcommand == "plan":  # for any machine, made on this one
+            config |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
+        return super()._instantiate_trainer(config, callbacks)
+
+    def before_fit(self) -> None:
+        """Say what memory the run takes; a model or optimizer that cannot be tried beforehand runs all the same."""
+        assert isinstance(self.trainer, ElsaTrainer)
+        try:
+            planned = self.trainer.memory(self.model, self.datamodule)
+        except OSError:  # no such model
+            raise
+        except Exception as error:
+            rank_zero_warn(f"the run's memory could not be planned: {type(error).__name__}: {error}")
+        else:
+            rank_zero_info(planned.table())
 
 
 def _shipped(argument: str) -> str:
     """Return ``configs/NAME.yaml`` as the packaged file where the working folder has none of that name."""
     value = argument.removeprefix("--config=")
     if not value.startswith(("configs/", "callbacks/")) or Path(value).exists():
-        return argument
+        return argument.replace("--gpu-memory", "--gpu_memory", 1)
     package = Path(str(files("elsa_lightning")))
     places = (package / value, package / "configs" / value, package.parent / value)  # a wheel's two, a checkout's
     found = next((str(place) for place in places if place.is_file()), value)
@@ -42,6 +108,7 @@ def main(args: list[str] | None = None) -> None:
     ElsaCLI(
         CausalLM,
         CalibrationData,
+        trainer_class=ElsaTrainer,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "elsa", "description": "Prune Hugging Face language models with Elsa."},

@@ -54,7 +54,7 @@ def test_sparsity_can_be_overridden_on_the_command_line(config: Path) -> None:
     assert elsa(built(config, "--trainer.callbacks.sparsity=0.35")).constraint == Unstructured(0.35)
 
 
-@pytest.mark.parametrize("config", [ROOT / "configs/elsa.yaml", ROOT / "configs/pretrain.yaml"], ids=name)
+@pytest.mark.parametrize("config", [ROOT / f"configs/{n}.yaml" for n in ("elsa", "elsa_l", "pretrain")], ids=name)
 def test_offline_configs_name_nothing_on_a_hub(config: Path) -> None:
     cli = built(config)
     assert Path(cli.model.path, "tokenizer.json").is_file()
@@ -90,7 +90,7 @@ def test_every_published_setting_is_shipped_and_marked_as_not_run() -> None:
     assert all("Not run here" in config.read_text().partition("seed_everything")[0] for config in PAPER)
 
 
-@pytest.mark.parametrize("config", [ROOT / "configs/elsa.yaml"], ids=name)
+@pytest.mark.parametrize("config", [ROOT / "configs/elsa.yaml", ROOT / "configs/elsa_l.yaml"], ids=name)
 def test_command_line_accepts_the_config(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["fit", "--config", str(config), "--trainer.max_steps", "7", "--print_config"])

@@ -40,6 +40,25 @@ class PackedTokens(Dataset[Tensor]):
         return ids if self.bos is None else torch.cat([torch.tensor([self.bos]), ids])
 
 
+class EvaluationShare(Dataset[dict[str, Tensor]]):
+    """Every ``world``-th sequence from ``rank`` on, for as many steps on every process; none is scored twice.
+
+    Where the sequences run out early one more is given whose labels say that nothing is to be scored.
+    """
+
+    def __init__(self, data: PackedTokens, world: int, rank: int) -> None:
+        self.data, self.world, self.rank = data, world, rank
+
+    def __len__(self) -> int:
+        return -(-len(self.data) // self.world)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return token ids and labels of a sequence: int64 ``(seq_len,)``."""
+        place = index * self.world + self.rank
+        ids = self.data[min(place, len(self.data) - 1)]
+        return {"input_ids": ids, "labels": ids if place < len(self.data) else torch.full_like(ids, -100)}
+
+
 class ResumableSampler(DistributedSampler[Tensor]):
     """A seeded shuffle per epoch that can leave out the samples an interrupted epoch already gave."""
 
@@ -194,7 +213,7 @@ class CalibrationData(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Return shuffled batches ``(batch_size, seq_len)``; a batch that would not be full is dropped."""
         data = self._sets["train"]
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        world, rank = self._world()
         sampler = ResumableSampler(data, num_replicas=world, rank=rank, shuffle=True, seed=self.seed, drop_last=True)
         self._loader = ResumableLoader(
             data, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers, drop_last=True
@@ -204,20 +223,29 @@ class CalibrationData(LightningDataModule):
         self._resume = {"batches": 0}
         return self._loader
 
-    def val_dataloader(self) -> DataLoader[Tensor]:
-        """Return the validation segments in order."""
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return the validation segments in order; several processes share them."""
         return self._in_order("validation")
 
-    def test_dataloader(self) -> DataLoader[Tensor]:
-        """Return the test segments in order."""
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return the test segments in order; several processes share them."""
         return self._in_order("test")
 
-    def predict_dataloader(self) -> DataLoader[Tensor]:
+    def predict_dataloader(self) -> DataLoader[Any]:
         """Return the test segments in order."""
-        return self._in_order("test")
+        return DataLoader(self._sets["test"], batch_size=self.eval_batch_size, num_workers=self.num_workers)
 
-    def _in_order(self, split: Split) -> DataLoader[Tensor]:
-        return DataLoader(self._sets[split], batch_size=self.eval_batch_size, num_workers=self.num_workers)
+    def _in_order(self, split: Split) -> DataLoader[Any]:
+        data = self._sets[split]
+        world, rank = self._world()
+        if world == 1:
+            return DataLoader(data, batch_size=self.eval_batch_size, num_workers=self.num_workers)
+        share = EvaluationShare(data, world, rank)
+        sampler: Any = DistributedSampler(share, num_replicas=1, rank=0, shuffle=False)  # Lightning leaves it alone
+        return DataLoader(share, batch_size=self.eval_batch_size, num_workers=self.num_workers, sampler=sampler)
+
+    def _world(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def protocol(self) -> str:
         """Say what perplexity was measured on: text, segments, length and BOS policy."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from elsa_lightning.lm import EMBEDDED_MODEL, model_path
 from elsa_lightning.lm.perplexity import TokenPerplexity
+from elsa_lightning.lm.sharded import block_policy, build_sharded, fill
 from elsa_lightning.report import perplexity_table
 from elsa_lightning.selection import count_zeros
 
@@ -28,7 +33,8 @@ class CausalLM(LightningModule):
 
     Knows nothing of pruning: add :class:`~elsa_lightning.ElsaCallback` to the Trainer. A pretrained model's
     perplexity is measured on the validation data before the first step and after the last, and both are
-    printed at the end.
+    printed at the end. With ``ModelParallelStrategy`` (FSDP2) it is sharded by its blocks, and no process ever holds
+    it whole; with ``FSDPStrategy`` (FSDP1) too, once every process has loaded it.
 
     Batches are token ids ``(batch, seq_len)``, or a dict with ``input_ids`` and optionally
     ``attention_mask`` and ``labels`` (-100 is not scored).
@@ -43,6 +49,9 @@ class CausalLM(LightningModule):
         warmup_steps: Optimizer steps of linear warm-up.
         dtype: Dtype the weights are loaded in. Keep float32 and set ``trainer.precision`` to bf16-mixed
             for mixed precision.
+        distillation: Weight, from 0 to 1, of the dense model's next-token distribution in the training target,
+            beside the text's own next token. The dense model is held in bfloat16 (2 bytes a parameter) on each
+            device and costs one more forward pass a step.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         attn_implementation: As in ``from_pretrained``; None lets transformers choose.
         revision: Branch, tag or commit on the hub.
@@ -57,6 +66,7 @@ class CausalLM(LightningModule):
         lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
         warmup_steps: int = 0,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        distillation: float = 0.0,
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         revision: str | None = None,
@@ -67,6 +77,10 @@ class CausalLM(LightningModule):
             raise ValueError(f"warmup_steps must be 0 or more optimizer steps, got {warmup_steps}")
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be one of 'float32', 'bfloat16', 'float16', got {dtype!r}")
+        if not 0 <= distillation <= 1:
+            raise ValueError(f"distillation is a weight from 0 to 1, got {distillation}")
+        if distillation > 0 and not pretrained:
+            raise ValueError("distillation needs a trained model to learn from: set pretrained or distillation=0")
         self.save_hyperparameters(ignore=["optimizer"])
         self.name = name
         self.path = model_path(name)
@@ -75,11 +89,13 @@ class CausalLM(LightningModule):
         self.lr_schedule = lr_schedule
         self.warmup_steps = warmup_steps
         self.dtype_name = dtype
+        self.distillation = distillation
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
         self.revision = revision
         self.trust_remote_code = trust_remote_code
         self.model: PreTrainedModel | None = None
+        self._teacher: tuple[PreTrainedModel, ...] = ()  # a tuple, so that it is no submodule and in no checkpoint
         self.perplexity = TokenPerplexity()
         self.dense_perplexity: float | None = None
         self.final_perplexity: float | None = None
@@ -88,27 +104,65 @@ class CausalLM(LightningModule):
         """Load the model; Lightning calls this once the strategy and precision are known."""
         if self.model is not None:
             return
+        self.model = self._load(self.dtype_name)
+        assert self.model is not None
+        self.model.train()
+        if isinstance(strategy := self._strategy(), FSDPStrategy):
+            strategy.kwargs.setdefault("auto_wrap_policy", block_policy(self.model))
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _strategy(self) -> Strategy | None:
+        return None if self._trainer is None else self.trainer.strategy
+
+    def _load(self, dtype: str) -> Any:
+        """Return the model with its weights, sharded where the strategy has a mesh of devices (FSDP2)."""
+        mesh = self.device_mesh
+        if mesh is None:
+            return self._build(dtype, self.pretrained)
+        if mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                f"CausalLM shards its model over the data-parallel dimension alone, and tensor_parallel_size is "
+                f"{mesh['tensor_parallel'].size()}: set tensor_parallel_size: 1"
+            )
+        device = self.trainer.strategy.root_device
+        model = build_sharded(lambda: self._build(dtype, pretrained=False), mesh["data_parallel"], device)
+        fill(model, self.path if self.pretrained else "", self.revision, lambda: self._build(dtype, self.pretrained))
+        return model
+
+    def _build(self, dtype: str, pretrained: bool) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         source = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        options: dict[str, Any] = {"dtype": getattr(torch, self.dtype_name)}
+        options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         try:
-            if self.pretrained:
-                self.model = AutoModelForCausalLM.from_pretrained(self.path, **source, **options)
-            else:
-                config = AutoConfig.from_pretrained(self.path, **source)
-                build: Any = AutoModelForCausalLM.from_config
-                self.model = build(config, trust_remote_code=self.trust_remote_code, **options)
+            if pretrained:
+                return AutoModelForCausalLM.from_pretrained(self.path, **source, **options)
+            config = AutoConfig.from_pretrained(self.path, **source)
+            build: Any = AutoModelForCausalLM.from_config
+            return build(config, trust_remote_code=self.trust_remote_code, **options)
         except OSError as error:
             raise OSError(
                 f"model {self.name!r} could not be loaded: {error}\nWithout a network give the path of a folder "
                 f"that save_pretrained wrote, or --model.name {EMBEDDED_MODEL}, the model that comes with the package."
             ) from error
-        self.model.train()
-        if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def on_meta(self) -> Any:
+        """Return the model without memory for its weights: only its configuration is read."""
+        with torch.device("meta"):
+            return self._build(self.dtype_name, pretrained=False)
+
+    def on_fit_start(self) -> None:
+        """Load the dense model that distillation learns from."""
+        if self.distillation > 0:
+            teacher = self._load("bfloat16").eval().requires_grad_(False)
+            self._teacher = (teacher if self.device_mesh is not None else teacher.to(self.device),)
+
+    def on_fit_end(self) -> None:
+        """Release the dense model."""
+        self._teacher = ()
 
     def forward(self, batch: Batch) -> tuple[Any, Tensor]:
         """Return the model's output (``loss``, ``logits``) and the labels of a batch; padding is not scored.
@@ -131,11 +185,23 @@ class CausalLM(LightningModule):
         return self.model(**inputs, use_cache=False), inputs["labels"]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean next-token negative log-likelihood of the batch, in nats."""
-        output, _ = self(batch)
+        """Return the loss of the batch, in nats a token; ``train/loss`` is without distillation."""
+        output, labels = self(batch)
         loss: Tensor = output.loss
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        if self._teacher:
+            distance = self._distance_to_dense(batch, output.logits, labels)
+            loss = (1 - self.distillation) * loss + self.distillation * distance
         return loss
+
+    def _distance_to_dense(self, batch: Batch, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross-entropy of the logits against the dense model's distribution, at scored tokens."""
+        inputs = {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, dict) else {"input_ids": batch}
+        with torch.no_grad():
+            targets = self._teacher[0](**inputs, use_cache=False).logits[:, :-1].float().softmax(dim=-1)
+        scored = (labels[:, 1:] != -100).flatten()
+        losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(0, 1), reduction="none")
+        return (losses * scored).sum() / scored.sum()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score a batch; ``val/perplexity`` is logged once per validation run."""
@@ -176,6 +242,19 @@ class CausalLM(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does; under FSDP1, where it cannot clip by norm, as FSDP does."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy) and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            cast(FullyShardedDataParallel, strategy.model).clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def on_train_start(self) -> None:
         """Measure the dense model, unless a checkpoint brought its perplexity along."""
         if self.pretrained and self.dense_perplexity is None and self.global_step == 0:
@@ -210,11 +289,13 @@ class CausalLM(LightningModule):
         modes = {module: module.training for module in self.modules()}
         self.eval()
         self.perplexity.reset()
+        whole = cast(nn.Module, self.trainer.strategy.model) if isinstance(self._strategy(), FSDPStrategy) else self
         hidden = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
         with self.trainer.precision_plugin.val_step_context():
             total = int(sum(self.trainer.num_val_batches))
             for batch, _, _ in tqdm(combined, title, total=total, disable=hidden, leave=False, dynamic_ncols=True):
-                self._score(self.trainer.strategy.batch_to_device(batch))
+                output, labels = whole(self.trainer.strategy.batch_to_device(batch))
+                self.perplexity.update(output.logits[:, :-1], labels[:, 1:])
         value = float(self.perplexity.compute())
         self.perplexity.reset()
         for module, training in modes.items():

@@ -43,6 +43,57 @@ def test_the_loss_is_the_shifted_cross_entropy(tiny_llama: str) -> None:
     assert (labels[0, 10:] == -100).all() and (labels[1:] != -100).all()
 
 
+def test_distillation_mixes_the_dense_models_distribution_into_the_target(
+    tiny_llama: str, data: CalibrationData
+) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    class Watched(CausalLM):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = super().training_step(batch, batch_idx)
+            with torch.no_grad():
+                logits = self(batch)[0].logits[:, :-1].flatten(0, 1).log_softmax(-1)
+            seen.append((batch, logits, loss.detach()))
+            return loss
+
+    module = Watched(tiny_llama, distillation=0.25, optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
+    fit = trainer(max_steps=3, limit_val_batches=0)
+    fit.fit(module, data)
+    assert module.model is not None and not any("teacher" in name for name, _ in module.named_modules())
+    assert sum(p.numel() for p in module.parameters()) == sum(p.numel() for p in module.model.parameters())
+    dense = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).eval()
+    for batch, logits, loss in seen:
+        teacher = dense(batch).logits[:, :-1].float().softmax(-1).flatten(0, 1)
+        hard = F.one_hot(batch[:, 1:].flatten(), logits.shape[1])
+        expected = -((0.75 * hard + 0.25 * teacher) * logits).sum(-1).mean()
+        torch.testing.assert_close(loss, expected)
+
+
+def test_distillation_leaves_padding_out(tiny_llama: str) -> None:
+    module = loaded(tiny_llama, distillation=1.0)
+    module.on_fit_start()
+    ids = torch.randint(1, 2048, (2, 20), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:, 12:] = 0
+    distances = []
+    for batch in ({"input_ids": ids, "attention_mask": mask}, ids[:, :12]):
+        output, labels = module(batch)
+        distances.append(module._distance_to_dense(batch, output.logits, labels))
+    torch.testing.assert_close(*distances)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distillation": 1.5}, "from 0 to 1, got 1.5"),
+        ({"distillation": 0.5, "pretrained": False}, "needs a trained model"),
+    ],
+)
+def test_distillation_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CausalLM(**options)
+
+
 def test_checkpointed_gradients_are_the_gradients(tiny_llama: str) -> None:
     gradients = []
     for checkpointing in (False, True):

@@ -1,0 +1,160 @@
+"""A Hugging Face model sharded over processes (FSDP2) that no device ever holds whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+from elsa_lightning.sharding import local, part_of
+
+
+def build_sharded(build: Callable[[], Any], mesh: DeviceMesh, device: torch.device) -> Any:
+    """Return the model with room for this process's part of each weight, and nothing in it.
+
+    Args:
+        build: Makes the model, with weights that do not matter.
+        mesh: Processes to shard over.
+        device: Where the parts go.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    with _parameters_on_meta():
+        model: Any = build()
+    model.tie_weights()
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    model.tie_weights()
+    return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Build modules whose parameters take no memory and whose buffers are real."""
+    from transformers.initialization import no_init_weights
+
+    modules: Any = nn.Module
+    register = modules.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, None if param is None else nn.Parameter(param.to("meta"), param.requires_grad))
+
+    modules.register_parameter = on_meta
+    try:
+        with no_init_weights():
+            yield
+    finally:
+        modules.register_parameter = register
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder's blocks: what the model says must not be split, else its largest list of modules."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
+        stacks: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        largest = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()), default=None)
+        blocks = list(largest.children()) if largest is not None else []
+    return blocks
+
+
+def block_policy(model: nn.Module) -> ModuleWrapPolicy:
+    """Return the policy that makes FSDP1 shard a decoder by its blocks."""
+    return ModuleWrapPolicy({type(block) for block in _blocks(model)})
+
+
+@torch.no_grad()
+def fill(model: nn.Module, path: str, revision: str | None, build: Callable[[], nn.Module]) -> None:
+    """Put weights into a sharded model.
+
+    Each process reads its own rows from safetensors that name the weights as the model does; where there are none,
+    the first process builds the model in its memory and sends the weights one by one.
+
+    Args:
+        model: From :func:`build_sharded`.
+        path: Folder or hub name; an empty one asks for ``build``.
+        revision: Of the hub's.
+        build: Makes the whole model with its weights, on the first process's CPU.
+    """
+    parameters = dict(model.named_parameters())
+    files = _safetensors(path, revision) if path else {}
+    if parameters.keys() <= files.keys():
+        _read(parameters, files)
+        return
+    whole: dict[str, Tensor] = {}
+    if dist.get_rank() == 0:
+        source = build()
+        whole = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+    for name, p in parameters.items():
+        _take(p, _sent(whole.get(name), p.shape, local(p)))
+    for name, buffer in model.named_buffers():
+        buffer.copy_(_sent(whole.get(name), buffer.shape, buffer))
+
+
+def _safetensors(path: str, revision: str | None) -> dict[str, str]:
+    """Return the file of each weight; empty where the model has no safetensors."""
+    from transformers.utils.hub import cached_file
+
+    def find(name: str) -> str | None:
+        found: str | None = cached_file(
+            path, name, revision=revision, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        return found
+
+    if (index := find("model.safetensors.index.json")) is not None:
+        names: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
+        places = {file: find(file) for file in set(names.values())}
+        return {name: place for name, file in names.items() if (place := places[file]) is not None}
+    if (single := find("model.safetensors")) is None:
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _read(parameters: dict[str, nn.Parameter], files: dict[str, str]) -> None:
+    from safetensors import safe_open
+
+    for place in sorted({files[name] for name in parameters}):
+        with safe_open(place, framework="pt") as file:
+            for name, p in parameters.items():
+                if files[name] != place:
+                    continue
+                entry = file.get_slice(name)
+                if tuple(entry.get_shape()) != tuple(p.shape):
+                    raise ValueError(f"{name} has shape {tuple(p.shape)}, and {entry.get_shape()} in {place}")
+                x = local(p)
+                if x.numel():
+                    x.copy_(entry[_place(p)])
+
+
+def _place(p: Tensor) -> tuple[slice, ...]:
+    """Return where this process's part of a parameter is in the whole."""
+    assert isinstance(p, nn.Parameter)
+    offsets = part_of(p).offsets
+    return tuple(slice(start, start + size) for start, size in zip(offsets, local(p).shape, strict=True))
+
+
+def _sent(t: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
+    """Return the first process's tensor on all of them."""
+    whole = torch.empty(shape, dtype=like.dtype, device=like.device)
+    if t is not None:
+        whole.copy_(t)
+    dist.broadcast(whole, src=0)
+    return whole
+
+
+def _take(p: nn.Parameter, whole: Tensor) -> None:
+    local(p).copy_(whole[_place(p)])

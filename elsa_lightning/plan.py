@@ -1,0 +1,181 @@
+"""How much memory a run takes, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from elsa_lightning.optimizers import dtype_name
+from elsa_lightning.selection import ALL_LINEAR, select
+from elsa_lightning.state import BLOCK, StateDtype
+from elsa_lightning.tensors import PIECE
+
+_LARGE = 1 << 16  # entries from which an optimizer's state is taken to grow in proportion
+_PROJECTION = 32  # bytes an entry of a piece: v, score, magnitude, their bits, bins, masks
+_ACTIVATIONS_ERROR = 0.4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of a run on one device, unsharded.
+
+    Attributes:
+        parameters: Elements of all parameters, shared ones counted once.
+        constrained: Elements of the constrained ones.
+        exact: Bytes by name of what is known: weights, gradients, optimizer state, Elsa's state.
+        largest_block: Bytes of weights and gradients of the largest block, which sharding gathers.
+        transient: Bytes that come and go at each step and projection, estimated.
+        activations: Bytes of activations and logits, estimated.
+    """
+
+    parameters: int
+    constrained: int
+    exact: dict[str, int]
+    largest_block: int
+    transient: int
+    activations: int
+
+    def total(self, shards: int = 1) -> int:
+        """Return the bytes on each device, with everything but activations sharded over so many."""
+        gathered = self.largest_block if shards > 1 else 0
+        return (sum(self.exact.values()) + self.transient) // shards + gathered + self.activations
+
+    def table(self, devices: int = 1, memory: float | None = None) -> str:
+        """Return the plan as a table.
+
+        Args:
+            devices: Devices of the sharded column.
+            memory: GiB of a device; None does not say whether the run fits.
+        """
+        sharded = devices > 1
+        head = f"{'':34}{'bytes/param':>12}{'one or DDP':>14}" + (f"{f'FSDP, {devices}':>14}" if sharded else "")
+        lines = [
+            f"{self.parameters:,} parameters, {self.constrained:,} constrained "
+            f"({self.constrained / max(1, self.parameters):.1%})",
+            head,
+        ]
+        estimates = {
+            "while stepping and projecting, about": self.transient,
+            f"activations, ± {_ACTIVATIONS_ERROR:.0%}": self.activations,
+        }
+        for name, size in {**self.exact, **estimates}.items():
+            each = size // devices if size is not self.activations else size
+            lines.append(_row(name, size / max(1, self.parameters), [size, each] if sharded else [size]))
+        if sharded:
+            lines.append(_row("one block, gathered", 0, [0, self.largest_block]))
+        totals = [self.total(), self.total(devices)] if sharded else [self.total()]
+        lines.append(_row("on each device", self.total() / max(1, self.parameters), totals))
+        if memory is not None:
+            fits = ["yes" if total <= memory * 2**30 else "NO" for total in totals]
+            lines.append(f"{f'fits into {memory:g} GiB':46}" + "".join(f"{answer:>14}" for answer in fits))
+        return "\n".join(lines)
+
+
+def _row(name: str, each: float, sizes: Iterable[int]) -> str:
+    return f"{name:36}{each:>10.2f}" + "".join(f"{size / 2**30:>10.2f} GiB" for size in sizes)
+
+
+def plan(
+    model: nn.Module,
+    make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
+    *,
+    dtype: torch.dtype = torch.float32,
+    autocast: bool = False,
+    targets: Sequence[str] = (ALL_LINEAR,),
+    ignore: Sequence[str] = (),
+    state_dtype: StateDtype | None = "float32",
+    teacher: bool = False,
+    tokens: int = 0,
+    checkpointing: bool = False,
+) -> Plan:
+    """Plan the memory of pruning a model.
+
+    Args:
+        model: May be on the meta device; a Hugging Face model where activations are to be estimated.
+        make_optimizer: Makes the optimizer of a list of parameters; tried on small ones to see what it keeps.
+        dtype: Of weights and gradients.
+        autocast: Whether computations run in bfloat16 on weights of ``dtype``.
+        targets: As in :func:`elsa_lightning.selection.select`.
+        ignore: Likewise.
+        state_dtype: Of Elsa's state; None plans without Elsa.
+        teacher: Whether a bfloat16 copy of the dense model is kept for distillation.
+        tokens: Tokens a batch on a device.
+        checkpointing: Whether activations are recomputed.
+    """
+    parameters = list(model.parameters())
+    total = sum(p.numel() for p in parameters)
+    chosen = select(model, targets, ignore).parameters.values() if state_dtype is not None else ()
+    width = dtype.itemsize
+
+    @cache
+    def measured(*shape: int) -> int:
+        p = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        optimizer = make_optimizer([p])
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        state: dict[str, Any] = optimizer.state[p]
+        return sum(
+            t.numel() * t.element_size() for key, t in state.items() if torch.is_tensor(t) and "qmap" not in key
+        )  # bitsandbytes shares its code books
+
+    def moments(shape: torch.Size) -> int:
+        """Return what is measured, or for a large tensor what as many rows as one would have by two with fewer."""
+        row = shape[1:] and shape[-1:]
+        rows = shape.numel() // max(1, row.numel())
+        some = -(-_LARGE // max(1, row.numel()))
+        if rows <= 2 * some:
+            return measured(rows, *row)
+        each = (measured(2 * some, *row) - measured(some, *row)) / some
+        return measured(some, *row) + round(each * (rows - some))
+
+    exact = {
+        f"weights ({dtype_name(dtype)})": total * width,
+        "gradients": total * width,
+        "optimizer state": sum(moments(p.shape) for p in parameters),
+    }
+    if state_dtype is not None:
+        exact[f"Elsa's state ({state_dtype}, mask)"] = sum(elsa_bytes(p.shape, state_dtype) for p in chosen)
+    if teacher:
+        exact["dense model (bfloat16)"] = 2 * total
+    largest = max((p.numel() for p in chosen), default=0)
+    projecting = _PROJECTION * min(largest, PIECE)
+    return Plan(
+        parameters=total,
+        constrained=sum(p.numel() for p in chosen),
+        exact=exact,
+        largest_block=_largest_block(model) * 2 * width,
+        transient=max(2 * total * (dtype == torch.bfloat16), projecting) + 2 * total * autocast,
+        activations=_activations(model, tokens, 2 if autocast else width, checkpointing, teacher),
+    )
+
+
+def elsa_bytes(shape: torch.Size, state_dtype: StateDtype) -> int:
+    """Return the bytes of Elsa's state of one tensor before the frozen phase: the split, its scales, the mask."""
+    rows, n = shape[:-1].numel(), shape[-1]
+    split = {"float32": 4 * n, "bfloat16": 2 * n, "float8_e4m3fn": n + -(-n // BLOCK)}
+    return rows * (split[state_dtype] + -(-n // 8))
+
+
+def _largest_block(model: nn.Module) -> int:
+    blocks = [block for stack in model.modules() if isinstance(stack, nn.ModuleList) for block in stack]
+    return max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
+
+
+def _activations(model: nn.Module, tokens: int, width: int, checkpointing: bool, teacher: bool) -> int:
+    """Estimate what the backward pass needs: a block keeps about 10 widths and 4 inner widths a token."""
+    config: Any = getattr(model, "config", None)
+    if config is None or not tokens:
+        return 0
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
+    block = tokens * width * (10 * hidden + 4 * inner)
+    blocks = layers * tokens * width * hidden + block if checkpointing else layers * block
+    logits = tokens * config.vocab_size * (width + 8 + 8 * teacher)  # with float32 softmax and its gradient
+    return int(blocks + logits)

@@ -1,0 +1,139 @@
+"""The plan's bytes against the live tensors of a run."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
+
+from elsa_lightning import ADMM, CausalLM, Unstructured
+from elsa_lightning.cli import main
+from elsa_lightning.plan import plan
+from elsa_lightning.selection import select
+
+SIZES: dict[str, Any] = {
+    "tiny": LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    ),
+    "small": LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=768, num_hidden_layers=2, num_attention_heads=4
+    ),
+    "opt": OPTConfig(
+        vocab_size=300, hidden_size=384, ffn_dim=1536, num_hidden_layers=1, num_attention_heads=4,
+        word_embed_proj_dim=384, max_position_embeddings=64,
+    ),
+}  # fmt: skip
+OPTIMIZERS: dict[str, Any] = {
+    "Adam": lambda params: torch.optim.Adam(params, lr=1e-3),
+    "Adam8bit": lambda params: bitsandbytes.optim.Adam8bit(params, lr=1e-3),
+    "SGD": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9),
+}
+
+
+def nbytes(tensors: Any) -> int:
+    unique = {t.untyped_storage().data_ptr(): t.numel() * t.element_size() for t in tensors if torch.is_tensor(t)}
+    return sum(unique.values())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("optimizer", "dtype", "state_dtype", "per_weight"),
+    [
+        ("Adam", torch.float32, "float32", 12.13),
+        ("Adam8bit", torch.bfloat16, "float8_e4m3fn", 3.3),
+        ("SGD", torch.bfloat16, "bfloat16", 4.13),
+    ],
+)
+def test_the_plan_is_what_a_run_holds(
+    size: str, optimizer: str, dtype: torch.dtype, state_dtype: Any, per_weight: float
+) -> None:
+    with torch.device("meta"):
+        meta = AutoModelForCausalLM.from_config(SIZES[size])
+    planned = plan(meta, OPTIMIZERS[optimizer], dtype=dtype, state_dtype=state_dtype)
+
+    model = AutoModelForCausalLM.from_config(SIZES[size]).to(dtype)
+    live = OPTIMIZERS[optimizer](model.parameters())
+    chosen = select(model).parameters
+    ADMM(live, chosen, Unstructured(0.9), total_steps=10, state_dtype=state_dtype)
+    ids = torch.randint(1, 60, (2, 16))
+    for _ in range(2):
+        live.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        live.step()
+    assert planned.parameters == sum(p.numel() for p in model.parameters())
+    assert planned.constrained == sum(p.numel() for p in chosen.values())
+    weights, gradients, moments, elsa = planned.exact.values()
+    assert weights == nbytes(model.parameters())
+    assert gradients == nbytes(p.grad for p in model.parameters())
+    states = [(key, t) for p in live.state.values() for key, t in p.items() if "qmap" not in key]
+    assert elsa == nbytes(t for key, t in states if key.startswith("elsa"))
+    assert moments == pytest.approx(nbytes(t for key, t in states if not key.startswith("elsa")), rel=0.02)
+    largest = max(chosen.values(), key=nn.Parameter.numel)
+    if largest.numel() > 1e5:
+        held = nbytes(t for key, t in live.state[largest].items() if "qmap" not in key)
+        assert held / largest.numel() <= per_weight
+
+
+def test_sharding_divides_all_but_activations_and_one_block() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(SIZES["small"])
+    planned = plan(model, OPTIMIZERS["Adam"], tokens=1000)
+    states = planned.total() - planned.activations
+    assert planned.total(4) == states // 4 + planned.largest_block + planned.activations
+    assert planned.activations > 0
+    less = plan(model, OPTIMIZERS["Adam"], tokens=1000, checkpointing=True)
+    assert 0 < less.activations < planned.activations
+    more = plan(model, OPTIMIZERS["Adam"], teacher=True)
+    assert sum(more.exact.values()) - sum(planned.exact.values()) == 2 * planned.parameters
+
+
+def test_the_command_loads_no_weights_and_says_whether_it_fits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", never)
+    big = [
+        "--model.name=benchmarks/memory/gemma-2-27b",
+        "--data.seq_len=2048",
+        "--data.batch_size=1",
+        "--model.gradient_checkpointing=true",
+    ]
+    main(["plan", "--config", "configs/elsa_l.yaml", *big, "--devices=8", "--gpu-memory=80"])
+    out = capsys.readouterr().out
+    assert "27,227,128,320 parameters, 26,046,627,840 constrained" in out
+    assert out.splitlines()[-1].split()[-2:] == ["NO", "yes"]
+    with pytest.raises(ValueError, match="devices must be 1 or more, got 0"):
+        main(["plan", "--config", "configs/elsa.yaml", "--devices=0"])
+
+
+def test_a_module_plans_itself_without_memory() -> None:
+    assert all(p.is_meta for p in CausalLM("benchmarks/memory/llama-2-7b").on_meta().parameters())
+
+
+def test_fit_prints_the_plan_and_goes_on_without_one(
+    tiny_llama: str, token_cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = [
+        "fit", "--config", "configs/elsa.yaml", f"--model.name={tiny_llama}", "--data.seq_len=32",
+        "--data.eval_segments=4", f"--data.cache_dir={token_cache}", f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.max_steps=2",
+    ]  # fmt: skip
+    caplog.set_level(logging.INFO)
+    logging.getLogger("lightning.pytorch").propagate = True
+    main(command)
+    assert any("optimizer state" in record.message for record in caplog.records)
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no meta device for this one")
+
+    monkeypatch.setattr(CausalLM, "on_meta", fails)
+    with pytest.warns(UserWarning, match="could not be planned: RuntimeError: no meta device"):
+        main(command)
