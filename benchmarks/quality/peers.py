@@ -1,0 +1,152 @@
+"""The smallest faithful implementations of the methods that Elsa is compared with.
+
+One-shot (no training): magnitude; Wanda (Sun et al., 2023, arXiv:2306.11695); SparseGPT (Frantar & Alistarh,
+2023, arXiv:2301.00774). Trained: fine-tuning under a fixed mask, and gradual pruning (Zhu & Gupta, 2017,
+arXiv:1710.01878) by scores of Adam's second moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from elsa_lightning.penalty import Schedule
+from elsa_lightning.selection import select
+
+
+def largest(scores: Tensor, sparsity: float) -> Tensor:
+    """Return the mask of all but the smallest scores, ``round(sparsity · n)`` of them."""
+    pruned = scores.flatten().argsort(stable=True)[: round(sparsity * scores.numel())]
+    return torch.ones_like(scores, dtype=torch.bool).flatten().index_fill(0, pruned, False).view(scores.shape)
+
+
+@torch.no_grad()
+def magnitude(model: nn.Module, sparsity: float, calibration: Sequence[Tensor]) -> None:
+    """Zero the smallest weights of each tensor."""
+    for p in select(model).parameters.values():
+        p.mul_(largest(p.abs(), sparsity))
+
+
+def wanda(model: nn.Module, sparsity: float, calibration: Sequence[Tensor]) -> None:
+    """Zero in each output row the weights with the smallest |w| times the norm of its input."""
+
+    def prune(weight: Tensor, gram: Tensor) -> Tensor:
+        score = weight.abs() * gram.diagonal().sqrt()
+        pruned = score.argsort(dim=1, stable=True)[:, : round(sparsity * weight.shape[1])]
+        return weight.scatter(1, pruned, 0.0)
+
+    _layer_by_layer(model, calibration, prune)
+
+
+def sparsegpt(model: nn.Module, sparsity: float, calibration: Sequence[Tensor]) -> None:
+    """Zero weights column by column and let the columns that follow make up for it."""
+
+    def prune(weight: Tensor, gram: Tensor, width: int = 128, damping: float = 0.01) -> Tensor:
+        weight, hessian = weight.double().clone(), gram.double()
+        dead = hessian.diagonal() == 0
+        hessian = hessian + torch.diag(dead.double())
+        weight[:, dead] = 0
+        hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
+        inverse = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+        for start in range(0, weight.shape[1], width):
+            stop = min(start + width, weight.shape[1])
+            score = weight[:, start:stop].square() / inverse.diagonal()[start:stop].square()
+            kept = largest(score, sparsity)
+            errors = torch.zeros_like(score)
+            for column in range(start, stop):
+                removed = weight[:, column].masked_fill(kept[:, column - start], 0)
+                error = removed / inverse[column, column]
+                weight[:, column:stop] -= error[:, None] * inverse[column, column:stop]
+                weight[~kept[:, column - start], column] = 0
+                errors[:, column - start] = error
+            weight[:, stop:] -= errors @ inverse[start:stop, stop:]
+        return weight
+
+    _layer_by_layer(model, calibration, prune)
+
+
+@torch.no_grad()
+def _layer_by_layer(model: nn.Module, calibration: Sequence[Tensor], prune: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Prune block after block, each on the inputs that the pruned blocks before it give.
+
+    Args:
+        model: A :class:`elsa_lightning.CausalLM`.
+        calibration: Batches of token ids.
+        prune: From a weight ``(out, in)`` and the Gram matrix of its inputs to the new weight.
+    """
+    constrained = {id(p) for p in select(model).parameters.values()}
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+    for block in blocks:
+        layers: list[Any] = [layer for layer in block.modules() if id(getattr(layer, "weight", None)) in constrained]
+        grams: dict[int, Tensor] = {}
+
+        def watch(layer: nn.Module, inputs: tuple[Tensor, ...], grams: dict[int, Tensor] = grams) -> None:
+            x = inputs[0].flatten(0, -2).float()
+            grams[id(layer)] = grams.get(id(layer), 0) + x.T @ x
+
+        handles = [layer.register_forward_pre_hook(watch) for layer in layers]
+        for batch in calibration:
+            model(batch)
+        for handle in handles:
+            handle.remove()
+        for layer in layers:
+            transposed = not isinstance(layer, nn.Linear)  # Conv1D has (in, out)
+            weight = layer.weight.T if transposed else layer.weight
+            new = prune(weight.float(), grams[id(layer)])
+            layer.weight.copy_(new.T if transposed else new)
+
+
+class MaskedFineTuning(Callback):
+    """Trains a pruned model with its zeros fixed."""
+
+    masks: Iterable[tuple[nn.Parameter, Tensor]] = ()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the mask from the zeros."""
+        self.masks = [(p, p != 0) for p in select(pl_module).parameters.values()]
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Put the zeros back."""
+        for p, mask in self.masks:
+            p.mul_(mask)
+
+
+class GradualPruning(Callback):
+    """Hard zeros at Elsa's own projections, ramp and frozen phase, without penalty or dual.
+
+    Args:
+        sparsity: Fraction of zeros.
+        scope: ``tensor``: in each tensor. ``model``: in all together, by scores relative to the tensor's mean.
+        start: Sparsity that the ramp begins with; Elsa's is 0.7.
+        power: Of F̂ in the score F̂^power · w²: ½ as in Elsa, 1 for the Fisher score.
+    """
+
+    def __init__(
+        self, sparsity: float, scope: Literal["tensor", "model"] = "tensor", start: float = 0.0, power: float = 0.5
+    ) -> None:
+        self.sparsity, self.scope, self.start, self.power = sparsity, scope, min(start, sparsity), power
+        self.schedule = Schedule()
+        self.masks: list[Tensor] = []
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Prune when a projection is due; put the zeros back."""
+        parameters, step, total = select(pl_module).parameters.values(), trainer.global_step, trainer.max_steps
+        if self.schedule.projects_at(step, total):
+            now = self.start + (self.sparsity - self.start) * self.schedule.tightness_at(step, total)
+            state = trainer.optimizers[0].state
+            scores = [p.square() * state[p]["exp_avg_sq"] ** self.power for p in parameters]
+            if self.scope == "tensor":
+                self.masks = [largest(score, now) for score in scores]
+            else:
+                kept = largest(torch.cat([(score / score.mean()).flatten() for score in scores]), now)
+                parts = kept.split([score.numel() for score in scores])
+                self.masks = [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
+        for p, mask in zip(parameters, self.masks, strict=True):
+            p.mul_(mask)

@@ -1,0 +1,361 @@
+"""Methods × sparsities × seeds on models: perplexity at equal training tokens, as a table and a plot.
+
+    python benchmarks/quality/run.py
+
+Every method starts from the same dense weights and sees the same batches (of its seed) with Adam, a learning
+rate that falls linearly to 0 and clipping at 1. Each trained method has its learning rate chosen from the same
+trials by validation perplexity at 60 % (for 50 to 70 %) and at 90 % (above), which go on while the best is at their
+edge, and some peers a setting of their own in further ones; what is reported is perplexity on the test text, which
+no trial sees. Every result is appended to ``--results`` when it is there, and runs that are in the file are not run
+again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import logging
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from models import SECOND, second_model
+from peers import GradualPruning, MaskedFineTuning, magnitude, sparsegpt, wanda
+
+from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
+from elsa_lightning.lm import EMBEDDED_MODEL
+from elsa_lightning.selection import count_zeros
+from elsa_lightning.state import StateDtype
+
+ONE_SHOT = {"magnitude": magnitude, "wanda": wanda, "sparsegpt": sparsegpt}
+LOW: dict[str, StateDtype] = {"elsa-l-bf16": "bfloat16", "elsa-l-fp8": "float8_e4m3fn"}  # bf16 weights, Adam8bit
+PEERS = ("magnitude+ft", "wanda+ft", "gradual-fisher", "gradual", "gradual-global", "elsa-published")
+TRAINED = (*PEERS, "elsa", *LOW)
+RATES = {0.6: (2.5e-4, 5e-4, 1e-3, 2e-3), 0.9: (1e-3, 2e-3, 4e-3, 8e-3)}  # tried at this sparsity
+BEYOND = 2  # further rates, while the best one is the first or the last
+SETTINGS = {  # every rate is tried with the first, then the best rate with the others, and the best of these again
+    "elsa-published": ("λ", (0.1, 0.003, 0.01, 0.03, 0.3)),
+    "gradual": ("ramp from", (0.0, 0.7)),
+    "gradual-global": ("ramp from", (0.0, 0.7)),
+}
+CALIBRATION = 16  # batches that one-shot methods look at, the first ones of training
+ALL = (*ONE_SHOT, *TRAINED)
+TRIAL_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run, and so one line of the results."""
+
+    model: str
+    method: str
+    sparsity: float
+    seed: int
+    steps: int
+    seq_len: int
+    batch_size: int
+    distillation: float
+    lr: float
+    setting: float | None
+    split: str
+
+
+class Arena:
+    """Runs cases that have no result yet."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.path: Path = arguments.results
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.places = {EMBEDDED_MODEL: (EMBEDDED_MODEL, "pydocs")}
+
+    def result(self, case: Case) -> dict[str, Any]:
+        """Return the case's line, running it if need be."""
+        for row in self.rows:
+            if asdict(case) == {key: row.get(key) for key in asdict(case)}:
+                return row
+        row = {**asdict(case), **self._run(case)}
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+        return row
+
+    def _place(self, model: str) -> tuple[str, str]:
+        if model == SECOND and model not in self.places:
+            self.places[model] = second_model(self.arguments.cache)
+        return self.places.get(model, (model, self.arguments.text))
+
+    def _run(self, case: Case) -> dict[str, Any]:
+        seed_everything(case.seed, verbose=False)
+        model, text = self._place(case.model)
+        data = CalibrationData(
+            name=text, tokenizer=model, seq_len=case.seq_len, batch_size=case.batch_size, seed=case.seed,
+            eval_batch_size=16, eval_segments=self.arguments.eval_segments,
+        )  # fmt: skip
+        kind: Any = bitsandbytes.optim.Adam8bit if case.method in LOW else torch.optim.Adam
+        module = CausalLM(model, optimizer=lambda p: kind(p, lr=case.lr), distillation=case.distillation)
+        module.configure_model()
+        before = _memory(reset=True)
+        start, tokens = time.perf_counter(), 0
+        first = case.method.removesuffix("+ft")
+        if first in ONE_SHOT:
+            data.prepare_data()
+            data.setup("fit")
+            batches = iter(data.train_dataloader())
+            ONE_SHOT[first](module, case.sparsity, [next(batches) for _ in range(CALIBRATION)])
+            tokens = CALIBRATION * case.seq_len * case.batch_size * (first != "magnitude")
+        callback = self._callback(case)
+        if callback is not None:
+            tokens += case.steps * case.seq_len * case.batch_size
+            fit = _trainer(
+                max_steps=case.steps, gradient_clip_val=1.0, limit_val_batches=0, callbacks=[callback],
+                precision="bf16-true" if case.method in LOW else "32-true",
+            )  # fmt: skip
+            fit.fit(module, data)
+        seconds, peak = time.perf_counter() - start, _memory() - before
+        evaluate = _trainer().validate if case.split == "validation" else _trainer().test
+        zeros, weights = count_zeros(module)
+        return {
+            "perplexity": next(iter(evaluate(module, data, verbose=False)[0].values())),
+            "zeros": zeros / weights, "tokens": tokens, "seconds": round(seconds, 1), "peak_mb": peak,
+        }  # fmt: skip
+
+    def _callback(self, case: Case) -> Callback | None:
+        if case.method.endswith("+ft"):
+            return MaskedFineTuning()
+        if case.method == "gradual-fisher":
+            return GradualPruning(case.sparsity, power=1.0)
+        if case.method.startswith("gradual"):
+            scope: Any = "model" if case.method == "gradual-global" else "tensor"
+            return GradualPruning(case.sparsity, scope, start=case.setting or 0.0)
+        if case.method == "elsa":
+            return ElsaCallback(case.sparsity)
+        if case.method in LOW:
+            return ElsaCallback(case.sparsity, state_dtype=LOW[case.method])
+        if case.method == "elsa-published":  # K in the published proportion: 32 of 4096 steps
+            assert case.setting is not None
+            return ElsaCallback(
+                case.sparsity, prox="coupled", penalty=case.setting, penalty_schedule="cosine",
+                interval=max(1, round(case.steps / 128)), ramp=0, frozen=0,
+            )  # fmt: skip
+        return None
+
+    def tuned(self, case: Case) -> Case:
+        """Return the case with the settings that did best in its trials."""
+        if case.method not in TRAINED:
+            return case
+        at = 0.6 if case.sparsity <= 0.7 else 0.9
+        steps = self.arguments.trial_steps or case.steps
+        distillation = self.arguments.trial_distillation
+        trial = replace(
+            case, method="elsa" if case.method in LOW else case.method, sparsity=at, seed=TRIAL_SEED, steps=steps,
+            distillation=case.distillation if distillation is None else distillation, split="validation",
+        )  # fmt: skip
+        settings: tuple[float | None, ...] = SETTINGS[case.method][1] if case.method in SETTINGS else (None,)
+        best = self._best(replace(trial, lr=lr, setting=settings[0]) for lr in RATES[at])
+        best = self._best(replace(best, setting=setting) for setting in settings)
+        rates = list(RATES[at])
+        best = self._best(replace(best, lr=lr) for lr in rates)
+        while best.lr in (rates[0], rates[-1]) and len(rates) < len(RATES[at]) + BEYOND:
+            rates = [best.lr / 2, *rates] if best.lr == rates[0] else [*rates, best.lr * 2]
+            best = self._best(replace(best, lr=lr) for lr in rates)
+        return replace(case, lr=best.lr, setting=best.setting)
+
+    def _best(self, trials: Iterable[Case]) -> Case:
+        return min(trials, key=lambda trial: float(self.result(trial)["perplexity"]))
+
+    def sensitivity(self) -> None:
+        """Try learning rates from a quarter to four times the best, beyond those that were tried already."""
+        a = self.arguments
+        for model in a.models:
+            for method in a.methods:
+                for sparsity in RATES if method in TRAINED else ():
+                    of = (a.steps, a.seq_len, a.batch_size, a.distillation, 0.0, None, "validation")
+                    best = self.tuned(Case(model, method, sparsity, TRIAL_SEED, *of))
+                    for factor in (0.25, 0.5, 2.0, 4.0):
+                        self.result(replace(best, lr=best.lr * factor))
+
+    def cases(self) -> Iterator[Case]:
+        """Yield what the command line asks for, one seed after the other."""
+        a = self.arguments
+        for seed in range(a.seeds):
+            for model in a.models:
+                for method in ("dense", *a.methods):
+                    for sparsity in (0.0,) if method == "dense" else a.sparsities:
+                        if method not in TRAINED and seed > 0:
+                            continue  # the weights are the same; only Wanda and SparseGPT see other text
+                        distillation = a.distillation if method in TRAINED else 0.0
+                        steps = a.steps if method in TRAINED else 0
+                        yield Case(
+                            model, method, sparsity, seed, steps, a.seq_len, a.batch_size, distillation, 0.0, None,
+                            "test",
+                        )  # fmt: skip
+
+
+def _trainer(**options: Any) -> Trainer:
+    quiet = {
+        "logger": False, "enable_checkpointing": False, "enable_model_summary": False,
+        "enable_progress_bar": False, "num_sanity_val_steps": 0,
+    }  # fmt: skip
+    return Trainer(devices=1, **{**quiet, **options})
+
+
+def _memory(reset: bool = False) -> int:
+    """Return the peak since the last reset in MiB: of the device where there is one, else of the process."""
+    gc.collect()
+    if reset and sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # or memory that an earlier run left would be used again and not count
+    if torch.cuda.is_available():
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def table(rows: list[dict[str, Any]], model: str, steps: int, distillation: float) -> str:
+    """Return the test perplexities of one model and budget as Markdown: mean ± standard deviation (seeds)."""
+    tests = [r for r in rows if r["model"] == model and r["split"] == "test"]
+    dense = [r["perplexity"] for r in tests if r["method"] == "dense"]
+    here = [r for r in tests if (r["steps"], r["distillation"]) == (steps, distillation)]
+    sparsities = sorted({r["sparsity"] for r in here})
+    if distillation == 0:
+        here += [r for r in tests if r["method"] in ONE_SHOT and r["sparsity"] in sparsities]
+    lines = [
+        f"{model}, dense {dense[0] if dense else float('nan'):.2f}, {steps} steps, distillation {distillation:g}",
+        "",
+        "| method | " + " | ".join(f"{s:.0%}" for s in sparsities) + " | tokens | seconds | + MiB |",
+        "|---|" + "---|" * (len(sparsities) + 3),
+    ]
+    found = {(m, s): [r["perplexity"] for r in here if (r["method"], r["sparsity"]) == (m, s)]
+             for m in ALL for s in sparsities}  # fmt: skip
+    best = {s: min(statistics.mean(v) for (_, at), v in found.items() if v and at == s) for s in sparsities}
+    for method in ALL:
+        mine = [r for r in here if r["method"] == method]
+        if not mine:
+            continue
+        cells = []
+        for sparsity in sparsities:
+            if not (values := found[method, sparsity]):
+                cells.append("–")
+                continue
+            mean = statistics.mean(values)
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append((f"**{mean:.2f}**" if mean == best[sparsity] else f"{mean:.2f}") + f"{spread} ({len(values)})")
+        tokens, seconds, peak = (statistics.median(r[key] for r in mine) for key in ("tokens", "seconds", "peak_mb"))
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {tokens:,.0f} | {seconds:.0f} | {peak:.0f} |")
+    return "\n".join(lines)
+
+
+def trials(rows: list[dict[str, Any]], models: list[str]) -> str:
+    """Return the validation perplexity at every learning rate that was tried as Markdown, the best in bold."""
+    here = [r for r in rows if r["split"] == "validation" and r["model"] in models]
+    rates = sorted({r["lr"] for r in here})
+    lines = [
+        "| model | steps, distillation | zeros | method | " + " | ".join(f"{lr:g}" for lr in rates) + " |",
+        "|---|---|---|---|" + "---|" * len(rates),
+    ]
+    keys = ("model", "steps", "distillation", "sparsity", "method", "setting")
+
+    def order(row: dict[str, Any]) -> tuple[Any, ...]:
+        return (*(row[key] for key in keys[:4]), ALL.index(row["method"]), row["setting"] or 0.0)
+
+    for first in {order(r): r for r in sorted(here, key=order)}.values():
+        mine = {r["lr"]: r["perplexity"] for r in here if all(r[key] == first[key] for key in keys)}
+        cells = ["" if lr not in mine else f"**{p:.2f}**" if (p := mine[lr]) == min(mine.values()) else f"{p:.2f}"
+                 for lr in rates]  # fmt: skip
+        name = first["method"]
+        if name in SETTINGS:
+            name += f", {SETTINGS[name][0]} {first['setting']:g}"
+        budget = f"{first['steps']}, {first['distillation']:g}"
+        lines.append(f"| {first['model']} | {budget} | {first['sparsity']:.0%} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], models: list[str], steps: int, path: Path) -> None:
+    """Draw perplexity against sparsity, without and with distillation, for each model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(models), figsize=(6 * len(models), 4.5), squeeze=False)
+    for axis, model in zip(axes[0], models, strict=True):
+        tests = [r for r in rows if r["model"] == model and r["split"] == "test"]
+        for method in (m for m in ALL if m not in LOW):  # those lie on top of elsa
+            for distillation, style, marker in ((0.0, "-", "o"), (1.0, "--", "D")):
+                mine = [r for r in tests if r["method"] == method and r["distillation"] == distillation]
+                mine = [r for r in mine if method not in TRAINED or r["steps"] == steps]
+                xs = sorted({r["sparsity"] for r in mine})
+                ys = [statistics.mean(r["perplexity"] for r in mine if r["sparsity"] == x) for x in xs]
+                if xs:
+                    line = style if len(xs) > 3 else "none"
+                    axis.plot(
+                        [100 * x for x in xs], ys, linestyle=line, marker=marker, markersize=4,
+                        label=method + (" + distillation" if distillation else ""), color=f"C{ALL.index(method)}",
+                    )  # fmt: skip
+        dense = [r["perplexity"] for r in tests if r["method"] == "dense"]
+        if dense:
+            axis.axhline(dense[0], color="gray", linewidth=0.8, label="dense")
+            axis.set_ylim(0.95 * dense[0], 6 * dense[0])
+        axis.set(yscale="log", xlabel="zeros, %", ylabel="test perplexity", title=f"{model}, {steps} steps")
+        axis.yaxis.set_major_formatter("{x:.0f}")
+        axis.yaxis.set_minor_formatter("{x:.0f}")
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    here = Path(__file__).parent
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--models", nargs="+", default=[EMBEDDED_MODEL, SECOND], help="these two, hub names or folders (%(default)s)")
+    add("--text", default="c4", help="text for other models, as --data.name (default: %(default)s)")
+    add("--methods", nargs="+", default=[*ONE_SHOT, *PEERS, "elsa"], choices=ALL, help="(default: all but elsa-l)")
+    add("--sparsities", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8, 0.9, 0.95], help="(default: %(default)s)")
+    add("--seeds", type=int, default=3, help="seeds 0, 1, ... of data order (default: %(default)s)")
+    add("--steps", type=int, default=200, help="optimizer steps of trained methods (default: %(default)s)")
+    add("--trial-steps", type=int, help="steps of the tuning trials (default: as --steps)")
+    add("--trial-distillation", type=float, help="distillation of the tuning trials (default: as --distillation)")
+    add("--sensitivity", action="store_true", help="also try rates within 4 times of the best at 60 and 90 %%")
+    add("--distillation", type=float, default=0.0, help="for every trained method (default: %(default)s)")
+    add("--batch-size", type=int, default=8, help="sequences a step (default: %(default)s)")
+    add("--seq-len", type=int, default=128, help="tokens a sequence (default: %(default)s)")
+    add("--eval-segments", type=int, default=400, help="test segments (default: %(default)s)")
+    add("--results", type=Path, default=here / "results.jsonl", help="(default: %(default)s)")
+    add("--cache", type=Path, default=here / ".cache", help="for the second model (default: %(default)s)")
+    add("--report-only", action="store_true", help="only print the tables of the results there are, and draw the plot")
+    arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    arena = Arena(arguments)
+    if not arguments.report_only:
+        for case in arena.cases():
+            arena.result(arena.tuned(case))
+        if arguments.sensitivity:
+            arena.sensitivity()
+    for model in arguments.models:
+        tests = [r for r in arena.rows if (r["model"], r["split"]) == (model, "test")]
+        for steps, distillation in sorted({(r["steps"], r["distillation"]) for r in tests if r["steps"]}):
+            print("\n" + table(arena.rows, model, steps, distillation))
+    print("\n" + trials(arena.rows, arguments.models))
+    plot(arena.rows, arguments.models, arguments.steps, arguments.results.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
