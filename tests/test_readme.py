@@ -34,12 +34,16 @@ def commands(*start: str) -> list[str]:
     return [line for line in COMMANDS if shlex.split(line)[: len(start)] == list(start)]
 
 
+def elsa_commands() -> list[str]:
+    return [*commands("elsa"), *commands("torchrun")]
+
+
 def zeros(weight: torch.Tensor) -> float:
     return float((weight == 0).float().mean())
 
 
 def test_every_command_is_of_a_kind_that_is_checked_here() -> None:
-    checked = [*commands("make"), *commands("elsa"), *commands("python", "train.py"), *benchmark_commands()]
+    checked = [*commands("make"), *elsa_commands(), *commands("python", "train.py"), *benchmark_commands()]
     assert sorted(checked) == sorted(COMMANDS)
 
 
@@ -66,11 +70,13 @@ def test_python_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.Monke
         assert names["model"].num_parameters() > 0
 
 
-@pytest.mark.parametrize("command", commands("elsa"))
+@pytest.mark.parametrize("command", elsa_commands())
 def test_elsa_command_parses(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as exit_:
-        main([*(a for a in shlex.split(command)[1:] if a != "--print_config"), "--print_config"])
+        arguments = shlex.split(command)  # elsa ..., or torchrun ... -m elsa_lightning ...
+        start = arguments.index("elsa_lightning") if arguments[0] == "torchrun" else 0
+        main([*(a for a in arguments[start + 1 :] if a != "--print_config"), "--print_config"])
     assert exit_.value.code == 0, capsys.readouterr().err
 
 
@@ -118,6 +124,7 @@ def test_benchmark_command_names_a_script_and_options_it_has(
     if not options:  # a folder that exists is all it takes
         assert all((ROOT / argument).is_dir() for argument in arguments)
         return
+    monkeypatch.syspath_prepend((ROOT / script).parent)
     monkeypatch.setattr(sys, "argv", [script, *arguments, "--help"])
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(ROOT / script), run_name="__main__")

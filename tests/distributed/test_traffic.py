@@ -1,0 +1,33 @@
+"""What ADMM makes processes exchange does not grow with the tensors or with the processes."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+RUN = Path(__file__).parents[2] / "benchmarks/sharding/run.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    spec = importlib.util.spec_from_file_location("sharding_benchmark", RUN)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("processes", [4, 64])
+def test_a_step_sums_one_number_and_a_projection_some_bins(processes: int, benchmark: Any) -> None:
+    shapes = [torch.Size((100, 16))] * 5 + [torch.Size((3, 100, 16))]
+    ordinary, update = benchmark.as_process_of(processes, lambda mesh: benchmark.traffic(shapes, processes, mesh))
+    assert ordinary == [4]  # whether the gradients are finite
+    bins = 8 * (2048 + 1024 + 1024)  # bytes a matrix, of which there are 8
+    assert len(update) == 5 and sum(update) == 4 + 8 * bins + 8 * 5
+
+
+def test_the_shards_of_all_processes_make_the_whole(benchmark: Any, tiny_llama: str) -> None:
+    held = {n: benchmark.as_process_of(n, lambda mesh: benchmark.row(tiny_llama, mesh.size(), mesh)) for n in (1, 4)}
+    assert all("tiny-llama" in line for line in held.values())
