@@ -87,7 +87,7 @@ def test_a_run_of_two_processes_resumes_in_one(step: int, two: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (object.__new__(DeepSpeedStrategy), r"not with DeepSpeedStrategy.*to shard a model use .*ModelParallelStrategy"),
+        (object.__new__(DeepSpeedStrategy), r"not with DeepSpeedStrategy.*use .*ModelParallelStrategy"),
         (FSDPStrategy(use_orig_params=False), r"needs FSDPStrategy with use_orig_params=True"),
     ],
 )
