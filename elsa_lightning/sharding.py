@@ -82,7 +82,7 @@ def whole(t: Tensor) -> Part:
     return Part(t.shape, (0,) * t.dim())
 
 
-def part_of(p: nn.Parameter) -> Part:
+def part_of(p: Tensor) -> Part:
     """Return the part that this process holds of a parameter."""
     if isinstance(p, DTensor):
         return _part_of_dtensor(p)
@@ -161,6 +161,20 @@ def clean(name: str) -> str:
 def local(t: Tensor) -> Tensor:
     """Return this process's entries, in the same memory."""
     return t.to_local() if isinstance(t, DTensor) else t
+
+
+@torch.no_grad()
+def whole_on_first(t: Tensor) -> Tensor | None:
+    """Return a tensor that may be sharded whole on the first process's CPU, and None on the others; all of them ask."""
+    if isinstance(t, DTensor):
+        t = t.full_tensor()
+    elif (part := part_of(t)).start is not None:
+        whole = torch.zeros(part.shape, dtype=t.dtype, device=t.device)
+        if part.counts:
+            whole.view(-1)[part.start : part.start + t.numel()] = t
+        dist.reduce(whole, dst=0)
+        t = whole
+    return t.detach().cpu() if dist.get_rank() == 0 else None
 
 
 def laid_out_like(p: Tensor, t: Tensor, n: int) -> Tensor:

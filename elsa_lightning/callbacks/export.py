@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from elsa_lightning.sharding import clean, mark_slices, part_of, settle, whole_on_first
 
 
 class SaveHuggingFace(Callback):
@@ -45,7 +45,7 @@ class SaveHuggingFace(Callback):
         # every process asks for log_dir, which is a broadcast
         folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "hf").expanduser()
         model: Any = pl_module.model
-        whole_state = _gather(model, trainer.strategy)
+        whole_state = _gather(model, trainer.strategy.model or pl_module)
         if not trainer.is_global_zero:
             return
         _check_replaceable(folder)
@@ -60,18 +60,23 @@ class SaveHuggingFace(Callback):
         rank_zero_info(f"Model saved for from_pretrained: {folder}")
 
 
-def _gather(model: Any, strategy: Strategy) -> dict[str, Any]:
-    """Return what ``save_pretrained`` needs beside a sharded model: its whole state, on the first process's CPU."""
-    fsdp1 = isinstance(strategy, FSDPStrategy)
-    if not isinstance(model, nn.Module) or not (fsdp1 or any(isinstance(p, DTensor) for p in model.parameters())):
-        return {}
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+def _gather(model: Any, root: nn.Module) -> dict[str, Any]:
+    """Return what ``save_pretrained`` needs beside a sharded model: its whole state, on the first process's CPU.
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    if not fsdp1:
-        return {"state_dict": get_model_state_dict(model, options=options)}
-    state = get_model_state_dict(cast(nn.Module, strategy.model), options=options)  # knows its units from the root on
-    return {"state_dict": {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}}
+    Args:
+        model: Part of ``root``.
+        root: What the strategy made of the module.
+    """
+    settle(root)
+    mark_slices(root)
+    if not isinstance(model, nn.Module) or not any(part_of(p).sharded for p in model.parameters()):
+        return {}
+    tensors = {clean(name): t for name, t in model.named_parameters(remove_duplicate=False)}
+    for prefix, module in model.named_modules():
+        lasting = module._buffers.keys() - module._non_persistent_buffers_set
+        tensors |= {clean(f"{prefix}.{name}" if prefix else name): module.get_buffer(name) for name in sorted(lasting)}
+    wholes = {t: whole_on_first(t) for t in dict.fromkeys(tensors.values())}  # tied ones once
+    return {"state_dict": {name: whole for name, t in tensors.items() if (whole := wholes[t]) is not None}}
 
 
 def _save_tokenizer(path: str | None, folder: Path) -> None:

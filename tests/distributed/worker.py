@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
@@ -88,26 +88,22 @@ def optimizers() -> dict[str, Any]:
 
 
 class FSDP1(FSDPStrategy):
-    """Lightning's FSDPStrategy, which refuses the CPU unless it is of another type, made to work there."""
+    """Lightning's FSDPStrategy, which refuses the CPU unless it is of another type, made to work there.
+
+    Full checkpoints do not: on a CPU torch returns each of a parameter's states in the memory of the one before.
+    """
 
     mixed_precision_config = None  # float64 stays float64
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         return FullyShardedDataParallel(model, device_id=self.root_device, **self.kwargs)
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        if self._state_dict_type == "sharded":
-            return super().lightning_module_state_dict()
-        whole = FullStateDictConfig(offload_to_cpu=False, rank0_only=True)  # or views of freed memory on the CPU
-        with FullyShardedDataParallel.state_dict_type(self.model, StateDictType.FULL_STATE_DICT, whole):
-            return {name: t.clone() for name, t in self.model.state_dict().items()}
-
 
 def strategy(name: str) -> Any:
     """Return a strategy by name."""
     if name.startswith("fsdp1"):
         policy = {} if "llama" in name else {"auto_wrap_policy": {nn.Sequential}}
-        return FSDP1(state_dict_type="full" if "full" in name else "sharded", **policy)
+        return FSDP1(state_dict_type="sharded", **policy)
     if name == "auto":
         return "auto"
     if name == "ddp":
