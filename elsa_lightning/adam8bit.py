@@ -123,18 +123,20 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
                 self._add_code_books(p)
 
     def _round(self, p: nn.Parameter) -> None:
-        """Round moments that FSDP1 saved."""
+        """Round moments that FSDP1 saved to the nearest code, as bitsandbytes' kernel on a CPU does not near 0."""
         state = self.state[p]
-        moments = {index: state[f"state{index}"].to(p.device) for index in "12"}
+        moments = {index: local(state[f"state{index}"]).to(p.device) for index in "12"}
         self._make_room(p)
         for index, moment in moments.items():
-            codes, scales = state[f"state{index}"], state[f"absmax{index}"]
-            filled = nn.functional.pad(moment, (0, codes.shape[-1] - moment.shape[-1]))
-            rounded, quantised = functional.quantize_blockwise(
-                filled.float().contiguous(), code=state[f"qmap{index}"], blocksize=BNB_BLOCK
-            )
-            codes.copy_(rounded.view(codes.shape))
-            scales.copy_(quantised.absmax.view(scales.shape))
+            codes, scales = local(state[f"state{index}"]), local(state[f"absmax{index}"])
+            table: Tensor = state[f"qmap{index}"]
+            rows = nn.functional.pad(moment.float(), (0, codes.shape[-1] - moment.shape[-1])).flatten()
+            blocks = nn.functional.pad(rows, (0, scales.numel() * BNB_BLOCK - rows.numel())).view(-1, BNB_BLOCK)
+            largest = blocks.abs().amax(dim=1)
+            relative = blocks / largest.where(largest > 0, 1)[:, None]
+            nearest = torch.bucketize(relative, (table[1:] + table[:-1]) / 2).flatten()[: codes.numel()]
+            codes.copy_(nearest.view(codes.shape))
+            scales.copy_(largest.view(scales.shape))
 
 
 def _saved(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

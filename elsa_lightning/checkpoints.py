@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from elsa_lightning.tensors import MASK
+
 WRITTEN_LAST = "meta.pt"  # of a distributed checkpoint, by Lightning; what is no tensor
 
 Keys = dict[nn.Parameter, set[str]]
@@ -21,6 +23,20 @@ def check_whole(path: Path) -> None:
         raise ValueError(
             f"{str(path)!r} is no whole checkpoint: the processes that wrote it were ended before it was complete; "
             f"resume from an earlier one"
+        )
+
+
+def check_loadable_by_fsdp1(path: Path) -> None:
+    """Raise ValueError if FSDP1, which knows only state of a parameter's own shape, cannot load a checkpoint."""
+    check_whole(path)
+    if path.is_dir():
+        return
+    states = torch.load(path, map_location="meta", mmap=True, weights_only=True)["optimizer_states"]
+    packed = (s[MASK] for optimizer in states for s in optimizer["state"].values() if MASK in s)
+    if any(not mask.is_floating_point() for mask in packed):
+        raise ValueError(
+            f"FSDPStrategy cannot resume {str(path)!r}, which was made on one device, with DDP or with FSDP2; resume "
+            f"it with one of these, for a sharded model with lightning.pytorch.strategies.ModelParallelStrategy"
         )
 
 

@@ -3,6 +3,7 @@
 import bitsandbytes
 import pytest
 import torch
+from bitsandbytes.functional import create_dynamic_map
 from torch import nn
 
 from elsa_lightning.adam8bit import Adam8bit
@@ -80,3 +81,22 @@ def test_our_8_bit_adam_stays_near_adam_where_rows_are_not() -> None:
     assert optimizer.state[p]["state1"].shape == (128, 256) and optimizer.state[p]["absmax1"].shape == (128, 1)
     start = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     assert float((p - exact).norm() / (exact - start).norm()) < 0.05
+
+
+def test_our_8_bit_adam_takes_moments_as_float32_and_finds_their_codes_again() -> None:
+    """So FSDP1 saves them."""
+    (p, optimizer), (_, other) = stepped(Adam8bit), stepped(Adam8bit)
+    dense = optimizer.state_dict()
+    state = dense["state"][0] = dict(dense["state"][0])
+    state["step"] += 1
+    for index, signed in (("1", True), ("2", False)):
+        table, scale = create_dynamic_map(signed), state.pop(f"absmax{index}")
+        codes = state[f"state{index}"]
+        moment = table[codes.long()] * scale
+        state[f"state{index}"] = torch.where((codes == 0) & signed, -scale, moment)[:, : p.shape[1]]
+    other.load_state_dict(dense)
+    before, after = optimizer.state[p], next(iter(other.state.values()))
+    assert after["step"] == before["step"] + 1
+    for key in ("state1", "state2", "absmax1", "absmax2"):
+        mine, theirs = before[key], after[key]
+        assert torch.equal(mine[:, : p.shape[1]], theirs[:, : p.shape[1]]), key

@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from elsa_lightning.admm import ADMM, Prox, Update, check_prox
 from elsa_lightning.callbacks.health import Health
-from elsa_lightning.checkpoints import WRITTEN_LAST, check_whole, saved_state_keys
+from elsa_lightning.checkpoints import WRITTEN_LAST, check_loadable_by_fsdp1, saved_state_keys
 from elsa_lightning.constraints import Constraint, Unstructured
 from elsa_lightning.penalty import PenaltySchedule, Schedule
 from elsa_lightning.report import mask_mosaic
@@ -185,7 +185,7 @@ class ElsaCallback(Callback):
             return save()
 
         def loading(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            check_whole(Path(strategy.broadcast(checkpoint_path)))
+            check_loadable_by_fsdp1(Path(strategy.broadcast(checkpoint_path)))
             return load(checkpoint_path, *args, **kwargs)
 
         strategy.lightning_module_state_dict = saving  # type: ignore[method-assign]

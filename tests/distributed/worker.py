@@ -95,15 +95,17 @@ class FSDP1(FSDPStrategy):
 
     mixed_precision_config = None  # float64 stays float64
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **({"state_dict_type": "sharded"} | kwargs))
+
     def _setup_model(self, model: nn.Module) -> nn.Module:
         return FullyShardedDataParallel(model, device_id=self.root_device, **self.kwargs)
 
 
-def strategy(name: str) -> Any:
+def strategy(name: str, **fsdp1: Any) -> Any:
     """Return a strategy by name."""
-    if name.startswith("fsdp1"):
-        policy = {} if "llama" in name else {"auto_wrap_policy": {nn.Sequential}}
-        return FSDP1(state_dict_type="sharded", **policy)
+    if name == "fsdp1":
+        return FSDP1(**fsdp1)
     if name == "auto":
         return "auto"
     if name == "ddp":
@@ -111,6 +113,14 @@ def strategy(name: str) -> Any:
     return ModelParallelStrategy(
         data_parallel_size=world(), tensor_parallel_size=1, save_distributed_checkpoint=name == "fsdp2"
     )
+
+
+class Fails(Callback):
+    """Fails on process 1, before training."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.global_rank == 1:
+            raise RuntimeError("process 1 fails")
 
 
 class Signal(Callback):
@@ -160,7 +170,8 @@ def run(
         folder / name, "{step}", auto_insert_metric_name=False, every_n_train_steps=1, save_top_k=-1
     )
     trainer = Trainer(
-        accelerator="cpu", devices=world(), strategy=strategy(how), logger=False, precision=precision,
+        accelerator="cpu", devices=world(), strategy=strategy(how, auto_wrap_policy={nn.Sequential}), logger=False,
+        precision=precision,
         max_steps=steps, gradient_clip_val=1.0, enable_progress_bar=False, enable_model_summary=False,
         accumulate_grad_batches=accumulate, default_root_dir=folder, use_distributed_sampler=False,
         callbacks=[callback, SaveOnTerminate(str(folder)), *([Signal(*signal)] if signal else []), saver],
