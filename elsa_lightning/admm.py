@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elsa_lightning.constraints import Constraint, Point, Points
+from elsa_lightning.flat import as_dense, take_dense
+from elsa_lightning.guard import Guard
 from elsa_lightning.hooks import StepHooks
-from elsa_lightning.optimizers import WeightRounding, dtype_name, gradients_are_not_finite, set_up
+from elsa_lightning.optimizers import WeightRounding, dtype_name, set_up
 from elsa_lightning.penalty import Schedule
 from elsa_lightning.sharding import check_rows, local, parts_of
 from elsa_lightning.state import BLOCK, StateDtype, check_state_dtype
@@ -34,7 +36,6 @@ from elsa_lightning.tensors import KEYS, MASK, REMOVED, SCALE, SPLIT, Constraine
 
 log = logging.getLogger(__name__)
 
-_MOST_SKIPPED = 20  # steps in a row without finite gradients
 _OF_WEIGHTS, _OF_STEPS, _OF_UPDATES = range(3)  # what random numbers are used for
 
 Prox = Literal["hard", "decoupled", "coupled"]
@@ -138,13 +139,12 @@ class ADMM:
         self.step = 0
         self.penalty = 0.0
         self.finished = False
-        self.skipped = 0  # steps in a row
-        self._skips = False
         self.last_update: Update | None = None
         self._told: set[str] = set()
+        self._guard = Guard(optimizer, self._add)
         self._weights = WeightRounding()
         self._places = {p: place for place, p in enumerate(self._parts)}
-        self._saves = optimizer.register_state_dict_post_hook(self._to_dense) if self._flat else None
+        self._saves = optimizer.register_state_dict_post_hook(self._as_dense) if self._flat else None
         self._hooks = StepHooks(optimizer, KEYS, self._gradients_are_final, self._after_step)
 
     def _constrain(self, name: str, p: nn.Parameter) -> ConstrainedTensor:
@@ -255,30 +255,11 @@ class ADMM:
 
     def _gradients_are_final(self, loss: Any) -> None:
         """Skip the step if it cannot be made, else prepare it."""
-        self._skips = gradients_are_not_finite(self.optimizer, self._add)
-        if self._skips:
-            self._skip(loss)
+        if self._guard.skips(self.step, loss):
             return
         self._add_proximal_gradient()
         if (warning := self._weights.set_aside(self.optimizer)) is not None:
             self._warn_once(warning)
-
-    def _skip(self, loss: Any) -> None:
-        """Leave weights and state as they are; raise if that goes on."""
-        for p in self._parts:
-            p.grad = None
-        self.skipped += 1
-        message = (
-            f"after optimizer step {self.step} the gradients are not finite, and the step is skipped"
-            f"{_where_not_finite(loss)}."
-        )
-        if self.skipped >= _MOST_SKIPPED:
-            raise ValueError(
-                f"{message} That makes {self.skipped} in a row: the data or the loss is broken, or the run has "
-                f"diverged. Lower the learning rate, clip gradients (gradient_clip_val), or look at the batch; the "
-                f"checkpoints made so far are sound"
-            )
-        log.warning("Elsa: %s", message)
 
     @torch.no_grad()
     def _add_proximal_gradient(self) -> None:
@@ -297,10 +278,8 @@ class ADMM:
     @torch.no_grad()
     def _after_step(self) -> None:
         self._weights.put_back(self._noise)
-        skips, self._skips = self._skips, False
-        if skips or not self._stepped():
+        if self._guard.skipped or not self._stepped():
             return
-        self.skipped = 0
         if self._only_sets_up():
             for tensor in self.tensors.values():
                 if tensor.state:
@@ -505,55 +484,21 @@ class ADMM:
         self.step, self.penalty, self.finished = state_dict["step"], state_dict["penalty"], state_dict["finished"]
         self.resume()
 
-    def _to_dense(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return an optimizer's state as FSDP1 can save it: of its parameters' shape, one dtype, the same for all."""
-        ours = {tensor.p: tensor for tensor in self.tensors.values()}
-        keys = [key for key in (SPLIT, MASK, REMOVED) if self._any(key)]
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        theirs: dict[str, Any] = next((s for s in state_dict["state"].values() if s.keys() - set(KEYS)), {})
-        states = dict(state_dict["state"])
-        for index, p in zip(indices, parameters, strict=True):
-            if self._parts[p].start is None:
-                continue
-            states.pop(index, None)
-            if p.numel() == 0:
-                continue
-            wide = torch.promote_types(p.dtype, torch.float32)
-            state = {key: value for key, value in state_dict["state"].get(index, {}).items() if key not in KEYS}
-            if not state and p.requires_grad:  # without a gradient so far
-                state = {key: _nothing(value, p, wide) for key, value in theirs.items() if key not in KEYS}
-            if not state:
-                continue
-            dense = ours[p].dense() if p in ours else {}
-            for key in keys:
-                state[key] = dense.get(key, torch.full_like(p.detach(), -1 if key == MASK else 0, dtype=wide))
-            states[index] = {
-                key: value.to(wide) if isinstance(value, Tensor) and value.dim() else value
-                for key, value in state.items()
-            }
-        return {**state_dict, "state": states}
+    def _as_dense(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return as_dense(optimizer, state_dict, self._by_parameter(), self._parts)
 
     @torch.no_grad()
     def _take_over(self) -> None:
-        """Turn loaded state that :meth:`_to_dense` wrote into ours, and see that every process knows of the same."""
-        ours = {tensor.p: tensor for tensor in self.tensors.values()}
-        for p in list(self._parts):
-            state = self.optimizer.state.get(p, {})
-            if MASK in state and state[MASK].is_floating_point():
-                dense = {key: local(state.pop(key)) for key in (SPLIT, MASK, REMOVED) if key in state}
-                if bool((dense[MASK] < 0).any()):  # not ours, or without a mask so far
-                    dense = {key: dense[key] for key in dense.keys() & {REMOVED}}
-                if p in ours:
-                    ours[p].take_dense(dense)
-                if float(state.get("step", 1)) == 0:  # it stood for a parameter without gradient
-                    for key in state.keys() - set(KEYS):
-                        del state[key]
+        """Turn loaded state that was saved under FSDP1 into ours, and see that every process knows of the same."""
+        take_dense(self.optimizer, self._by_parameter())
         if self._flat:
             tensors = list(self.tensors.values())
             for key in KEYS:
                 for tensor, yes in zip(tensors, self._on_any([t.has(key) for t in tensors]), strict=True):
                     tensor.allocate(*[key] * yes)
+
+    def _by_parameter(self) -> dict[nn.Parameter, ConstrainedTensor]:
+        return {tensor.p: tensor for tensor in self.tensors.values()}
 
     def _settings(self) -> dict[str, Any]:
         names = sorted(f"{name}{tuple(tensor.part.shape)}" for name, tensor in self.tensors.items())
@@ -588,24 +533,6 @@ class ADMM:
         if message not in self._told:
             self._told.add(message)
             log.warning(message)
-
-
-def _nothing(like: Any, p: Tensor, wide: torch.dtype) -> Any:
-    """Return the state of a parameter that was never stepped, in place of what others have."""
-    if isinstance(like, Tensor) and like.dim():
-        return torch.zeros_like(p, dtype=wide)
-    return torch.zeros_like(like) if isinstance(like, Tensor) else 0
-
-
-def _where_not_finite(loss: Any) -> str:
-    """Say on which processes a loss is not finite; all of them ask."""
-    if not (isinstance(loss, Tensor) and dist.is_initialized()):
-        return ""
-    broken = torch.zeros(dist.get_world_size(), device=loss.device)
-    broken[dist.get_rank()] = float(not bool(loss.detach().isfinite().all()))
-    dist.all_reduce(broken)
-    ranks = broken.nonzero().flatten().tolist()
-    return f": the loss is not finite on process {', '.join(map(str, ranks))}" if ranks else ""
 
 
 class _Pieces(Points):

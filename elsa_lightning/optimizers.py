@@ -90,26 +90,6 @@ def moves_alike_everywhere(optimizer: Optimizer) -> bool:
     return bool(kinds & _ALIKE) and not any(group.get("weight_decay") for group in optimizer.param_groups)
 
 
-@torch.no_grad()
-def gradients_are_not_finite(optimizer: Optimizer, add: Callable[[Tensor], Tensor]) -> bool:
-    """Say, on every process the same, whether the gradients of a step cannot be used.
-
-    Args:
-        optimizer: About to step. Under a GradScaler that is the scaler's business.
-        add: Sums a number over the processes that hold different gradients.
-    """
-    if any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf")):
-        return False
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    gradients = [gradient for gradient in gradients if gradient.numel() and not gradient.is_sparse]
-    broken = torch.zeros((), device=parameters[0].device)
-    if gradients:
-        largest = torch.stack([norm.to(broken.device) for norm in torch._foreach_norm(gradients, torch.inf)])
-        broken = (~largest.isfinite()).any().float()
-    return bool(add(broken))
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """Return ``bfloat16`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")

@@ -32,6 +32,8 @@ def name(path: Path) -> str:
 
 def built(config: Path, *overrides: str) -> ElsaCLI:
     """Build everything a command line would, and stop before it runs."""
+    if "FSDPStrategy" in config.read_text():  # which asks for GPUs when it is made
+        overrides = ('--trainer.strategy={"class_path": "tests.distributed.worker.FSDP1"}', *overrides)
     arguments = ["--config", str(config), "--trainer.accelerator=cpu", *overrides]
     return ElsaCLI(CausalLM, CalibrationData, seed_everything_default=0, args=arguments, run=False)
 

@@ -7,26 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-    Strategy,
-)
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from elsa_lightning.admm import ADMM, Prox, Update, check_prox
 from elsa_lightning.callbacks.health import Health
-from elsa_lightning.checkpoints import WRITTEN_LAST, check_loadable_by_fsdp1, saved_state_keys
+from elsa_lightning.callbacks.rng import random_states, restore_random_states
+from elsa_lightning.callbacks.strategies import (
+    StrategyHook,
+    check_optimizer_of_fsdp,
+    check_strategy,
+    expect_what_is_loaded,
+    watch_fsdp,
+)
+from elsa_lightning.checkpoints import WRITTEN_LAST
 from elsa_lightning.constraints import Constraint, Unstructured
 from elsa_lightning.penalty import PenaltySchedule, Schedule
 from elsa_lightning.report import mask_mosaic
@@ -100,8 +99,7 @@ class ElsaCallback(Callback):
         self.admm: ADMM | None = None
         self._first_step = 0  # optimizer steps that were made before pruning began
         self._saved_dense = -1  # optimizer step of the latest state dict without exact zeros
-        self._state_dict_hook: RemovableHandle | None = None
-        self._watched: Strategy | None = None
+        self._hook: RemovableHandle | StrategyHook | None = None  # called before a save
         self._loaded: dict[str, Any] | None = None
         self._logged: Update | None = None
         self._mosaics = 0
@@ -113,20 +111,7 @@ class ElsaCallback(Callback):
         """Refuse a Trainer that cannot work, before any data or model is loaded."""
         if stage != "fit":
             return
-        strategy = trainer.strategy
-        works = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
-        if not isinstance(strategy, works) or isinstance(strategy, DeepSpeedStrategy):
-            raise ValueError(
-                f"ElsaCallback works on one device, with strategy 'ddp' or 'fsdp', and with ModelParallelStrategy "
-                f"(FSDP2), not with {type(strategy).__name__}, which hides the parameters it constrains; to shard a "
-                f"model use lightning.pytorch.strategies.ModelParallelStrategy and shard it in configure_model, as "
-                f"CausalLM does"
-            )
-        if isinstance(strategy, FSDPStrategy) and not strategy.kwargs["use_orig_params"]:
-            raise ValueError(
-                "ElsaCallback needs FSDPStrategy with use_orig_params=True, Lightning's default: without it the "
-                "weights of a layer cannot be told from its bias"
-            )
+        check_strategy(trainer.strategy)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
             if isinstance(callback, (ModelPruning, WeightAveraging, StochasticWeightAveraging)):
@@ -144,14 +129,10 @@ class ElsaCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the parameters and attach to their optimizer, whose state is restored after this."""
-        optimizer = self._optimizer(trainer.optimizers)
-        if fsdp := isinstance(trainer.strategy, FSDPStrategy):
-            mark_slices(trainer.strategy.model or pl_module)
-            if type(optimizer).__module__.startswith("bitsandbytes"):
-                raise ValueError(
-                    f"{type(optimizer).__name__} of bitsandbytes trains under FSDPStrategy, but its state cannot be "
-                    f"saved; use elsa_lightning.adam8bit.Adam8bit, which has the same kernels"
-                )
+        optimizer, strategy = self._optimizer(trainer.optimizers), trainer.strategy
+        if isinstance(strategy, FSDPStrategy):
+            check_optimizer_of_fsdp(optimizer)
+            mark_slices(strategy.model or pl_module)
         selection = select(pl_module, self.targets, self.ignore)
         self.admm = ADMM(
             optimizer,
@@ -163,56 +144,17 @@ class ElsaCallback(Callback):
             state_dtype=self.state_dtype,
         )
         self._detach_module()
-        if fsdp:
-            self._watch_fsdp(trainer)
+        if isinstance(strategy, FSDPStrategy):
+            self._hook = watch_fsdp(strategy, lambda: self._before_saving(trainer))
         else:
-            self._state_dict_hook = pl_module.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            self._hook = pl_module.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
                 lambda *_: self._before_saving(trainer)
             )
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            self._expect_what_is_loaded(trainer, pl_module)
+        if isinstance(strategy, ModelParallelStrategy):
+            expect_what_is_loaded(strategy, pl_module, self.admm, self.optimizer_index or 0)
         rank_zero_info(f"{self.constraint}: {selection.summary()}")
         if warning := selection.warning():
             rank_zero_warn(warning)
-
-    def _watch_fsdp(self, trainer: Trainer) -> None:
-        """See what is saved, before FSDP1 gathers it, and that what is loaded is whole."""
-        strategy = trainer.strategy
-        save, load = strategy.lightning_module_state_dict, strategy.load_checkpoint
-
-        def saving() -> dict[str, Any]:
-            self._before_saving(trainer)
-            return save()
-
-        def loading(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            check_loadable_by_fsdp1(Path(strategy.broadcast(checkpoint_path)))
-            return load(checkpoint_path, *args, **kwargs)
-
-        strategy.lightning_module_state_dict = saving  # type: ignore[method-assign]
-        strategy.load_checkpoint = loading  # type: ignore[method-assign]
-        self._watched = strategy
-
-    def _expect_what_is_loaded(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make room for a checkpoint's state when it is about to be loaded; only the strategy is told which it is."""
-        assert self.admm is not None
-        admm, strategy = self.admm, trainer.strategy
-        load = strategy.load_checkpoint
-
-        def expecting(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            strategy.load_checkpoint = load  # type: ignore[method-assign]
-            path = Path(strategy.broadcast(checkpoint_path))
-            keys = saved_state_keys(path, pl_module, admm.optimizer, self.optimizer_index or 0)
-            admm.expect(keys)
-            unused = [p for p in pl_module.parameters() if p.requires_grad and p not in keys]
-            for p in unused:  # else torch insists on state that a parameter without gradient never had
-                p.requires_grad_(False)
-            try:
-                return load(checkpoint_path, *args, **kwargs)
-            finally:
-                for p in unused:
-                    p.requires_grad_(True)
-
-        strategy.load_checkpoint = expecting  # type: ignore[method-assign]
 
     def _optimizer(self, optimizers: list[Optimizer]) -> Optimizer:
         names = ", ".join(f"{i}: {type(o).__name__}" for i, o in enumerate(optimizers))
@@ -240,7 +182,7 @@ class ElsaCallback(Callback):
             self.admm.load_state_dict(loaded["admm"])
             # at the end of an epoch load_state_dict has done it, before the loader drew the order of the next one
             if not trainer.is_last_batch:
-                _restore_rng(loaded["rng"])
+                restore_random_states(loaded["rng"])
         elif self._first_step > 0:
             rank_zero_warn(
                 f"training goes on from step {self._first_step} without a state of ElsaCallback, so pruning begins "
@@ -338,13 +280,9 @@ class ElsaCallback(Callback):
             self._detach_module()
 
     def _detach_module(self) -> None:
-        if self._state_dict_hook is not None:
-            self._state_dict_hook.remove()
-            self._state_dict_hook = None
-        if self._watched is not None:
-            for name in ("lightning_module_state_dict", "load_checkpoint"):
-                self._watched.__dict__.pop(name, None)
-            self._watched = None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     # ------------------------------------------------------------------ what a user sees
 
@@ -386,13 +324,13 @@ class ElsaCallback(Callback):
         """Return the scalars of the run, and the random state that an exact resume needs."""
         if self.admm is None:
             return self._loaded or {}
-        return {"admm": self.admm.state_dict(), "first_step": self._first_step, "rng": _rng()}
+        return {"admm": self.admm.state_dict(), "first_step": self._first_step, "rng": random_states()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the random state, before data is loaded, and keep the rest until the optimizer has its state."""
         self._loaded = state_dict or None
         if self._loaded:
-            _restore_rng(self._loaded["rng"])
+            restore_random_states(self._loaded["rng"])
 
 
 def _total_steps(trainer: Trainer) -> int:
@@ -431,32 +369,3 @@ def _global_step(checkpoint: str) -> int | None:
         return None
     step: int = torch.load(file, map_location="meta", mmap=True, weights_only=False)["global_step"]
     return step
-
-
-def _rng() -> dict[str, Tensor]:
-    """Return the random state of every process, uint8 ``(processes, bytes)``."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    if not _distributed():
-        return {name: state[None] for name, state in states.items()}
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    gathered = {}
-    for name, state in states.items():
-        parts = [torch.empty_like(state, device=device) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, state.to(device))
-        gathered[name] = torch.stack(parts).cpu()
-    return gathered
-
-
-def _restore_rng(states: dict[str, Tensor]) -> None:
-    """Go on with the random numbers of the run that saved them, if it had as many processes."""
-    world, rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
-    if len(states["cpu"]) == world:
-        torch.set_rng_state(states["cpu"][rank].cpu().clone())
-        if "cuda" in states and torch.cuda.is_available():
-            torch.cuda.set_rng_state(states["cuda"][rank].cpu().clone())
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
