@@ -33,7 +33,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "accumulated": {"accumulate": 2, "steps": 6},
     "broken": {"broken": [3]},  # the last process's loss is NaN at step 3
 }
-MIXED = {"precision": "bf16-mixed", "dtype": "float32"}
+LOW: dict[str, dict[str, Any]] = {
+    "mixed": {"precision": "bf16-mixed", "dtype": "float32"},
+    "half": {"precision": "bf16-true", "dtype": "bfloat16", "optimizer": "8bit", "state_dtype": "float8_e4m3fn"},
+}
 EXACT = 1e-12, 1e-12  # float64 sums in another order
 ROUNDED = 1e-4, 1e-6  # float32
 MAIN = "float32-adam"
@@ -69,7 +72,7 @@ def elsa(config: str, folder: Path, *arguments: str) -> tuple[int, str]:
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str, text_file: Path, token_cache: str) -> Path:
     """All runs that end well, on one, two and three processes."""
     place = tmp_path_factory.mktemp("strategies")
-    for name, options in (RUNS | OTHERS | {"mixed": MIXED}).items():
+    for name, options in (RUNS | OTHERS | LOW).items():
         worker.run(place, f"one-{name}", "auto", **options)
     model = {"model": tiny_llama, "text": str(text_file), "cache": token_cache, "distillation": 0.5}
     worker.language_model(place, "one-llama", "auto", **model)
@@ -83,8 +86,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str, text_file:
         # the frozen phase, which has other state
         two.append({"name": f"{how}-{MAIN}-from-8", "how": how, "resume": f"{how}-{MAIN}/8.ckpt"})
         two.append({"name": f"{how}-llama", "how": how, **model, "gradient_checkpointing": True})
+    two += [{"name": f"fsdp2-{name}", "how": "fsdp2", **options} for name, options in LOW.items()]
     two += [
-        {"name": "fsdp2-mixed", "how": "fsdp2", **MIXED},
+        {"name": "fsdp2-half-from-4", "how": "fsdp2", "resume": "fsdp2-half/4.ckpt", **LOW["half"]},
         {"name": "full", "how": "fsdp2-full"},
         {"name": "full-from-4", "how": "fsdp2-full", "resume": "full/4.ckpt"},
         {"name": f"{MAIN}-1-to-2", "how": "fsdp2", "resume": f"one-{MAIN}/4.ckpt"},
@@ -152,12 +156,19 @@ def test_two_processes_find_what_one_finds(case: str, folder: Path) -> None:
         assert_close({n: p.float() for n, p in one["weights"].items()}, two["weights"], ROUNDED)
 
 
-def test_mixed_precision_keeps_the_same_weights_but_for_rounding(folder: Path) -> None:
-    assert_alike(load(folder, "one-mixed")["weights"], load(folder, "fsdp2-mixed")["weights"])
+@pytest.mark.parametrize("name", LOW)
+def test_low_precision_keeps_the_same_weights_but_for_rounding(name: str, folder: Path) -> None:
+    assert_alike(load(folder, f"one-{name}")["weights"], load(folder, f"fsdp2-{name}")["weights"])
 
 
 @pytest.mark.parametrize(
-    "case", [*(f"{c}-from-4" for c in MATRIX), *(f"{how}-{MAIN}-from-8" for how in STRATEGIES), "full-from-4"]
+    "case",
+    [
+        *(f"{c}-from-4" for c in MATRIX),
+        *(f"{how}-{MAIN}-from-8" for how in STRATEGIES),
+        "full-from-4",
+        "fsdp2-half-from-4",
+    ],
 )
 def test_a_resumed_run_ends_as_the_uninterrupted_one_to_the_bit(case: str, folder: Path) -> None:
     whole, resumed = load(folder, case.split("-from")[0]), load(folder, case)
