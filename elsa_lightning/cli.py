@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -41,9 +43,11 @@ class ElsaTrainer(Trainer):
         """Return the memory plan of this Trainer's run."""
         precision = str(self.precision)
         elsa = next((c for c in self.callbacks if isinstance(c, ElsaCallback)), None)  # type: ignore[attr-defined]
+        meta = model.on_meta()
+        model.check_length(meta.config, datamodule.seq_len)
         half = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
         return plan(
-            model.on_meta(),
+            meta,
             model.optimizer,
             dtype=half.get(precision, getattr(torch, model.dtype_name)),
             autocast=precision.endswith("-mixed"),
@@ -78,9 +82,9 @@ class ElsaCLI(LightningCLI):
         assert isinstance(self.trainer, ElsaTrainer)
         try:
             planned = self.trainer.memory(self.model, self.datamodule)
-        except OSError:  # no such model
-            raise
         except Exception as error:
+            if _explains_itself(error):
+                raise
             rank_zero_warn(f"the run's memory could not be planned: {type(error).__name__}: {error}")
         else:
             rank_zero_info(planned.table())
@@ -100,18 +104,37 @@ def _shipped(argument: str) -> str:
 def main(args: list[str] | None = None) -> None:
     """Run the command line.
 
+    A user's mistake ends it with one line; ``JSONARGPARSE_DEBUG=1`` in the environment asks for the traceback.
+
     Args:
         args: Arguments without the program's name; None takes ``sys.argv``.
     """
     if args is None:  # LightningCLI reads sys.argv, and warns of both
         sys.argv[1:] = [_shipped(argument) for argument in sys.argv[1:]]
-    ElsaCLI(
-        CausalLM,
-        CalibrationData,
-        trainer_class=ElsaTrainer,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "elsa", "description": "Prune Hugging Face language models with Elsa."},
-        auto_configure_optimizers=False,  # CausalLM's own optimizer and schedule are not to be bypassed
-        args=None if args is None else [_shipped(argument) for argument in args],
-    )
+    try:
+        ElsaCLI(
+            CausalLM,
+            CalibrationData,
+            trainer_class=ElsaTrainer,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": "elsa", "description": "Prune Hugging Face language models with Elsa."},
+            auto_configure_optimizers=False,  # CausalLM's own optimizer and schedule are not to be bypassed
+            args=None if args is None else [_shipped(argument) for argument in args],
+        )
+    except Exception as error:
+        if os.environ.get("JSONARGPARSE_DEBUG") or not _explains_itself(error):
+            raise
+        print(f"elsa: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def _explains_itself(error: Exception) -> bool:
+    """Say whether an error is a user's, with a message made for them, so that a traceback would only hide it."""
+    if isinstance(error, MisconfigurationException):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    ours = trace is not None and trace.tb_frame.f_globals["__name__"].startswith("elsa_lightning")
+    return ours and isinstance(error, (ValueError, OSError))

@@ -51,6 +51,27 @@ def test_shipped_configurations_are_found_from_anywhere(
     assert end.value.code == 0 and "sparsity: 0.9" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("--data.name=./nowhere", "data.name './nowhere' is not 'pydocs'"),
+        ("--model.name=./nowhere", "model name './nowhere' is a path that does not exist"),
+        ("--data.seq_len=4096", "the data has sequences of 4096 tokens, and 'pydocs-2m' takes at most 512"),
+        ("--trainer.callbacks.ignore=[mpl]", "ignore: 'mpl' matches no parameter"),
+        ("--trainer.accelerator=gpu", "No supported gpu backend found"),
+    ],
+)
+def test_a_mistake_ends_with_one_line_before_any_text_is_read(
+    mistake: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config=configs/elsa.yaml", f"--trainer.default_root_dir={tmp_path}",
+              f"--data.cache_dir={tmp_path / 'cache'}", mistake])  # fmt: skip
+    assert end.value.code == 1
+    assert f"elsa: error: {message}" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "cache").exists()
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["fit", "--help"])

@@ -110,8 +110,9 @@ def test_the_command_loads_no_weights_and_says_whether_it_fits(
     out = capsys.readouterr().out
     assert "27,227,128,320 parameters, 26,046,627,840 constrained" in out
     assert out.splitlines()[-1].split()[-2:] == ["NO", "yes"]
-    with pytest.raises(ValueError, match="devices must be 1 or more, got 0"):
+    with pytest.raises(SystemExit):
         main(["plan", "--config", "configs/elsa.yaml", "--devices=0"])
+    assert "elsa: error: devices must be 1 or more, got 0" in capsys.readouterr().err
 
 
 def test_a_module_plans_itself_without_memory() -> None:

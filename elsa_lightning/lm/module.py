@@ -173,16 +173,20 @@ class CausalLM(LightningModule):
         assert self.model is not None
         inputs = dict(batch) if isinstance(batch, dict) else {"input_ids": batch}
         ids = inputs["input_ids"]
-        longest = getattr(self.model.config, "max_position_embeddings", None)
-        if longest is not None and ids.shape[1] > longest:
-            raise ValueError(
-                f"the data has sequences of {ids.shape[1]} tokens, and {self.name!r} takes at most {longest}: "
-                f"set --data.seq_len {longest} or less"
-            )
+        self.check_length(self.model.config, ids.shape[1])
         if "labels" not in inputs:
             mask = inputs.get("attention_mask")
             inputs["labels"] = ids if mask is None else ids.masked_fill(mask == 0, -100)
         return self.model(**inputs, use_cache=False), inputs["labels"]
+
+    def check_length(self, config: Any, seq_len: int) -> None:
+        """Raise ValueError if sequences are longer than a model of this configuration can take."""
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and seq_len > longest:
+            raise ValueError(
+                f"the data has sequences of {seq_len} tokens, and {self.name!r} takes at most {longest}: "
+                f"set --data.seq_len {longest} or less"
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of the batch, in nats a token; ``train/loss`` is without distillation."""
