@@ -84,12 +84,16 @@ class ADMM:
     * ``coupled``, as published: λ(x − s) is added to the gradient after accumulation and clipping, and goes
       through the optimizer's moments.
     * ``decoupled``: ADMM in the optimizer's own metric. After its step x ← (x + γ s)/(1 + γ) with
-      γ = κ · lr/lr_max, as decoupled weight decay does; the second moment stays an estimate of ∇f alone.
+      γ = κ · lr/lr_max, as decoupled weight decay does; the second moment stays an estimate of ∇f alone. lr_max is
+      the group's ``max_lr`` or ``initial_lr``, or the largest rate so far if that is more.
     * ``hard``: x-update and z-update take turns at every step, so the weights stay on the set: from z the
       optimizer makes its step d, on the mask z ← z + d, off it u ← u + d/κ, the x-update linearised at z in the
       optimizer's metric. Only the support waits for the next projection. The dual is the memory of what was
       cut: an entry returns when the loss has asked for it long enough. With κ = 1 this is the feedback of Lin
       et al., 2020 (arXiv:2006.07253); a larger κ forgets more.
+
+    Attributes:
+        paused: While True the optimizer steps as if nothing was attached.
 
     Args:
         optimizer: Any torch optimizer. One without a second moment is projected by magnitude.
@@ -132,20 +136,26 @@ class ADMM:
         if prox == "hard" and self.schedule.penalty == 0:
             raise ValueError("prox 'hard' divides by the penalty, which is 0; give a penalty above 0")
         self.state_dtype = check_state_dtype(state_dtype)
-        self._parts = parts_of(p for group in optimizer.param_groups for p in group["params"])
+        self._find_parts()
         self.sharded = any(part.sharded for part in self._parts.values())
         self._flat = any(part.start is not None for part in self._parts.values())
         self.tensors = {name: self._constrain(name, p) for name, p in parameters.items()}
         self.step = 0
         self.penalty = 0.0
         self.finished = False
+        self.paused = False
         self.last_update: Update | None = None
         self._told: set[str] = set()
         self._guard = Guard(optimizer, self._add)
         self._weights = WeightRounding()
-        self._places = {p: place for place, p in enumerate(self._parts)}
+        self._calls = 0  # of the optimizer's step
+        self._peaks: list[float] = []  # largest learning rate of each group
         self._saves = optimizer.register_state_dict_post_hook(self._as_dense) if self._flat else None
-        self._hooks = StepHooks(optimizer, KEYS, self._gradients_are_final, self._after_step)
+        self._hooks = StepHooks(optimizer, KEYS, self._gradients_are_final, self._after_step, self._weights.undo)
+
+    def _find_parts(self) -> None:
+        self._parts = parts_of(p for group in self.optimizer.param_groups for p in group["params"])
+        self._places = {p: place for place, p in enumerate(self._parts)}
 
     def _constrain(self, name: str, p: nn.Parameter) -> ConstrainedTensor:
         part = self._parts.get(p)
@@ -219,11 +229,13 @@ class ADMM:
 
         Each is this process's part, ``(out, in)`` or ``(experts, out, in)``, of a flat slice ``(n,)``.
         """
-        return {
-            name: tensor.mask(slice(0, tensor.rows)).view(local(tensor.p).shape)
-            for name, tensor in self.tensors.items()
-            if tensor.has(MASK)
-        }
+        return dict(self.each_mask())
+
+    def each_mask(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what :meth:`masks` returns, so that no two masks need be there at once."""
+        for name, tensor in self.tensors.items():
+            if tensor.has(MASK):
+                yield name, tensor.mask(slice(0, tensor.rows)).view(local(tensor.p).shape)
 
     def occupancy(self) -> tuple[list[str], Tensor]:
         """Return names and, float64 ``(tensors, 4)``, kept entries, entries, empty rows and rows of each tensor.
@@ -249,12 +261,16 @@ class ADMM:
 
     def _seed(self, p: nn.Parameter, use: int) -> int:
         """Return a seed that any run draws again, resumed or on other processes: of the step, the tensor, the use."""
-        return (self.step << 24) + (self._places[p] << 2) + use
+        return (self._calls << 24) + (self._places[p] << 2) + use
 
     # ------------------------------------------------------------------ inside the optimizer's step
 
     def _gradients_are_final(self, loss: Any) -> None:
         """Skip the step if it cannot be made, else prepare it."""
+        if sum(len(group["params"]) for group in self.optimizer.param_groups) > len(self._parts):
+            self._find_parts()  # somebody added a group
+        if self.paused:
+            return
         if self._guard.skips(self.step, loss):
             return
         self._add_proximal_gradient()
@@ -277,6 +293,7 @@ class ADMM:
 
     @torch.no_grad()
     def _after_step(self) -> None:
+        self._calls += 1
         self._weights.put_back(self._noise)
         if self._guard.skipped or not self._stepped():
             return
@@ -285,26 +302,39 @@ class ADMM:
                 if tensor.state:
                     tensor.allocate(SPLIT, SCALE, MASK)
             return
+        if self.paused:
+            return
+        if self.step == 0 and not self.finished:  # what another run left in the optimizer
+            for tensor in self.tensors.values():
+                tensor.release(*KEYS)
         self.step += 1
-        if self.frozen:
-            for tensor in self._with(MASK):
-                for rows, *_ in tensor.pieces():
-                    tensor.x(rows).mul_(tensor.mask(rows))
+        if self.frozen or self.finished:
+            self._keep_frozen()
             return
         if self.penalty > 0 and self.step > 1:
             if self.prox == "hard":
                 self._remember()
             elif self.prox == "decoupled":
                 self._apply_prox()
-        if self.schedule.projects_at(self.step, self.total_steps):
+        freeze = self.schedule.freeze_step(self.total_steps)
+        if self.schedule.projects_at(self.step, self.total_steps) or self.step > freeze:  # a resumed run may be shorter
             self._update()
-        if self.schedule.frozen > 0 and self.step >= self.schedule.freeze_step(self.total_steps):
+        if self.schedule.frozen > 0 and self.step >= freeze:
             self._freeze()
 
+    def _keep_frozen(self) -> None:
+        """Put the zeros back; a tensor that gets its first gradient now is projected once."""
+        late = [tensor for tensor in self.tensors.values() if tensor.stepped and not tensor.has(MASK)]
+        if late:
+            self._project_in_place(late, resumable=False)
+        for tensor in self._with(MASK):
+            for rows, *_ in tensor.pieces():
+                tensor.x(rows).mul_(tensor.mask(rows))
+
     def _noise(self, p: nn.Parameter) -> Tensor:
-        part, shape = self._parts[p], local(p).shape
+        part, shape = self._parts[p], local(p).shape or torch.Size((1,))
         rows = slice(0, math.prod(shape[:-1]) if part.start is None else p.numel())
-        return part.noise(shape, rows, self._seed(p, _OF_WEIGHTS), p.device).view(shape)
+        return part.noise(shape, rows, self._seed(p, _OF_WEIGHTS), p.device).view(local(p).shape)
 
     def _stepped(self) -> bool:
         """Say whether the optimizer really stepped: a skipped batch or an overflow fires the hooks too."""
@@ -324,11 +354,15 @@ class ADMM:
     def _apply_prox(self) -> None:
         """x ← (x + γ s)/(1 + γ)."""
         # looked up at every step: loading an optimizer's state replaces its groups
-        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        groups = self.optimizer.param_groups
+        rates = [float(group["lr"]) for group in groups]
+        known = [float(group.get("max_lr", group.get("initial_lr", 0.0))) for group in groups]
+        former = self._peaks + [0.0] * (len(groups) - len(self._peaks))
+        self._peaks = [max(peaks) for peaks in zip(rates, known, former, strict=True)]
+        relative = [rate / peak if peak else 0.0 for rate, peak in zip(rates, self._peaks, strict=True)]
+        of_parameter = {id(p): r for group, r in zip(groups, relative, strict=True) for p in group["params"]}
         for tensor in self._with(SPLIT):
-            group = groups[id(tensor.p)]
-            peak = float(group.get("max_lr", group.get("initial_lr", group["lr"])))
-            gamma = self.penalty * float(group["lr"]) / peak if peak else 0.0
+            gamma = self.penalty * of_parameter[id(tensor.p)]
             for rows, *_ in tensor.pieces():
                 x = tensor.x(rows)
                 x.add_(tensor.split(rows) - x, alpha=gamma / (1 + gamma))
@@ -373,7 +407,7 @@ class ADMM:
                 z_before = z_before.masked_fill(~former, 0)
                 if tensor.part.counts:
                     sums += torch.stack(
-                        [(x - z).square().sum(), x.square().sum(), (z - z_before).square().sum(),
+                        [(x - z).square().sum(), x.to(v.dtype).square().sum(), (z - z_before).square().sum(),
                          (mask ^ former).sum().to(v.dtype), mask.sum().to(v.dtype)]
                     ).double()  # fmt: skip
                 tensor.set_mask(rows, mask)
@@ -387,7 +421,7 @@ class ADMM:
             step=self.step,
             penalty=self.penalty,
             sparsity=1 - kept / entries,
-            primal_residual=(gap / norm).sqrt(),
+            primal_residual=(gap / norm.clamp_min(torch.finfo(norm.dtype).tiny)).sqrt(),
             dual_residual=self.penalty * moved.sqrt(),
             mask_flips=flips / entries,
         )
@@ -407,29 +441,38 @@ class ADMM:
             resumable: Keep what is removed in the optimizer's state, so that :meth:`resume` goes on as if
                 nothing had happened. For runs that end before their last step.
         """
-        self._weights.undo()  # if interrupted inside the optimizer's step
-        self._hooks.reset()
-        if self.finished or self.suspended or (resumable and self.step == 0):
+        self.recover()
+        if self.finished or (resumable and (self.suspended or self.step == 0)):
             return
+        self.resume()
         fixed = self._with(MASK) if self.frozen else []
         free = [tensor for tensor in self.tensors.values() if tensor not in fixed]
         for tensor in fixed:
             self._cut(tensor, (tensor.mask(rows) for rows, *_ in tensor.pieces()), resumable)
         if free:
-            masks = self.constraint.project(_Pieces(self, free, lambda tensor, rows: tensor.x(rows)))
-            for tensor in free:
-                self._cut(tensor, masks, resumable)
-            next(masks, None)
+            self._project_in_place(free, resumable)
         self.finished = not resumable
 
+    def _project_in_place(self, tensors: list[ConstrainedTensor], resumable: bool) -> None:
+        masks = self.constraint.project(_Pieces(self, tensors, lambda tensor, rows: tensor.x(rows)))
+        for tensor in tensors:
+            self._cut(tensor, masks, resumable)
+        next(masks, None)
+
+    def recover(self) -> None:
+        """Return to the weights before an optimizer's step that raised, if one did."""
+        self._weights.undo()
+        self._hooks.reset()
+
     def _cut(self, tensor: ConstrainedTensor, masks: Iterator[Tensor], resumable: bool) -> None:
-        tensor.allocate(REMOVED if resumable else MASK)
+        keeps = resumable or tensor.stepped or self._flat  # state put in before the optimizer's own breaks its set-up
+        tensor.allocate(*[REMOVED if resumable else MASK] * keeps)
         for rows, *_ in tensor.pieces():
             x = tensor.x(rows)
             mask = next(masks).view(x.shape)
             if resumable:
                 tensor.set_removed(rows, x.masked_fill(mask, 0))
-            else:
+            elif keeps:
                 tensor.set_mask(rows, mask)
             x.masked_fill_(~mask, 0)
         if not resumable:
@@ -452,6 +495,8 @@ class ADMM:
             "step": self.step,
             "penalty": self.penalty,
             "finished": self.finished,
+            "calls": self._calls,
+            "peaks": list(self._peaks),
             "total_steps": self.total_steps,
             "settings": self._settings(),
         }
@@ -482,6 +527,7 @@ class ADMM:
                 "the new length.", state_dict["total_steps"], self.total_steps,
             )  # fmt: skip
         self.step, self.penalty, self.finished = state_dict["step"], state_dict["penalty"], state_dict["finished"]
+        self._calls, self._peaks = state_dict["calls"], list(state_dict["peaks"])
         self.resume()
 
     def _as_dense(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from importlib.resources import files
@@ -18,6 +19,8 @@ from elsa_lightning.callbacks.elsa import ElsaCallback
 from elsa_lightning.lm.data import CalibrationData
 from elsa_lightning.lm.module import CausalLM
 from elsa_lightning.plan import Plan, plan
+
+_KNOWN_CHECKPOINTS = ("last", "best", "hpc")  # which Lightning finds by itself
 
 
 class ElsaTrainer(Trainer):
@@ -77,13 +80,32 @@ class ElsaCLI(LightningCLI):
             config |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
         return super()._instantiate_trainer(config, callbacks)
 
+    def after_predict(self) -> None:
+        """Write what was predicted, one line a sequence."""
+        batches: Any = self.trainer.predict_loop.predictions
+        if not (batches and self.trainer.is_global_zero):
+            return
+        file = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        losses = torch.cat(batches).tolist()
+        lines = [json.dumps({"sequence": place, "nats_a_token": loss}) + "\n" for place, loss in enumerate(losses)]
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text("".join(lines))
+        temporary.replace(file)
+        print(f"{len(losses)} sequences, mean {sum(losses) / len(losses):.4f} nats a token: {file}")
+
     def before_fit(self) -> None:
         """Say what memory the run takes; a model or optimizer that cannot be tried beforehand runs all the same."""
         assert isinstance(self.trainer, ElsaTrainer)
+        resumed = self.config.fit.ckpt_path
+        if resumed and resumed not in _KNOWN_CHECKPOINTS and "://" not in resumed and not Path(resumed).exists():
+            raise ValueError(
+                f"ckpt_path {resumed!r} does not exist; give a .ckpt of an earlier run, or 'last' or 'best'"
+            )
         try:
             planned = self.trainer.memory(self.model, self.datamodule)
         except Exception as error:
-            if _explains_itself(error):
+            if _explanation(error) is not None:
                 raise
             rank_zero_warn(f"the run's memory could not be planned: {type(error).__name__}: {error}")
         else:
@@ -123,18 +145,21 @@ def main(args: list[str] | None = None) -> None:
             args=None if args is None else [_shipped(argument) for argument in args],
         )
     except Exception as error:
-        if os.environ.get("JSONARGPARSE_DEBUG") or not _explains_itself(error):
+        explanation = _explanation(error)
+        if explanation is None or os.environ.get("JSONARGPARSE_DEBUG"):
             raise
-        print(f"elsa: error: {error}", file=sys.stderr)
+        print(f"elsa: error: {explanation}", file=sys.stderr)
         raise SystemExit(1) from error
 
 
-def _explains_itself(error: Exception) -> bool:
-    """Say whether an error is a user's, with a message made for them, so that a traceback would only hide it."""
-    if isinstance(error, MisconfigurationException):
-        return True
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    ours = trace is not None and trace.tb_frame.f_globals["__name__"].startswith("elsa_lightning")
-    return ours and isinstance(error, (ValueError, OSError))
+def _explanation(error: BaseException | None) -> BaseException | None:
+    """Return the error, or what it came of, if it has a message made for users, so that a traceback would hide it."""
+    while error is not None:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        ours = trace is not None and trace.tb_frame.f_globals["__name__"].startswith("elsa_lightning")
+        if isinstance(error, MisconfigurationException) or (ours and isinstance(error, (ValueError, OSError))):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

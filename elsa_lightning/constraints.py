@@ -131,9 +131,10 @@ class Unstructured(Constraint):
 
     def check(self, name: str, shape: torch.Size) -> None:
         """Raise ValueError unless the tensor is a matrix, or a stack of them."""
-        if len(shape) < 2:
+        if len(shape) not in (2, 3):
             raise ValueError(
-                f"{name} has shape {tuple(shape)}; a constrained tensor is a matrix or a stack of matrices"
+                f"{name} has shape {tuple(shape)}; a constrained tensor is a matrix or a stack of matrices, which a "
+                f"convolution's kernels are not: leave it out of targets"
             )
 
     def kept(self, entries: int) -> int:
@@ -159,8 +160,8 @@ class Unstructured(Constraint):
                     score = score / scales[point.tensor]
                 shape = (point.matrices, point.v.numel() // point.matrices)
                 first = starts[point.tensor] + point.matrix
-                magnitude = point.v.abs().float().view(shape)
-                yield Scores(score.view(shape), magnitude, first, point.part.counts, point.part.order)
+                magnitude = point.v.abs().float().reshape(shape)
+                yield Scores(score.reshape(shape), magnitude, first, point.part.counts, point.part.order)
 
         ranks = torch.tensor(kept, device=points.device)
         yield from largest(scores, torch.tensor(pools, device=points.device), ranks, points.add, points.parts)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -18,13 +20,19 @@ class StepHooks:
         before: Called once the gradients of a step are final, with the loss where there is one. With a closure
             (Lightning's automatic optimisation) they are when it returns, after accumulation and clipping.
         after: Called after the step.
+        interrupted: Called before the step that follows one which raised.
     """
 
     def __init__(
-        self, optimizer: Optimizer, keys: Collection[str], before: Callable[[Any], None], after: Callable[[], None]
+        self,
+        optimizer: Optimizer,
+        keys: Collection[str],
+        before: Callable[[Any], None],
+        after: Callable[[], None],
+        interrupted: Callable[[], None],
     ) -> None:
-        self.keys, self.before, self.after = keys, before, after
-        self._depth = 0
+        self.keys, self.before, self.after, self.interrupted = keys, before, after, interrupted
+        self._steps: list[FrameType] = []  # whose step is going on, outermost first
         self._stash: dict[nn.Parameter, dict[str, Any]] = {}
         # bitsandbytes loads state by itself and casts what is not named here
         if hasattr(optimizer, "non_castable_tensor_keys"):
@@ -43,11 +51,15 @@ class StepHooks:
 
     def reset(self) -> None:
         """Forget a step that was interrupted."""
-        self._depth = 0
+        self._steps.clear()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        self._depth += 1
-        if self._depth > 1:  # a subclass whose step calls its parent's fires the hooks twice
+        caller = sys._getframe(1)
+        if self._steps and not _is_inside(caller, self._steps[0]):  # that step raised, and its post-hook never came
+            self.reset()
+            self.interrupted()
+        self._steps.append(caller)
+        if len(self._steps) > 1:  # a subclass whose step calls its parent's fires the hooks twice
             return None
         args = list(args)
         closure: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -77,8 +89,9 @@ class StepHooks:
             raise
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._depth = max(0, self._depth - 1)
-        if self._depth == 0:
+        if self._steps:
+            self._steps.pop()
+        if not self._steps:
             self.after()
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -98,3 +111,10 @@ class StepHooks:
             if ours:
                 optimizer.state[p].update({key: value.to(p.device, copy=True) for key, value in ours.items()})
         self._stash = {}
+
+
+def _is_inside(frame: FrameType | None, outer: FrameType) -> bool:
+    """Say whether a call was made from within another that still runs."""
+    while frame is not None and frame is not outer:
+        frame = frame.f_back
+    return frame is outer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,11 @@ def perplexity_table(*, model: str, dense: float | None, final: float, sparsity:
     return "\n".join(lines)
 
 
-def mask_mosaic(masks: Mapping[str, Tensor], tile: int = 48, columns: int = 7) -> Tensor:
+def mask_mosaic(masks: Iterable[Tensor], tile: int = 48, columns: int = 7) -> Tensor:
     """Return a picture of where weights are kept: one tile a tensor, brighter where more survive.
 
     Args:
-        masks: By parameter name, True where kept, ``(out, in)`` or ``(experts, out, in)``.
+        masks: One a tensor, True where kept, ``(out, in)`` or ``(experts, out, in)``; looked at one at a time.
         tile: Pixels of a side of a tile.
         columns: Tiles a row; a Llama block has seven matrices.
 
@@ -40,7 +40,7 @@ def mask_mosaic(masks: Mapping[str, Tensor], tile: int = 48, columns: int = 7) -
         Float picture ``(height, width)`` in [0, 1] on the CPU.
     """
     tiles = []
-    for mask in masks.values():
+    for mask in masks:
         density = F.adaptive_avg_pool2d(mask.flatten(0, -2)[None].float(), tile)[0]
         tiles.append(F.pad(density / density.max().clamp(min=1e-12), (0, 1, 0, 1), value=1.0).cpu())
     tiles += [torch.zeros_like(tiles[0])] * (-len(tiles) % columns)

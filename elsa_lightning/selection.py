@@ -23,6 +23,7 @@ class Selection:
         parameters: Constrained parameters by name.
         total: Elements of all parameters, shared ones counted once.
         exempt: Elements of embeddings, the LM head and what ``ignore`` names: dense by intent.
+        head: Name of a layer that was taken for the head by its shape, where the model does not say which it is.
         left_out: Elements by name of matrices that are dense though nobody said so.
     """
 
@@ -30,6 +31,7 @@ class Selection:
     total: int
     exempt: int
     left_out: dict[str, int]
+    head: str | None = None
 
     @property
     def constrained(self) -> int:
@@ -42,6 +44,7 @@ class Selection:
         return (
             f"{len(self.parameters)} tensors constrained: {self.constrained:,} of {self.total:,} parameters "
             f"({share:.1%}); embeddings, LM head and ignored: {self.exempt:,} dense"
+            + (f"; taken for the head by its shape: {self.head}" if self.head else "")
         )
 
     def warning(self, tolerated: float = 0.1) -> str | None:
@@ -62,7 +65,9 @@ class Selection:
         return (
             f"LOW COVERAGE: {left_out:,} of the {left_out + self.constrained:,} parameters in matrices are NOT "
             f"constrained and stay dense. The largest:\n{names}\n  Constrain them by name, for example "
-            f"targets=['{ALL_LINEAR}', '{_pattern(largest[0][0])}'], or list them in ignore to say that dense is meant."
+            f"targets={[ALL_LINEAR, *(_pattern(group) for group, _ in largest)]}, or list them in ignore to say that "
+            f"dense is meant. Frozen ones (requires_grad False) are never constrained: nothing would train what is "
+            f"left of them."
         )
 
 
@@ -84,19 +89,27 @@ def select(model: nn.Module, targets: Sequence[str] = (ALL_LINEAR,), ignore: Seq
         ValueError: A pattern is no regular expression or matches nothing, or nothing is left to constrain.
     """
     names = {clean(name): p for name, p in model.named_parameters()}
-    heads = _embeddings_and_heads(model)
+    heads, guess = _embeddings_and_heads(model)
     matched: set[str] = set()
     for target in targets:
         if target == ALL_LINEAR:
-            matched |= _linear_weights(model, heads)
+            linear = _linear_weights(model) - heads
+            matched |= {name for name, p in names.items() if id(p) in linear}
         else:
             matched |= _search("targets", target, names)
     ignored: set[str] = set().union(*(_search("ignore", pattern, names) for pattern in ignore))
-    chosen = {name: names[name] for name in names if name in matched and name not in ignored}
+    matched -= ignored
+    chosen = {name: p for name, p in names.items() if name in matched and p.requires_grad}
     if not chosen:
         raise ValueError(
             f"nothing to constrain: targets={list(targets)} and ignore={list(ignore)} select none of the model's "
-            f"{len(names)} parameters; '{ALL_LINEAR}' needs nn.Linear or Conv1D layers, other models need name patterns"
+            f"{len(names)} parameters that are trained; '{ALL_LINEAR}' needs nn.Linear or Conv1D layers, other models "
+            f"need name patterns, and frozen parameters (requires_grad False) need to be trained"
+        )
+    kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    if convolutions := [name for name, p in chosen.items() if id(p) in kernels]:
+        raise ValueError(
+            f"targets select {convolutions[0]!r}, a convolution's kernels, which are no matrices: leave it out"
         )
     if vectors := [name for name, p in chosen.items() if len(part_of(p).shape) < 2]:
         raise ValueError(
@@ -112,6 +125,7 @@ def select(model: nn.Module, targets: Sequence[str] = (ALL_LINEAR,), ignore: Seq
             n: _size(p) for n, p in names.items()
             if len(part_of(p).shape) > 1 and n not in chosen and n not in exempt
         },
+        head=guess,
     )  # fmt: skip
 
 
@@ -130,21 +144,21 @@ def _search(argument: str, pattern: str, names: dict[str, nn.Parameter]) -> set[
     return found
 
 
-def _linear_weights(model: nn.Module, heads: set[int]) -> set[str]:
+def _linear_weights(model: nn.Module) -> set[int]:
+    """Return the ids of the weights of Linear layers."""
     return {
-        clean(f"{name}.weight" if name else "weight")
-        for name, module in model.named_modules()
+        id(module.weight)
+        for module in model.modules()
         # transformers' Conv1D is recognised by name, so that transformers is not imported for it
-        if (isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")))
-        and id(module.weight) not in heads
+        if isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
     }
 
 
-def _embeddings_and_heads(model: nn.Module) -> set[int]:
-    """Return the ids of the parameters of embeddings and output layers.
+def _embeddings_and_heads(model: nn.Module) -> tuple[set[int], str | None]:
+    """Return the ids of the parameters of embeddings and output layers, and the name of one that is a guess.
 
-    Hugging Face models name their output layer. Elsewhere a Linear with one output per embedded token
-    is taken for it.
+    Hugging Face models name their output layer. Elsewhere the one Linear of an embedding's shape is taken for it; where
+    several have that shape they are hidden layers.
     """
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     found = {id(module.weight) for module in embeddings}
@@ -156,14 +170,16 @@ def _embeddings_and_heads(model: nn.Module) -> set[int]:
             head = output()
             if isinstance(head, nn.Module):
                 found |= {id(p) for p in head.parameters()}
-    if not hugging_face:
-        vocabularies = {module.num_embeddings for module in embeddings}
-        found |= {
-            id(module.weight)
-            for module in model.modules()
-            if isinstance(module, nn.Linear) and module.out_features in vocabularies
-        }
-    return found
+    if hugging_face:
+        return found, None
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for size, width in sorted({(e.num_embeddings, e.embedding_dim) for e in embeddings}, reverse=True):
+        alike = [name for name, module in linear.items() if (module.out_features, module.in_features) == (size, width)]
+        if len(alike) == 1:
+            head_layer = linear[alike[0]]
+            guess = None if id(head_layer.weight) in found else clean(alike[0])  # tied to the embedding: no guess
+            return found | {id(p) for p in head_layer.parameters()}, guess
+    return found, None
 
 
 def count_zeros(model: nn.Module) -> tuple[int, int]:

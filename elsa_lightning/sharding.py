@@ -78,8 +78,9 @@ def _mixed(seed: int) -> int:
 
 
 def whole(t: Tensor) -> Part:
-    """Return the part that is all of a tensor."""
-    return Part(t.shape, (0,) * t.dim())
+    """Return the part that is all of a tensor; a number is a vector of one."""
+    shape = t.shape or torch.Size((1,))
+    return Part(shape, (0,) * len(shape))
 
 
 def part_of(p: Tensor) -> Part:

@@ -67,8 +67,10 @@ def decode(stored: Tensor, exponents: Tensor | None) -> Tensor:
 
 def round_to_bfloat16(values: Tensor, noise: Tensor) -> Tensor:
     """Return values rounded up or down to bfloat16 as ``noise``, random int32, decides: exact in the mean."""
-    bits = (noise & 0xFFFF).add_(values.float().view(torch.int32))
-    return bits.bitwise_and_(-1 << 16).view(torch.float32).to(torch.bfloat16)
+    values = values.float()
+    bits = (noise & 0xFFFF).add_(values.view(torch.int32))
+    rounded = bits.bitwise_and_(-1 << 16).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)  # NaN's bits would run over to 0
 
 
 def _round_to_float8(values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

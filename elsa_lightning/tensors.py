@@ -49,6 +49,11 @@ class ConstrainedTensor:
 
     def __init__(self, p: nn.Parameter, part: Part, optimizer: Optimizer, state_dtype: StateDtype) -> None:
         self.p, self.part, self.optimizer, self.state_dtype = p, part, optimizer, state_dtype
+        if not _in_rows(p):
+            raise ValueError(
+                f"a stack of matrices of shape {tuple(p.shape)} has strides {tuple(local(p).stride())}, and its rows "
+                f"are not below each other in memory: make it contiguous()"
+            )
 
     @property
     def state(self) -> dict[str, Any]:
@@ -114,6 +119,8 @@ class ConstrainedTensor:
     def grad(self, rows: slice) -> Tensor:
         """Return rows of the gradient, in the same memory."""
         assert self.p.grad is not None
+        if not _in_rows(self.p.grad):
+            self.p.grad = self.p.grad.contiguous()
         return self._rows(self.p.grad, rows)
 
     def importance(self, rows: slice) -> Tensor | None:
@@ -210,7 +217,10 @@ class ConstrainedTensor:
                     self.set_removed(rows, piece.to(self.p.dtype))
 
     def _rows(self, t: Tensor, rows: slice) -> Tensor:
-        return t[None, rows] if self._flat else local(t).flatten(0, -2)[rows]
+        if self._flat:
+            return t[None, rows]
+        t = local(t)
+        return t.view(math.prod(t.shape[:-1]), t.shape[-1])[rows]
 
     def _before(self, rows: slice, each: int) -> int:
         """Return how many entries of their first group of ``each`` lie before these entries of a flat slice."""
@@ -227,3 +237,9 @@ class ConstrainedTensor:
             return self._rows(t, rows)
         start, first = self.part.start, self.part.start // each
         return t[None, (start + rows.start) // each - first : -(-(start + rows.stop) // each) - first]
+
+
+def _in_rows(t: Tensor) -> bool:
+    """Say whether the matrices of a stack can be seen as rows below each other, in the same memory."""
+    t = local(t)
+    return t.dim() < 3 or t.is_contiguous()

@@ -31,22 +31,22 @@ def test_a_collapsed_model_still_gets_its_table(final: float) -> None:
 def test_a_tile_is_bright_where_weights_survive() -> None:
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[:4, 4:] = True
-    tile = mask_mosaic({"w": mask}, tile=4, columns=1)[:4, :4]
+    tile = mask_mosaic([mask], tile=4, columns=1)[:4, :4]
     assert torch.equal(tile, torch.tensor([[0.0, 0, 1, 1]] * 2 + [[0.0] * 4] * 2))
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (100, 70), (4, 6, 9), (1, 1)])
 def test_any_matrix_or_stack_of_experts_fills_one_tile(shape: tuple[int, ...]) -> None:
-    picture = mask_mosaic({"w": torch.rand(shape) > 0.5}, tile=6, columns=1)
+    picture = mask_mosaic([torch.rand(shape) > 0.5], tile=6, columns=1)
     assert picture.shape == (7, 7)
     assert picture.dtype == torch.float32
     assert 0 <= float(picture.min()) <= float(picture.max()) <= 1
 
 
 def test_tiles_go_in_rows_of_a_transformer_block() -> None:
-    masks = {str(i): torch.ones(4, 4, dtype=torch.bool) for i in range(9)}
+    masks = [torch.ones(4, 4, dtype=torch.bool) for _ in range(9)]
     assert mask_mosaic(masks, tile=4, columns=7).shape == (10, 35)
 
 
 def test_a_tensor_of_which_nothing_is_left_is_black() -> None:
-    assert mask_mosaic({"w": torch.zeros(4, 4, dtype=torch.bool)}, tile=4, columns=1)[:4, :4].sum() == 0
+    assert mask_mosaic([torch.zeros(4, 4, dtype=torch.bool)], tile=4, columns=1)[:4, :4].sum() == 0

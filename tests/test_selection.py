@@ -1,5 +1,6 @@
 """What is constrained in each family of models, and what is said about the rest."""
 
+import ast
 from typing import Any
 
 import pytest
@@ -65,6 +66,60 @@ def test_without_hugging_face_a_layer_of_the_vocabularys_size_is_the_head() -> N
 
     assert list(select(Model()).parameters) == ["body.weight"]
     assert list(select(nn.Linear(3, 2)).parameters) == ["weight"]
+
+
+class Decoder(nn.Module):
+    """As nanoGPT's, with as many positions as the blocks are wide."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(50, 32), nn.Embedding(32, 32)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 64)) for _ in range(blocks))
+        self.head = nn.Linear(32, 50)
+
+
+def test_a_hidden_layer_of_the_shape_of_an_embedding_is_no_head() -> None:
+    selection = select(Decoder(2))
+    assert len(selection.parameters) == 4 and selection.head == "head"
+    assert "taken for the head by its shape: head" in selection.summary()
+
+
+def test_frozen_weights_stay_dense_and_are_told() -> None:
+    model = Decoder(4)
+    model.blocks[:3].requires_grad_(False)
+    selection = select(model)
+    assert list(selection.parameters) == ["blocks.3.0.weight", "blocks.3.1.weight"]
+    warning = selection.warning()
+    assert warning is not None and "Frozen ones (requires_grad False) are never constrained" in warning
+    assert select(model, ignore=[r"blocks\.[0-2]"]).warning() is None
+    with pytest.raises(ValueError, match="frozen parameters"):
+        select(model.requires_grad_(False))
+
+
+def test_convolutions_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Conv1d(8, 8, 4, groups=8), nn.Linear(8, 8))
+    assert list(select(model).parameters) == ["1.weight"]
+    with pytest.raises(ValueError, match=r"targets select '0.weight', a convolution's kernels"):
+        select(model, [r"weight$"])
+
+
+def test_a_weight_that_is_registered_elsewhere_first_is_found() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.Linear(8, 8)
+            self.first = nn.ParameterList([layer.weight])
+            self.layer = layer
+
+    assert list(select(Shared()).parameters) == ["first.0"]
+
+
+def test_the_suggested_targets_cover_what_was_left_out() -> None:
+    model = build(tf.Qwen3MoeConfig, MOE)
+    warning = select(model).warning()
+    assert warning is not None
+    targets = ast.literal_eval(warning.split("targets=")[1].split("], or")[0] + "]")
+    assert select(model, targets).warning() is None
 
 
 def test_patterns_add_restrict_and_ignore() -> None:

@@ -98,9 +98,14 @@ class ElsaCallback(Callback):
         self.optimizer_index = optimizer_index
         self.admm: ADMM | None = None
         self._first_step = 0  # optimizer steps that were made before pruning began
-        self._saved_dense = -1  # optimizer step of the latest state dict without exact zeros
         self._hook: RemovableHandle | StrategyHook | None = None  # called before a save
+        self._fits = True
         self._loaded: dict[str, Any] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget what an earlier fit logged."""
+        self._saved_dense = -1  # optimizer step of the latest state dict without exact zeros
         self._logged: Update | None = None
         self._mosaics = 0
         self._health = Health()
@@ -109,7 +114,8 @@ class ElsaCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a Trainer that cannot work, before any data or model is loaded."""
-        if stage != "fit":
+        self._loaded, self._fits = None, stage == "fit"  # a checkpoint is restored after this
+        if not self._fits:
             return
         check_strategy(trainer.strategy)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -129,6 +135,7 @@ class ElsaCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the parameters and attach to their optimizer, whose state is restored after this."""
+        self._begin()
         optimizer, strategy = self._optimizer(trainer.optimizers), trainer.strategy
         if isinstance(strategy, FSDPStrategy):
             check_optimizer_of_fsdp(optimizer)
@@ -143,6 +150,7 @@ class ElsaCallback(Callback):
             prox=self.prox,
             state_dtype=self.state_dtype,
         )
+        self.admm.paused = True  # a learning-rate finder may train before the run begins
         self._detach_module()
         if isinstance(strategy, FSDPStrategy):
             self._hook = watch_fsdp(strategy, lambda: self._before_saving(trainer))
@@ -178,6 +186,7 @@ class ElsaCallback(Callback):
         loaded, self._loaded = self._loaded, None
         self._first_step = loaded["first_step"] if loaded else trainer.global_step // len(trainer.optimizers)
         self.admm.total_steps = max(1, _total_steps(trainer) - self._first_step)
+        self.admm.paused = False
         if loaded:
             self.admm.load_state_dict(loaded["admm"])
             # at the end of an epoch load_state_dict has done it, before the loader drew the order of the next one
@@ -207,7 +216,7 @@ class ElsaCallback(Callback):
         if self.admm.last_update is not self._logged:
             self._log(trainer, pl_module, self.admm)
         if _is_last_step(trainer):
-            self._finish(trainer)
+            self._finish(trainer, resumable=_is_early(self.admm))
         self._suspend_if_stopping(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -218,7 +227,7 @@ class ElsaCallback(Callback):
         """Make the zeros exact if the last epoch was cut short by ``on_train_batch_start``."""
         assert self.admm is not None
         if _is_last_step(trainer):
-            self._finish(trainer)
+            self._finish(trainer, resumable=_is_early(self.admm))
 
     def _finish(self, trainer: Trainer, resumable: bool = False) -> None:
         assert self.admm is not None
@@ -247,6 +256,10 @@ class ElsaCallback(Callback):
             if self._saved_dense == trainer.global_step:
                 self._save_again(trainer)
             self._say_unfinished()
+        elif self.admm.step == 0:
+            rank_zero_warn(
+                "Elsa: no gradient reached the constrained weights in this run, so they were cut by magnitude alone"
+            )
 
     def _save_again(self, trainer: Trainer) -> None:
         """Rewrite the checkpoints of this step that were saved before the run was known to end with it."""
@@ -259,18 +272,24 @@ class ElsaCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Make the zeros exact, resumably, on Ctrl-C, before a checkpoint that is saved on exceptions."""
-        if isinstance(exception, KeyboardInterrupt) and self.admm is not None and not self.admm.finished:
+        if self.admm is None:
+            return
+        self.admm.recover()
+        if isinstance(exception, KeyboardInterrupt) and not self.admm.finished:
             if self.admm.sharded:  # the other processes may be anywhere, and a projection needs them
                 rank_zero_warn("Elsa is unfinished; ckpt_path resumes the run from its last checkpoint.")
-                return
-            self._finish(trainer, resumable=True)
-            self._say_unfinished()
+            else:
+                self._finish(trainer, resumable=True)
+                self._say_unfinished()
+        self._detach_module()
 
     def _say_unfinished(self) -> None:
         assert self.admm is not None
         rank_zero_warn(
             f"Elsa is unfinished: {self.admm.step} of {self.admm.total_steps} optimizer steps. The zeros are exact at "
-            f"the full sparsity, but the model had no time to recover; ckpt_path resumes the run where it was."
+            f"the full sparsity, but the model had no time to recover; ckpt_path resumes the run where it was. If it "
+            f"was to end here, its steps are fewer than Lightning counts (steps that manual optimization leaves out, "
+            f"several optimizers, data that ends): set max_steps to what it makes."
         )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -315,21 +334,24 @@ class ElsaCallback(Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_image(
-                        "elsa/masks", mask_mosaic(admm.masks()), trainer.global_step, dataformats="HW"
+                        "elsa/masks",
+                        mask_mosaic(mask for _, mask in admm.each_mask()),
+                        trainer.global_step,
+                        dataformats="HW",
                     )
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scalars of the run, and the random state that an exact resume needs."""
-        if self.admm is None:
+        if self.admm is None or self._loaded is not None:
             return self._loaded or {}
         return {"admm": self.admm.state_dict(), "first_step": self._first_step, "rng": random_states()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the random state, before data is loaded, and keep the rest until the optimizer has its state."""
         self._loaded = state_dict or None
-        if self._loaded:
+        if self._loaded and self._fits:
             restore_random_states(self._loaded["rng"])
 
 
@@ -351,6 +373,11 @@ def _is_stopping(trainer: Trainer) -> bool:
         return False
     epochs = trainer.current_epoch + trainer.is_last_batch
     return trainer.global_step >= (trainer.min_steps or 0) and epochs >= (trainer.min_epochs or 0)
+
+
+def _is_early(admm: ADMM) -> bool:
+    """Say whether the mask is far from where it was to be fixed, but for a few steps that were skipped."""
+    return 0 < admm.step < 0.9 * admm.schedule.freeze_step(admm.total_steps)
 
 
 def _is_last_step(trainer: Trainer) -> bool:

@@ -1,4 +1,4 @@
-"""Save and exit when the machine is taken away."""
+"""Save and exit when the run is to end at once."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 
 class SaveOnTerminate(Callback):
-    """On SIGTERM, which a preempted node or a scheduler sends, saves a checkpoint after the current step and exits.
+    """On SIGTERM, which a preempted node or a scheduler sends, or Ctrl-C, saves after the current step and exits.
 
-    The checkpoint is ``terminated-step=N.ckpt``, and ``ckpt_path`` resumes it exactly. If the machine goes before it
-    is whole it is not there, or, as the folder of a distributed checkpoint, refused. The exit status is 143, as of a
-    process that SIGTERM ended.
+    The checkpoint is ``terminated-step=N.ckpt``, with exact zeros, and ``ckpt_path`` resumes it exactly. If the machine
+    goes before it is whole it is not there, or, as the folder of a distributed checkpoint, refused. The exit status is
+    that of a process that the signal ended: 143, or 130 after Ctrl-C. A second Ctrl-C ends the run as it would without
+    this callback.
 
     Args:
         dirpath: Folder for the checkpoint; None takes ``checkpoints`` in the logger's folder.
@@ -25,35 +26,47 @@ class SaveOnTerminate(Callback):
 
     def __init__(self, dirpath: str | None = None) -> None:
         self.dirpath = dirpath
-        self._asked = False
+        self._asked = 0  # the signal
         self._step = 0
-        self._former: Any = None
+        self._former: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to the signal."""
-        self._asked, self._step = False, trainer.global_step
+        """Listen to the signals."""
+        self._asked, self._step = 0, trainer.global_step
         if threading.current_thread() is threading.main_thread():
-            self._former = signal.signal(signal.SIGTERM, self._ask)
+            self._former = {signum: signal.signal(signum, self._ask) for signum in (signal.SIGTERM, signal.SIGINT)}
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
-        self._asked = True
+        if signum == signal.SIGINT:
+            if self._asked == signum:
+                raise KeyboardInterrupt
+            rank_zero_warn("saving a checkpoint after this step; press Ctrl-C again to end without")
+        self._asked = signum
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save after an optimizer step once any process was asked to; all of them do."""
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
-        if not stepped or not trainer.strategy.reduce_boolean_decision(self._asked, all=False):
+        if not stepped or not trainer.strategy.reduce_boolean_decision(bool(self._asked), all=False):
             return
+        trainer.should_stop = True  # so that ElsaCallback makes the zeros exact
         folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints").expanduser()
         path = folder / f"terminated-step={trainer.global_step}.ckpt"
         trainer.save_checkpoint(path)
         trainer.strategy.barrier()
         rank_zero_warn(f"terminated after optimizer step {trainer.global_step}; resume with ckpt_path={path}")
-        raise SystemExit(128 + signal.SIGTERM)
+        raise SystemExit(128 + (self._asked or signal.SIGTERM))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Listen no more."""
+        self._listen_no_more()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listen no more."""
-        if self._former is not None:
-            signal.signal(signal.SIGTERM, self._former)
-            self._former = None
+        self._listen_no_more()
+
+    def _listen_no_more(self) -> None:
+        for signum, handler in self._former.items():
+            signal.signal(signum, handler)
+        self._former = {}

@@ -99,6 +99,7 @@ class CausalLM(LightningModule):
         self.perplexity = TokenPerplexity()
         self.dense_perplexity: float | None = None
         self.final_perplexity: float | None = None
+        self._table: str | None = None
 
     def configure_model(self) -> None:
         """Load the model; Lightning calls this once the strategy and precision are known."""
@@ -265,22 +266,26 @@ class CausalLM(LightningModule):
             self.dense_perplexity = self._measure("dense perplexity")
 
     def on_train_end(self) -> None:
-        """Measure the final model and print the closing table."""
+        """Measure the final model for the closing table."""
         self.final_perplexity = self._measure("final perplexity")
         if self.final_perplexity is None:
             return
         zeros, constrained = count_zeros(self)
         for logger in self.trainer.loggers:
             logger.log_metrics({"val/final_perplexity": self.final_perplexity}, step=self.global_step)
-        rank_zero_info(
-            perplexity_table(
-                model=self.name,
-                dense=self.dense_perplexity,
-                final=self.final_perplexity,
-                sparsity=zeros / max(constrained, 1),
-                protocol=self._protocol(),
-            )
+        self._table = perplexity_table(
+            model=self.name,
+            dense=self.dense_perplexity,
+            final=self.final_perplexity,
+            sparsity=zeros / max(constrained, 1),
+            protocol=self._protocol(),
         )
+
+    def teardown(self, stage: str) -> None:
+        """Print the closing table, now that no progress bar is drawn over it."""
+        if self._table is not None:
+            rank_zero_info(self._table)
+            self._table = None
 
     @torch.no_grad()
     def _measure(self, title: str) -> float | None:
@@ -316,5 +321,14 @@ class CausalLM(LightningModule):
         checkpoint["dense_perplexity"] = self.dense_perplexity
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the dense perplexity."""
+        """Restore the dense perplexity.
+
+        Raises:
+            ValueError: A run is to go on from weights alone.
+        """
+        if self._trainer is not None and self.trainer.training and "optimizer_states" not in checkpoint:
+            raise ValueError(
+                "the checkpoint of ckpt_path holds weights only, and a run cannot go on from them; save without "
+                "save_weights_only, or start a new run from a Hugging Face folder with --model.name"
+            )
         self.dense_perplexity = checkpoint.get("dense_perplexity")

@@ -92,7 +92,7 @@ class Source:
 
         Raises:
             OSError: A download failed.
-            ValueError: The files have no ``text`` column.
+            ValueError: The files cannot be read, or have no ``text`` column.
         """
         if self.name == "pydocs":
             return pydocs.documents(split)
@@ -102,7 +102,14 @@ class Source:
             files = [str(file) for file in self.files()]
             loader = _LOADERS[self.files()[0].suffix]
             options = {"sample_by": "document"} if loader == "text" else {}
-            table = datasets.load_dataset(loader, data_files=files, split="train", **options)
+            try:
+                table = datasets.load_dataset(loader, data_files=files, split="train", **options)
+            except (Exception, StopIteration) as error:  # of the reader of each format
+                reason = str(error.__cause__ or error) or "there is nothing in it"
+                raise ValueError(
+                    f"{self.name!r} is no readable {self.files()[0].suffix}: {reason.rstrip('.')}. Of a .txt file "
+                    f"UTF-8 is read, of .jsonl an object a line, of .parquet a table, both with 'text'"
+                ) from error
             if "text" not in table.column_names:
                 raise ValueError(f"{self.name!r} has the columns {table.column_names}, and needs one named 'text'")
             return (row["text"] for row in table)

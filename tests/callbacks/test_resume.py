@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from elsa_lightning import ElsaCallback
@@ -27,7 +28,9 @@ from tests.callbacks.tiny import (
     fit,
     interrupt,
     load,
+    loader,
     make_trainer,
+    zeros,
 )
 
 LAST = "20.ckpt"
@@ -184,3 +187,44 @@ def test_evaluating_with_the_callback_changes_no_weight(uninterrupted: Path, tmp
     trainer = make_trainer(tmp_path, ElsaCallback(sparsity=0.9))
     trainer.validate(model, tiny.loader(), ckpt_path=uninterrupted / "6.ckpt", verbose=False)
     assert_same(dict(model.state_dict()), dict(load(uninterrupted / "6.ckpt")["state_dict"]))
+
+
+def test_evaluating_a_checkpoint_does_not_make_the_next_fit_a_resumed_one(uninterrupted: Path, tmp_path: Path) -> None:
+    callback = ElsaCallback(sparsity=0.9, interval=3)
+    trainer = make_trainer(tmp_path, callback, max_steps=20)
+    drawn = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        trainer.validate(Net(), loader(2), ckpt_path=str(uninterrupted / "8.ckpt"), verbose=False)
+        drawn.append(float(torch.rand(())))
+    assert drawn[0] != drawn[1], "the random state is the caller's"
+    model = Net()
+    trainer.fit(model, loader())
+    assert callback.admm is not None and callback.admm.step == 20
+    assert zeros(model.state_dict()) == {"layers.0.weight": 3686, "layers.3.weight": 3686}
+
+
+def test_a_complete_run_that_is_resumed_stays_complete(uninterrupted: Path, tmp_path: Path) -> None:
+    callback = ElsaCallback(sparsity=0.9, interval=3)
+    trainer = make_trainer(tmp_path, callback, max_steps=20)
+    trainer.fit(Net(), loader(), ckpt_path=str(uninterrupted / LAST))
+    trainer.save_checkpoint(tmp_path / "again.ckpt")
+    admm = load(tmp_path / "again.ckpt")["callbacks"]["ElsaCallback"]["admm"]
+    assert (admm["step"], admm["finished"]) == (20, True)
+
+
+def test_a_learning_rate_finder_sees_the_loop_without_pruning(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Watched(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lr = 1e-3
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            seen.append(int((self.layers[0].weight == 0).sum()))
+            return super().training_step(batch, batch_idx)
+
+    model, finder = Watched(), LearningRateFinder(num_training_steps=10, attr_name="lr")
+    make_trainer(tmp_path, finder, ElsaCallback(sparsity=0.9, interval=3), max_steps=20).fit(model, loader())
+    assert seen[:10] == [0] * 10 and seen[-1] == 3686
