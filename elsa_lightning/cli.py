@@ -83,7 +83,9 @@ class ElsaCLI(LightningCLI):
     def after_predict(self) -> None:
         """Write what was predicted, one line a sequence."""
         batches: Any = self.trainer.predict_loop.predictions
-        if not (batches and self.trainer.is_global_zero):
+        if self.trainer.world_size > 1:
+            rank_zero_warn("each process predicted its own share, and nothing is written; set --trainer.devices 1")
+        if not batches or self.trainer.world_size > 1:
             return
         file = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -103,7 +103,7 @@ class Constraint(ABC):
 
 @dataclass(frozen=True)
 class Unstructured(Constraint):
-    """At most (1 − sparsity) · n non-zeros.
+    """(1 − sparsity) · n entries that may be non-zero, to the nearest.
 
     Args:
         sparsity: Fraction of zeros, 0 ≤ sparsity < 1. At least one entry survives.

@@ -1,6 +1,9 @@
 """The command line on a tiny model, and what importing costs."""
 
+import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +40,14 @@ def test_fit_prunes_and_writes_a_model_that_every_command_takes(
     capsys.readouterr()
     for command in ("validate", "test"):
         main([command, f"--model.name={folder}", *common[1:], "--trainer.logger=false", *quiet])
-        assert "perplexity" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "perplexity" in printed
+    main(["predict", f"--model.name={folder}", *common[1:], "--trainer.logger=false", *quiet])
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["nats_a_token"] for line in lines]
+    measured = float(re.findall(r"test/perplexity\W+([\d.]+)", printed)[0])
+    assert len(losses) == 8 and math.exp(sum(losses) / 8) == pytest.approx(measured, rel=1e-4)
+    assert f"8 sequences, mean {sum(losses) / 8:.4f} nats a token" in capsys.readouterr().out
     checkpoint = next(tmp_path.rglob("last.ckpt"))
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 12
 
@@ -54,6 +64,11 @@ def test_shipped_configurations_are_found_from_anywhere(
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
+        (
+            "--trainer.callbacks.sparsity=90",
+            "sparsity must be a fraction of zeros in [0, 1), got 90.0; for 90 %",
+        ),
+        ("--ckpt_path=./no.ckpt", "ckpt_path './no.ckpt' does not exist; give a .ckpt of an earlier run"),
         ("--data.name=./nowhere", "data.name './nowhere' is not 'pydocs'"),
         ("--model.name=./nowhere", "model name './nowhere' is a path that does not exist"),
         ("--data.seq_len=4096", "the data has sequences of 4096 tokens, and 'pydocs-2m' takes at most 512"),
@@ -70,6 +85,23 @@ def test_a_mistake_ends_with_one_line_before_any_text_is_read(
     assert end.value.code == 1
     assert f"elsa: error: {message}" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_checkpoint_of_weights_alone_is_refused(
+    tiny_llama: str, token_cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["fit", "--config=configs/elsa.yaml", f"--model.name={tiny_llama}", "--model.distillation=0",
+           "--trainer.accelerator=cpu", "--trainer.max_steps=2", "--data.seq_len=32", "--data.eval_segments=8",
+           f"--data.cache_dir={token_cache}", f"--trainer.default_root_dir={tmp_path}"]  # fmt: skip
+    main(run)
+    whole = torch.load(next(tmp_path.rglob("last.ckpt")), weights_only=True)
+    weights = tmp_path / "weights.ckpt"
+    torch.save(
+        {key: whole[key] for key in ("state_dict", "pytorch-lightning_version", "epoch", "global_step")}, weights
+    )
+    with pytest.raises(SystemExit):
+        main([*run, f"--ckpt_path={weights}"])
+    assert "ckpt_path holds weights only" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -208,3 +208,16 @@ def test_a_checkpoint_of_other_data_is_refused(text_file: Path, token_cache: str
     other = CalibrationData(str(text_file), seq_len=16, cache_dir=token_cache)
     with pytest.raises(ValueError, match=r"was made with data\.seq_len=32, this run has 16"):
         other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", b""), ("a.jsonl", b"not json"), ("a.parquet", b"no table"), ("a.txt", b"\xff\xfe\xfd" * 50)],
+)
+def test_a_file_that_cannot_be_read_is_named(name: str, content: bytes, tiny_llama: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    data = CalibrationData(str(file), tokenizer=tiny_llama, seq_len=8, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=rf"a{file.suffix}' is no readable {file.suffix}: \S"):
+        data.prepare_data()
+        data.setup("fit")
