@@ -17,7 +17,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from elsa_lightning.guard import Guard
 from elsa_lightning.hooks import StepHooks
 from elsa_lightning.optimizers import WeightRounding, dtype_name, set_up
 from elsa_lightning.penalty import Schedule
+from elsa_lightning.prox import Prox, add_proximal_gradient, check_prox, pull, relative_rates, remember
 from elsa_lightning.sharding import check_rows, local, parts_of
 from elsa_lightning.state import BLOCK, StateDtype, check_state_dtype
 from elsa_lightning.tensors import KEYS, MASK, REMOVED, SCALE, SPLIT, ConstrainedTensor
@@ -37,15 +38,6 @@ from elsa_lightning.tensors import KEYS, MASK, REMOVED, SCALE, SPLIT, Constraine
 log = logging.getLogger(__name__)
 
 _OF_WEIGHTS, _OF_STEPS, _OF_UPDATES = range(3)  # what random numbers are used for
-
-Prox = Literal["hard", "decoupled", "coupled"]
-
-
-def check_prox(prox: str) -> Prox:
-    """Return ``prox``; raise ValueError if there is no such form."""
-    if prox not in get_args(Prox):
-        raise ValueError(f"prox must be one of {get_args(Prox)}, got {prox!r}")
-    return cast(Prox, prox)
 
 
 @dataclass(frozen=True)
@@ -273,23 +265,10 @@ class ADMM:
             return
         if self._guard.skips(self.step, loss):
             return
-        self._add_proximal_gradient()
+        if self.prox == "coupled" and self.penalty > 0 and not self.frozen:
+            add_proximal_gradient(self._with(SPLIT), self.penalty, getattr(self.optimizer, "grad_scale", None))
         if (warning := self._weights.set_aside(self.optimizer)) is not None:
             self._warn_once(warning)
-
-    @torch.no_grad()
-    def _add_proximal_gradient(self) -> None:
-        """g ← g + λ (x − s)."""
-        if self.prox != "coupled" or self.frozen or self.penalty == 0:
-            return
-        scale = getattr(self.optimizer, "grad_scale", None)  # a fused optimizer under GradScaler unscales by itself
-        for tensor in self._with(SPLIT):
-            if tensor.p.grad is None:
-                continue
-            for rows, *_ in tensor.pieces():
-                pull = tensor.x(rows) - tensor.split(rows)
-                grad = tensor.grad(rows)
-                grad.add_((pull if scale is None else pull * scale).to(grad.dtype), alpha=self.penalty)
 
     @torch.no_grad()
     def _after_step(self) -> None:
@@ -313,13 +292,14 @@ class ADMM:
             return
         if self.penalty > 0 and self.step > 1:
             if self.prox == "hard":
-                self._remember()
+                remember(self._with(SPLIT), self.penalty, lambda p: self._seed(p, _OF_STEPS))
             elif self.prox == "decoupled":
-                self._apply_prox()
-        freeze = self.schedule.freeze_step(self.total_steps)
-        if self.schedule.projects_at(self.step, self.total_steps) or self.step > freeze:  # a resumed run may be shorter
+                rates, self._peaks = relative_rates(self.optimizer, self._peaks)
+                pull(self._with(SPLIT), {p: self.penalty * rate for p, rate in rates.items()})
+        freezes = self.schedule.frozen > 0 and self.step >= self.schedule.freeze_step(self.total_steps)
+        if freezes or self.schedule.projects_at(self.step, self.total_steps):  # a resumed run may freeze late
             self._update()
-        if self.schedule.frozen > 0 and self.step >= freeze:
+        if freezes:
             self._freeze()
 
     def _keep_frozen(self) -> None:
@@ -350,32 +330,6 @@ class ADMM:
         if self.step > 0 or any(float(group["lr"]) != 0 for group in self.optimizer.param_groups):
             return False
         return not any(bool(local(p.grad).any()) for p in self._parts if p.grad is not None)
-
-    def _apply_prox(self) -> None:
-        """x ← (x + γ s)/(1 + γ)."""
-        # looked up at every step: loading an optimizer's state replaces its groups
-        groups = self.optimizer.param_groups
-        rates = [float(group["lr"]) for group in groups]
-        known = [float(group.get("max_lr", group.get("initial_lr", 0.0))) for group in groups]
-        former = self._peaks + [0.0] * (len(groups) - len(self._peaks))
-        self._peaks = [max(peaks) for peaks in zip(rates, known, former, strict=True)]
-        relative = [rate / peak if peak else 0.0 for rate, peak in zip(rates, self._peaks, strict=True)]
-        of_parameter = {id(p): r for group, r in zip(groups, relative, strict=True) for p in group["params"]}
-        for tensor in self._with(SPLIT):
-            gamma = self.penalty * of_parameter[id(tensor.p)]
-            for rows, *_ in tensor.pieces():
-                x = tensor.x(rows)
-                x.add_(tensor.split(rows) - x, alpha=gamma / (1 + gamma))
-
-    def _remember(self) -> None:
-        """u ← u + x/κ and x ← 0 off the mask, where s = −u."""
-        for tensor in self._with(SPLIT):
-            seed = self._seed(tensor.p, _OF_STEPS)
-            for rows, *_ in tensor.pieces():
-                x, mask = tensor.x(rows), tensor.mask(rows)
-                split = tensor.split(rows).sub_(x.masked_fill(mask, 0), alpha=1 / self.penalty)
-                tensor.set_split(rows, split, seed)
-                x.mul_(mask)
 
     # ------------------------------------------------------------------ projections
 

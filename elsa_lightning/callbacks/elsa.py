@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from elsa_lightning.admm import ADMM, Prox, Update, check_prox
+from elsa_lightning.admm import ADMM, Update
 from elsa_lightning.callbacks.health import Health
 from elsa_lightning.callbacks.rng import random_states, restore_random_states
 from elsa_lightning.callbacks.strategies import (
@@ -28,6 +28,7 @@ from elsa_lightning.callbacks.strategies import (
 from elsa_lightning.checkpoints import WRITTEN_LAST
 from elsa_lightning.constraints import Constraint, Unstructured
 from elsa_lightning.penalty import PenaltySchedule, Schedule
+from elsa_lightning.prox import Prox, check_prox
 from elsa_lightning.report import mask_mosaic
 from elsa_lightning.selection import ALL_LINEAR, select
 from elsa_lightning.sharding import mark_slices, settle
