@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from elsa_lightning.callbacks.elsa import ElsaCallback
 from elsa_lightning.lm.data import CalibrationData
@@ -25,6 +26,11 @@ _KNOWN_CHECKPOINTS = ("last", "best", "hpc")  # which Lightning finds by itself
 
 class ElsaTrainer(Trainer):
     """A Trainer that can also say beforehand what a run takes."""
+
+    @property
+    def elsa(self) -> ElsaCallback | None:
+        """The run's ElsaCallback."""
+        return next((c for c in self.callbacks if isinstance(c, ElsaCallback)), None)  # type: ignore[attr-defined]
 
     def plan(
         self, model: CausalLM, datamodule: CalibrationData, devices: int = 1, gpu_memory: float | None = None
@@ -39,18 +45,20 @@ class ElsaTrainer(Trainer):
         """
         if devices < 1:
             raise ValueError(f"devices must be 1 or more, got {devices}")
+        if gpu_memory is not None and gpu_memory <= 0:
+            raise ValueError(f"gpu_memory must be above 0 GiB, got {gpu_memory:g}")
         print(f"{model.name}, batches of {datamodule.batch_size} × {datamodule.seq_len} tokens on each device")
         print(self.memory(model, datamodule).table(devices, gpu_memory))
 
     def memory(self, model: CausalLM, datamodule: CalibrationData) -> Plan:
         """Return the memory plan of this Trainer's run."""
         precision = str(self.precision)
-        elsa = next((c for c in self.callbacks if isinstance(c, ElsaCallback)), None)  # type: ignore[attr-defined]
+        elsa = self.elsa
         meta = model.on_meta()
         model.check_length(meta.config, datamodule.seq_len)
         half = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
         return plan(
-            meta,
+            nn.ModuleDict({"model": meta}),  # names as in the module
             model.optimizer,
             dtype=half.get(precision, getattr(torch, model.dtype_name)),
             autocast=precision.endswith("-mixed"),
@@ -74,6 +82,11 @@ class ElsaCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link the data's tokenizer to the model's name."""
         parser.link_arguments("model.name", "data.tokenizer")
+
+    def _parse_ckpt_path(self) -> None:
+        """Let the command line decide about the model of a resumed run, not the checkpoint."""
+        if self.config.get("subcommand") != "fit":
+            super()._parse_ckpt_path()
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         if self.subcommand == "plan":  # for any machine, made on this one
@@ -101,9 +114,9 @@ class ElsaCLI(LightningCLI):
         assert isinstance(self.trainer, ElsaTrainer)
         resumed = self.config.fit.ckpt_path
         if resumed and resumed not in _KNOWN_CHECKPOINTS and "://" not in resumed and not Path(resumed).exists():
-            raise ValueError(
-                f"ckpt_path {resumed!r} does not exist; give a .ckpt of an earlier run, or 'last' or 'best'"
-            )
+            raise ValueError(f"ckpt_path {resumed!r} does not exist; give a .ckpt of an earlier run")
+        if self.model.pretrained and self.trainer.elsa is None:
+            rank_zero_warn("there is no ElsaCallback, and nothing is pruned; configs/elsa.yaml has one")
         try:
             planned = self.trainer.memory(self.model, self.datamodule)
         except Exception as error:

@@ -169,7 +169,7 @@ def _largest_block(model: nn.Module) -> int:
 
 def _activations(model: nn.Module, tokens: int, width: int, checkpointing: bool, teacher: bool) -> int:
     """Estimate what the backward pass needs: a block keeps about 10 widths and 4 inner widths a token."""
-    config: Any = getattr(model, "config", None)
+    config: Any = next((m.config for m in model.modules() if hasattr(m, "config")), None)
     if config is None or not tokens:
         return 0
     config = config.get_text_config() if hasattr(config, "get_text_config") else config

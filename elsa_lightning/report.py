@@ -23,6 +23,7 @@ def perplexity_table(*, model: str, dense: float | None, final: float, sparsity:
     rows.append(("final", f"{sparsity:.2%}".replace("%", " %"), final))
     lines = [f"{model}: perplexity on {protocol}", f"  {'':10}{'sparsity':>10}{'perplexity':>14}"]
     lines += [f"  {name:10}{zeros:>10}{value:>14.3f}" for name, zeros, value in rows if value is not None]
+    lines.append("  (zeros of the weights of all linear layers but the head)")
     if dense is not None:
         lines.append(f"  dense → {final / dense:.2f}× perplexity")
     return "\n".join(lines)

@@ -62,12 +62,13 @@ class Selection:
             groups[group] = groups.get(group, 0) + size
         largest = sorted(groups.items(), key=lambda item: -item[1])[:5]
         names = "\n".join(f"    {group}  ({size:,} parameters)" for group, size in largest)
+        worth = [_pattern(group) for group, size in largest if size >= tolerated * left_out]  # no router, say
+        targets = [f"'{pattern}'" for pattern in (ALL_LINEAR, *worth)]
         return (
             f"LOW COVERAGE: {left_out:,} of the {left_out + self.constrained:,} parameters in matrices are NOT "
             f"constrained and stay dense. The largest:\n{names}\n  Constrain them by name, for example "
-            f"targets={[ALL_LINEAR, *(_pattern(group) for group, _ in largest)]}, or list them in ignore to say that "
-            f"dense is meant. Frozen ones (requires_grad False) are never constrained: nothing would train what is "
-            f"left of them."
+            f"targets=[{', '.join(targets)}], or list them in ignore to say that dense is meant. Frozen ones "
+            f"(requires_grad False) are never constrained: nothing would train what is left of them."
         )
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,12 +88,40 @@ def test_a_mistake_ends_with_one_line_before_any_text_is_read(
     assert not (tmp_path / "cache").exists()
 
 
+def small_run(model: str, cache: str, folder: Path) -> list[str]:
+    return ["fit", "--config=configs/elsa.yaml", f"--model.name={model}", "--model.distillation=0",
+            "--trainer.accelerator=cpu", "--trainer.max_steps=2", "--data.seq_len=32", "--data.eval_segments=8",
+            f"--data.cache_dir={cache}", f"--trainer.default_root_dir={folder}"]  # fmt: skip
+
+
+def test_the_command_line_decides_about_a_resumed_model_and_the_difference_is_told(
+    tiny_llama: str, token_cache: str, tmp_path: Path
+) -> None:
+    """Here the model moved to another folder; patterns with the module's whole names work on the way."""
+    run = [*small_run(tiny_llama, token_cache, tmp_path), r"--trainer.callbacks.targets=[^model\.model\.layers.*proj]"]
+    main(run)
+    moved = shutil.copytree(tiny_llama, tmp_path / "moved")
+    again = [f"--model.name={moved}", "--trainer.max_steps=3", f"--ckpt_path={next(tmp_path.rglob('last.ckpt'))}"]
+    with pytest.warns(UserWarning, match=r"other settings of the model .*name: .*moved here"):
+        main([*run, *again])
+
+
+def test_a_model_without_a_tokenizer_is_refused(
+    tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(tiny_llama, name), alone)
+    with pytest.raises(SystemExit):
+        main(small_run(str(alone), str(tmp_path / "cache"), tmp_path))
+    assert "alone' has no tokenizer" in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_weights_alone_is_refused(
     tiny_llama: str, token_cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = ["fit", "--config=configs/elsa.yaml", f"--model.name={tiny_llama}", "--model.distillation=0",
-           "--trainer.accelerator=cpu", "--trainer.max_steps=2", "--data.seq_len=32", "--data.eval_segments=8",
-           f"--data.cache_dir={token_cache}", f"--trainer.default_root_dir={tmp_path}"]  # fmt: skip
+    run = small_run(tiny_llama, token_cache, tmp_path)
     main(run)
     whole = torch.load(next(tmp_path.rglob("last.ckpt")), weights_only=True)
     weights = tmp_path / "weights.ckpt"

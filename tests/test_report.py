@@ -10,7 +10,7 @@ def test_the_table_sets_the_final_perplexity_beside_the_dense_one() -> None:
     table = perplexity_table(
         model="opt-125m", dense=27.5, final=55.0, sparsity=0.9, protocol="wikitext2 test, 166 segments of 2048 tokens"
     )
-    head, _, dense, final, ratio = (line.split() for line in table.splitlines())
+    head, _, dense, final, _, ratio = (line.split() for line in table.splitlines())
     assert " ".join(head) == "opt-125m: perplexity on wikitext2 test, 166 segments of 2048 tokens"
     assert dense == ["dense", "0.00", "%", "27.500"]
     assert final == ["final", "90.00", "%", "55.000"]

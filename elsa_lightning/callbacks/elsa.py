@@ -110,6 +110,7 @@ class ElsaCallback(Callback):
         self._logged: Update | None = None
         self._mosaics = 0
         self._health = Health()
+        self._short = False  # the run is to end before its schedule does
 
     # ------------------------------------------------------------------ start
 
@@ -217,7 +218,8 @@ class ElsaCallback(Callback):
         if self.admm.last_update is not self._logged:
             self._log(trainer, pl_module, self.admm)
         if _is_last_step(trainer):
-            self._finish(trainer, resumable=_is_early(self.admm))
+            self._short = _is_early(self.admm)
+            self._finish(trainer, resumable=self._short)
         self._suspend_if_stopping(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -228,7 +230,8 @@ class ElsaCallback(Callback):
         """Make the zeros exact if the last epoch was cut short by ``on_train_batch_start``."""
         assert self.admm is not None
         if _is_last_step(trainer):
-            self._finish(trainer, resumable=_is_early(self.admm))
+            self._short = _is_early(self.admm)
+            self._finish(trainer, resumable=self._short)
 
     def _finish(self, trainer: Trainer, resumable: bool = False) -> None:
         assert self.admm is not None
@@ -254,22 +257,30 @@ class ElsaCallback(Callback):
         assert self.admm is not None
         if not self.admm.finished:
             self._finish(trainer, resumable=True)
-            if self._saved_dense == trainer.global_step:
-                self._save_again(trainer)
+            latest = self._latest(trainer)
+            if self._saved_dense == trainer.global_step:  # before the run was known to end with it
+                for path, weights_only in latest:
+                    trainer.save_checkpoint(path, weights_only)
             self._say_unfinished()
+            if trainer.checkpoint_callbacks and not latest:
+                rank_zero_warn(
+                    "Elsa: no checkpoint of this last step was saved; those there are of earlier steps, at a lower "
+                    "sparsity or without exact zeros. trainer.save_checkpoint keeps these weights"
+                )
         elif self.admm.step == 0:
             rank_zero_warn(
                 "Elsa: no gradient reached the constrained weights in this run, so they were cut by magnitude alone"
             )
 
-    def _save_again(self, trainer: Trainer) -> None:
-        """Rewrite the checkpoints of this step that were saved before the run was known to end with it."""
+    def _latest(self, trainer: Trainer) -> list[tuple[str, bool]]:
+        """Return the checkpoints that were saved of this step, and whether they have weights only."""
+        found: list[tuple[str, bool]] = []
         for saver in trainer.checkpoint_callbacks:
             if isinstance(saver, ModelCheckpoint):
                 paths = {str(path) for path in (*saver.best_k_models, saver.best_model_path, saver.last_model_path)}
                 latest = sorted(path for path in paths if _global_step(path) == trainer.global_step)
-                for path in trainer.strategy.broadcast(latest):
-                    trainer.save_checkpoint(path, saver.save_weights_only)
+                found += [(path, saver.save_weights_only) for path in latest]
+        return trainer.strategy.broadcast(found)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Make the zeros exact, resumably, on Ctrl-C, before a checkpoint that is saved on exceptions."""
@@ -288,9 +299,12 @@ class ElsaCallback(Callback):
         assert self.admm is not None
         rank_zero_warn(
             f"Elsa is unfinished: {self.admm.step} of {self.admm.total_steps} optimizer steps. The zeros are exact at "
-            f"the full sparsity, but the model had no time to recover; ckpt_path resumes the run where it was. If it "
-            f"was to end here, its steps are fewer than Lightning counts (steps that manual optimization leaves out, "
-            f"several optimizers, data that ends): set max_steps to what it makes."
+            f"the full sparsity, but the model had no time to recover; ckpt_path resumes the run where it was."
+            + (
+                " It ends here as planned, in fewer than Lightning counts (manual optimization, several optimizers, "
+                "data that ends): set max_steps to what it makes."
+            )
+            * self._short
         )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

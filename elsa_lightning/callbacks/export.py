@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ class SaveHuggingFace(Callback):
 
     Args:
         dirpath: Folder to write; None takes ``hf`` in the logger's folder. An existing one is replaced only
-            if it is a model folder (has a ``config.json``).
+            if it holds nothing but a saved model.
     """
 
     def __init__(self, dirpath: str | None = None) -> None:
@@ -29,8 +30,13 @@ class SaveHuggingFace(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a folder that holds something else, before training."""
-        if stage == "fit" and self.dirpath is not None:
-            _check_replaceable(Path(self.dirpath).expanduser())
+        if stage != "fit" or self.dirpath is None:
+            return
+        folder = Path(self.dirpath).expanduser()
+        _check_replaceable(folder)
+        source = getattr(pl_module, "path", None)
+        if isinstance(source, str) and folder.resolve() == Path(source).resolve():
+            raise ValueError(f"dirpath {self.dirpath!r} is the folder of the model that is pruned; give another")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a module without a Hugging Face model, before training."""
@@ -90,6 +96,19 @@ def _save_tokenizer(path: str | None, folder: Path) -> None:
         rank_zero_warn(f"SaveHuggingFace: {path} has no tokenizer to save beside the model: {error}")
 
 
+_WRITTEN = re.compile(  # what save_pretrained of models and tokenizers leaves
+    r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab|preprocessor_config)\.json|merges\.txt"
+    r"|.*\.(safetensors|safetensors\.index\.json|model|jinja|spm)"
+)
+
+
 def _check_replaceable(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists())):
-        raise ValueError(f"dirpath {str(folder)!r} exists and holds no model; give an empty or a new folder")
+    """Raise ValueError if a folder holds anything but a model as this callback writes it."""
+    if not folder.exists():
+        return
+    others = [folder] if not folder.is_dir() else [f for f in folder.iterdir() if not _WRITTEN.fullmatch(f.name)]
+    if others:
+        raise ValueError(
+            f"dirpath {str(folder)!r} exists and holds {others[0].name!r}, which is no part of a saved model and would "
+            f"be lost; give an empty or a new folder"
+        )

@@ -42,7 +42,7 @@ class Health:
             return
         found = list(self._rising())
         if admm.step >= _LATE * freeze:
-            found += [*self._moving(admm, freeze, residual, flips / kept), *self._dead(admm, kept)]
+            found += [*self._moving(admm, freeze, residual, min(1.0, flips / kept)), *self._dead(admm, kept)]
         for kind, message in found:
             if kind not in self._said:
                 self._said.add(kind)

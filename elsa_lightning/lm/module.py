@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
@@ -332,3 +332,10 @@ class CausalLM(LightningModule):
                 "save_weights_only, or start a new run from a Hugging Face folder with --model.name"
             )
         self.dense_perplexity = checkpoint.get("dense_perplexity")
+        theirs = checkpoint.get("hyper_parameters", {})
+        changed = [key for key, value in self.hparams.items() if key in theirs and theirs[key] != value]
+        if changed and self._trainer is not None and self.trainer.training:
+            changes = ", ".join(f"{key}: {theirs[key]} there, {self.hparams[key]} here" for key in changed)
+            rank_zero_warn(
+                f"the resumed run goes on with other settings of the model than its checkpoint's ({changes})"
+            )

@@ -165,9 +165,7 @@ def token_stream(
     Returns:
         int32 ``(tokens,)``, memory-mapped.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    tokenizer = _tokenizer(tokenizer_path)
     whole = source.is_local or (split == "train" and not source.is_local)
     if split != "train" and source.name == "c4":
         limit = min(limit or _C4_SEGMENTS * seq_len, _C4_SEGMENTS * seq_len)
@@ -187,6 +185,19 @@ def token_stream(
         start, end = bounds[split]
         stream = stream[start:end] if held else stream[: len(stream) if split == "train" else 0]
     return stream[:limit]
+
+
+def _tokenizer(path: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        knows_text = bool(tokenizer("a text", add_special_tokens=False)["input_ids"])
+    except ValueError:
+        knows_text = False
+    if not knows_text:  # for some models transformers makes an empty one up, where there is none
+        raise ValueError(f"{path!r} has no tokenizer that knows any text: save the model's into its folder too")
+    return tokenizer
 
 
 def _training_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, needed: int | None) -> np.ndarray:

@@ -170,6 +170,12 @@ def test_a_last_epoch_that_is_cut_short_is_an_end_too(tmp_path: Path) -> None:
     assert zeros(load(tmp_path / "end.ckpt")["state_dict"]) == EXACT
 
 
+def test_an_end_that_no_checkpoint_holds_is_told(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4)
+    with pytest.warns(UserWarning, match="no checkpoint of this last step was saved"):
+        fit(tmp_path, saver, At(6, stop))
+
+
 def test_an_end_leaves_nothing_behind(tmp_path: Path) -> None:
     """After a finished run the optimizer keeps a mask only, and neither it nor the module any hook."""
     model, elsa = fit(tmp_path, every_step(tmp_path))

@@ -186,10 +186,23 @@ def test_a_folder_that_holds_something_else_is_refused_before_training(folders: 
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/thesis.tex").touch()
     module = CausalLM(name=folders["llama"])
-    with pytest.raises(ValueError, match="hf' exists and holds no model; give an empty or a new folder"):
+    with pytest.raises(ValueError, match=r"hf' exists and holds 'thesis.tex', which is no part of a saved model"):
         prune(module, tmp_path)
     assert module.model is None  # not even loaded
     assert (tmp_path / "hf/thesis.tex").exists()
+
+
+def test_a_project_with_a_config_of_its_own_and_the_source_model_are_refused(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "hf").mkdir()
+    for name in ("config.json", "main.py"):
+        (tmp_path / "hf" / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"holds 'main.py', which is no part"):
+        prune(CausalLM(name=folders["llama"]), tmp_path)
+    with pytest.raises(ValueError, match="is the folder of the model that is pruned"):
+        saver = SaveHuggingFace(folders["llama"])
+        saver.setup(make_trainer(tmp_path, max_steps=1), CausalLM(name=folders["llama"]), "fit")
 
 
 def test_a_module_without_a_hugging_face_model_is_refused(tmp_path: Path) -> None:
