@@ -21,7 +21,7 @@ from elsa_lightning.lm.data import CalibrationData
 from elsa_lightning.lm.module import CausalLM
 from elsa_lightning.plan import Plan, plan
 
-_KNOWN_CHECKPOINTS = ("last", "best", "hpc")  # which Lightning finds by itself
+_KNOWN_CHECKPOINTS = ("last", "best", "hpc", "registry")  # which Lightning finds by itself
 
 
 class ElsaTrainer(Trainer):
@@ -113,7 +113,7 @@ class ElsaCLI(LightningCLI):
         """Say what memory the run takes; a model or optimizer that cannot be tried beforehand runs all the same."""
         assert isinstance(self.trainer, ElsaTrainer)
         resumed = self.config.fit.ckpt_path
-        if resumed and resumed not in _KNOWN_CHECKPOINTS and "://" not in resumed and not Path(resumed).exists():
+        if resumed and resumed not in _KNOWN_CHECKPOINTS and ":" not in resumed and not Path(resumed).exists():
             raise ValueError(f"ckpt_path {resumed!r} does not exist; give a .ckpt of an earlier run")
         if self.model.pretrained and self.trainer.elsa is None:
             rank_zero_warn("there is no ElsaCallback, and nothing is pruned; configs/elsa.yaml has one")

@@ -217,9 +217,7 @@ class ElsaCallback(Callback):
         self._health.add_loss(outputs)
         if self.admm.last_update is not self._logged:
             self._log(trainer, pl_module, self.admm)
-        if _is_last_step(trainer):
-            self._short = _is_early(self.admm)
-            self._finish(trainer, resumable=self._short)
+        self._finish_if_last(trainer)
         self._suspend_if_stopping(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -228,12 +226,16 @@ class ElsaCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the zeros exact if the last epoch was cut short by ``on_train_batch_start``."""
+        self._finish_if_last(trainer)
+
+    def _finish_if_last(self, trainer: Trainer) -> None:
+        """Make the zeros exact at the planned end, resumably if the schedule was to go on."""
         assert self.admm is not None
         if _is_last_step(trainer):
             self._short = _is_early(self.admm)
             self._finish(trainer, resumable=self._short)
 
-    def _finish(self, trainer: Trainer, resumable: bool = False) -> None:
+    def _finish(self, trainer: Trainer, resumable: bool) -> None:
         assert self.admm is not None
         settle(trainer.strategy.model or trainer.lightning_module)
         self.admm.finish(resumable)

@@ -201,9 +201,9 @@ class CalibrationData(LightningDataModule):
             every = "gemma" in type(tokenizer).__name__.lower() or "gemma" in self.tokenizer.lower()
         if every and tokenizer.bos_token_id is None:
             raise ValueError(f"bos_per_segment: tokenizer {self.tokenizer!r} has no BOS token; set it to false")
-        packed = PackedTokens(tokens, self.seq_len, tokenizer.bos_token_id if every else None)
         if split != "train" and self.eval_segments is not None:  # with BOS as many tokens give more segments
-            packed.tokens = tokens[: self.eval_segments * packed.stride]
+            tokens = tokens[: self.eval_segments * (self.seq_len - every)]
+        packed = PackedTokens(tokens, self.seq_len, tokenizer.bos_token_id if every else None)
         needed = self.batch_size if split == "train" else 1
         if len(packed) < needed:
             raise ValueError(

@@ -326,15 +326,17 @@ class CausalLM(LightningModule):
         Raises:
             ValueError: A run is to go on from weights alone.
         """
-        if self._trainer is not None and self.trainer.training and "optimizer_states" not in checkpoint:
+        self.dense_perplexity = checkpoint.get("dense_perplexity")
+        if self._trainer is None or not self.trainer.training:
+            return
+        if "optimizer_states" not in checkpoint:
             raise ValueError(
                 "the checkpoint of ckpt_path holds weights only, and a run cannot go on from them; save without "
                 "save_weights_only, or start a new run from a Hugging Face folder with --model.name"
             )
-        self.dense_perplexity = checkpoint.get("dense_perplexity")
         theirs = checkpoint.get("hyper_parameters", {})
         changed = [key for key, value in self.hparams.items() if key in theirs and theirs[key] != value]
-        if changed and self._trainer is not None and self.trainer.training:
+        if changed:
             changes = ", ".join(f"{key}: {theirs[key]} there, {self.hparams[key]} here" for key in changed)
             rank_zero_warn(
                 f"the resumed run goes on with other settings of the model than its checkpoint's ({changes})"
