@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from elsa_lightning import ADMM, CausalLM, Unstructured
-from elsa_lightning.penalty import Schedule
+from elsa_lightning.schedule import Schedule
 from elsa_lightning.selection import select
 
 

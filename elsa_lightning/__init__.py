@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elsa_lightning.admm import ADMM
     from elsa_lightning.callbacks import ElsaCallback
-    from elsa_lightning.constraints import Unstructured
     from elsa_lightning.lm.data import CalibrationData
     from elsa_lightning.lm.module import CausalLM
+    from elsa_lightning.sets.unstructured import Unstructured
 
 __version__ = "0.1.0"
 __all__ = ["ADMM", "CalibrationData", "CausalLM", "ElsaCallback", "Unstructured"]
@@ -22,7 +22,7 @@ _HOMES = {
     "CalibrationData": "lm.data",
     "CausalLM": "lm.module",
     "ElsaCallback": "callbacks",
-    "Unstructured": "constraints",
+    "Unstructured": "sets.unstructured",
 }
 
 

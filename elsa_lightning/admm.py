@@ -24,16 +24,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elsa_lightning.constraints import Constraint, Point, Points
-from elsa_lightning.flat import as_dense, take_dense
-from elsa_lightning.guard import Guard
-from elsa_lightning.hooks import StepHooks
-from elsa_lightning.optimizers import WeightRounding, dtype_name, set_up
-from elsa_lightning.penalty import Schedule
-from elsa_lightning.prox import Prox, add_proximal_gradient, check_prox, pull, relative_rates, remember
-from elsa_lightning.sharding import check_rows, local, parts_of
-from elsa_lightning.state import BLOCK, StateDtype, check_state_dtype
-from elsa_lightning.tensors import KEYS, MASK, REMOVED, SCALE, SPLIT, ConstrainedTensor
+from elsa_lightning.forms import Prox, add_proximal_gradient, check_prox, pull, relative_rates, remember
+from elsa_lightning.layout.flat import as_dense, take_dense
+from elsa_lightning.layout.lowbit import BLOCK, StateDtype, check_state_dtype
+from elsa_lightning.layout.sharded import check_rows, local, parts_of
+from elsa_lightning.layout.tensors import KEYS, MASK, REMOVED, SCALE, SPLIT, ConstrainedTensor
+from elsa_lightning.optim.guard import Guard
+from elsa_lightning.optim.hooks import StepHooks
+from elsa_lightning.optim.moments import WeightRounding, dtype_name, set_up
+from elsa_lightning.schedule import Schedule
+from elsa_lightning.sets.unstructured import Constraint, Point, Points
 
 log = logging.getLogger(__name__)
 
@@ -91,15 +91,15 @@ class ADMM:
         optimizer: Any torch optimizer. One without a second moment is projected by magnitude.
         parameters: What to constrain, by name; see :func:`elsa_lightning.selection.select`. They may be DTensors,
             sharded in any way that keeps 8 entries of a row together (32 with ``state_dtype`` float8), or the flat
-            slices of FSDP1, once :func:`elsa_lightning.sharding.mark_slices` has seen the model.
+            slices of FSDP1, once :func:`elsa_lightning.layout.sharded.mark_slices` has seen the model.
         constraint: The set S.
         total_steps: Optimizer steps of the whole run.
         schedule: The course of penalty, sparsity, projections and frozen phase.
         prox: The form of the x-update.
-        state_dtype: What ``elsa_split`` is kept in; the arithmetic is float32. See :mod:`elsa_lightning.state`.
+        state_dtype: What ``elsa_split`` is kept in; the arithmetic is float32. See :mod:`elsa_lightning.layout.lowbit`.
 
     Weights in bfloat16 are rounded stochastically after each step; see
-    :class:`elsa_lightning.optimizers.WeightRounding`. A step whose gradients are not finite is skipped.
+    :class:`elsa_lightning.optim.moments.WeightRounding`. A step whose gradients are not finite is skipped.
 
     Raises:
         ValueError: A parameter is not the optimizer's or cannot be in the set, or an argument is out of range.

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from elsa_lightning.optimizers import dtype_name
+from elsa_lightning.layout.lowbit import BLOCK, StateDtype
+from elsa_lightning.layout.tensors import PIECE
+from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.selection import ALL_LINEAR, select
-from elsa_lightning.state import BLOCK, StateDtype
-from elsa_lightning.tensors import PIECE
 
 _LARGE = 1 << 16  # entries from which an optimizer's state is taken to grow in proportion
 _PROJECTION = 32  # bytes an entry of a piece: v, score, magnitude, their bits, bins, masks

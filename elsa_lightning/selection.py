@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from elsa_lightning.sharding import clean, local, part_of, parts_of, settle
+from elsa_lightning.layout.sharded import clean, local, part_of, parts_of, settle
 
 ALL_LINEAR = "all-linear"
 

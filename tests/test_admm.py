@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from elsa_lightning import ADMM, Unstructured
-from elsa_lightning.constraints import AT_ONCE
-from elsa_lightning.penalty import Schedule
-from elsa_lightning.state import StateDtype
-from elsa_lightning.tensors import SPLIT
+from elsa_lightning.layout.lowbit import StateDtype
+from elsa_lightning.layout.tensors import SPLIT
+from elsa_lightning.schedule import Schedule
+from elsa_lightning.sets.unstructured import AT_ONCE
 
 SHAPE = (12, 10)
 
@@ -55,7 +55,7 @@ def test_one_state_gives_the_iterates_of_two_variable_admm(
     name: str, prox: str, shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """z and u are kept apart here, and the projection is a sort; 60 updates with a moving λ and mask."""
-    monkeypatch.setattr("elsa_lightning.constraints.AT_ONCE", 0.0)  # a longer ramp, and more to move
+    monkeypatch.setattr("elsa_lightning.sets.unstructured.AT_ONCE", 0.0)  # a longer ramp, and more to move
     steps, interval, sparsity, penalty = 120, 2, 0.7, 0.8
     schedule = Schedule(penalty, shape, interval, ramp=0.6, frozen=0)  # type: ignore[arg-type]
     p, loss = problem()

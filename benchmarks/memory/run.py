@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from elsa_lightning import ADMM, Unstructured
+from elsa_lightning.layout.lowbit import StateDtype
 from elsa_lightning.plan import plan
 from elsa_lightning.selection import select
-from elsa_lightning.state import StateDtype
 
 SIZES: dict[str, dict[str, int]] = {
     "4M": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6},

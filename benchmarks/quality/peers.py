@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from elsa_lightning.penalty import Schedule
+from elsa_lightning.schedule import Schedule
 from elsa_lightning.selection import select
 
 

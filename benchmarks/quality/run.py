@@ -33,9 +33,9 @@ from models import SECOND, second_model
 from peers import GradualPruning, MaskedFineTuning, magnitude, sparsegpt, wanda
 
 from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
+from elsa_lightning.layout.lowbit import StateDtype
 from elsa_lightning.lm import EMBEDDED_MODEL
 from elsa_lightning.selection import count_zeros
-from elsa_lightning.state import StateDtype
 
 ONE_SHOT = {"magnitude": magnitude, "wanda": wanda, "sparsegpt": sparsegpt}
 LOW: dict[str, StateDtype] = {"elsa-l-bf16": "bfloat16", "elsa-l-fp8": "float8_e4m3fn"}  # bf16 weights, Adam8bit

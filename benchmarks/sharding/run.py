@@ -24,12 +24,12 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from elsa_lightning import ADMM, CausalLM, Unstructured
+from elsa_lightning.layout.lowbit import StateDtype
+from elsa_lightning.layout.sharded import local
 from elsa_lightning.lm.sharded import build_sharded
-from elsa_lightning.penalty import Schedule
 from elsa_lightning.plan import elsa_bytes
+from elsa_lightning.schedule import Schedule
 from elsa_lightning.selection import select
-from elsa_lightning.sharding import local
-from elsa_lightning.state import StateDtype
 
 HERE = Path(__file__).parents[1] / "memory"
 ELSA = (4, 8.0, "float32"), (2, 2 + 8 / 256, "float8_e4m3fn")  # bytes of a weight, of its moments, state

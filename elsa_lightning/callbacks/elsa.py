@@ -26,13 +26,13 @@ from elsa_lightning.callbacks.strategies import (
     watch_fsdp,
 )
 from elsa_lightning.checkpoints import WRITTEN_LAST
-from elsa_lightning.constraints import Constraint, Unstructured
-from elsa_lightning.penalty import PenaltySchedule, Schedule
-from elsa_lightning.prox import Prox, check_prox
+from elsa_lightning.forms import Prox, check_prox
+from elsa_lightning.layout.lowbit import StateDtype, check_state_dtype
+from elsa_lightning.layout.sharded import mark_slices, settle
 from elsa_lightning.report import mask_mosaic
+from elsa_lightning.schedule import PenaltySchedule, Schedule
 from elsa_lightning.selection import ALL_LINEAR, select
-from elsa_lightning.sharding import mark_slices, settle
-from elsa_lightning.state import StateDtype, check_state_dtype
+from elsa_lightning.sets.unstructured import Constraint, Unstructured
 
 _MOSAICS = 10  # pictures of the masks in a run
 

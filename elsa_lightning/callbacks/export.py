@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from elsa_lightning.sharding import clean, mark_slices, part_of, settle, whole_on_first
+from elsa_lightning.layout.sharded import clean, mark_slices, part_of, settle, whole_on_first
 
 
 class SaveHuggingFace(Callback):

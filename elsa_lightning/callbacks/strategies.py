@@ -43,7 +43,7 @@ def check_optimizer_of_fsdp(optimizer: Optimizer) -> None:
     if type(optimizer).__module__.startswith("bitsandbytes"):
         raise ValueError(
             f"{type(optimizer).__name__} of bitsandbytes trains under FSDPStrategy, but its state cannot be saved; use "
-            f"elsa_lightning.adam8bit.Adam8bit, which has the same kernels"
+            f"elsa_lightning.optim.adam8bit.Adam8bit, which has the same kernels"
         )
 
 

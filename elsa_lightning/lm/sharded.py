@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from elsa_lightning.sharding import local, part_of
+from elsa_lightning.layout.sharded import local, part_of
 
 
 def build_sharded(build: Callable[[], Any], mesh: DeviceMesh, device: torch.device) -> Any:

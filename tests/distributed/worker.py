@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
 from elsa_lightning.callbacks import SaveHuggingFace, SaveOnTerminate
+from elsa_lightning.layout.sharded import clean, part_of
 from elsa_lightning.lm.data import ResumableLoader, ResumableSampler
-from elsa_lightning.sharding import clean, part_of
 from tests.callbacks.tiny import OPTIMIZERS, Points
 
 WIDTH, ROWS, BATCH, STEPS = 64, 67, 12, 12  # 67 rows: uneven shards
@@ -82,7 +82,7 @@ class Net(LightningModule):
 
 
 def optimizers() -> dict[str, Any]:
-    from elsa_lightning.adam8bit import Adam8bit
+    from elsa_lightning.optim.adam8bit import Adam8bit
 
     return {**OPTIMIZERS, "8bit": lambda params: Adam8bit(params, lr=3e-3, min_8bit_size=1024)}
 

@@ -6,8 +6,8 @@ import torch
 from bitsandbytes.functional import create_dynamic_map
 from torch import nn
 
-from elsa_lightning.adam8bit import Adam8bit
-from elsa_lightning.optimizers import second_moment
+from elsa_lightning.optim.adam8bit import Adam8bit
+from elsa_lightning.optim.moments import second_moment
 
 
 def stepped(kind: type, **options: object) -> tuple[nn.Parameter, torch.optim.Optimizer]:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from elsa_lightning.penalty import Schedule
+from elsa_lightning.schedule import Schedule
 
 
 @pytest.mark.parametrize(

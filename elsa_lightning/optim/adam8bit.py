@@ -10,8 +10,8 @@ from bitsandbytes import functional
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elsa_lightning.optimizers import BNB_BLOCK
-from elsa_lightning.sharding import check_rows, laid_out_like, local, part_of
+from elsa_lightning.layout.sharded import check_rows, laid_out_like, local, part_of
+from elsa_lightning.optim.moments import BNB_BLOCK
 
 
 class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
@@ -23,8 +23,8 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
     state, everything else float32.
 
     On the flat slices of FSDP1 blocks begin with the slice, and state is saved as float32 numbers that are rounded to
-    the same 8 bits when it is loaded. What is a matrix there is known once :func:`elsa_lightning.sharding.mark_slices`
-    has seen the model, as :class:`~elsa_lightning.ElsaCallback` has it do.
+    the same 8 bits when it is loaded. What is a matrix there is known once
+    :func:`elsa_lightning.layout.sharded.mark_slices` has seen the model, as :class:`~elsa_lightning.ElsaCallback` does it.
 
     Args:
         params: As of any optimizer; DTensors too.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elsa_lightning.sharding import local
-from elsa_lightning.state import round_to_bfloat16
+from elsa_lightning.layout.lowbit import round_to_bfloat16
+from elsa_lightning.layout.sharded import local
 
 BNB_BLOCK = 256  # entries that share a scale in bitsandbytes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from elsa_lightning.threshold import Scores, largest
+from elsa_lightning.sets.threshold import Scores, largest
 
 
 def unstructured(v: Tensor, importance: Tensor | None, kept: int) -> Tensor:

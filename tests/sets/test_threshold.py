@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from elsa_lightning.sharding import Part
-from elsa_lightning.threshold import Scores, largest
+from elsa_lightning.layout.sharded import Part
+from elsa_lightning.sets.threshold import Scores, largest
 
 few = st.sampled_from([0.0, 1e-42, 0.25, 1.0, 3.0, float("inf")])
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elsa_lightning.sharding import Part, local
-from elsa_lightning.tensors import KEYS, MASK, REMOVED, SPLIT, ConstrainedTensor
+from elsa_lightning.layout.sharded import Part, local
+from elsa_lightning.layout.tensors import KEYS, MASK, REMOVED, SPLIT, ConstrainedTensor
 
 _DENSE = (SPLIT, MASK, REMOVED)
 _NO_MASK = -1.0

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elsa_lightning.optimizers import second_moment
-from elsa_lightning.sharding import Part, laid_out_like, local
-from elsa_lightning.state import BLOCK, StateDtype, decode, encode, pack, unpack
+from elsa_lightning.layout.lowbit import BLOCK, StateDtype, decode, encode, pack, unpack
+from elsa_lightning.layout.sharded import Part, laid_out_like, local
+from elsa_lightning.optim.moments import second_moment
 
 SPLIT = "elsa_split"  # s = z − u; with prox 'hard' −u alone
 SCALE = SPLIT + "_scale"  # of float8 blocks

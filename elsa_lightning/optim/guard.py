@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from elsa_lightning.sharding import local
+from elsa_lightning.layout.sharded import local
 
 log = logging.getLogger(__name__)
 

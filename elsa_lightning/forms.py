@@ -8,7 +8,7 @@ from typing import Literal, cast, get_args
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elsa_lightning.tensors import ConstrainedTensor
+from elsa_lightning.layout.tensors import ConstrainedTensor
 
 Prox = Literal["hard", "decoupled", "coupled"]
 

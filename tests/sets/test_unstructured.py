@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from elsa_lightning import Unstructured
-from elsa_lightning.constraints import AT_ONCE, WholePoints
-from elsa_lightning.projections import unstructured
+from elsa_lightning.sets.projections import unstructured
+from elsa_lightning.sets.unstructured import AT_ONCE, WholePoints
 
 SPECIAL = [0.0, 1.0, -1.0, 2.0, -2.0, 1e-42, 1e30, math.inf]
 values = st.one_of(st.sampled_from(SPECIAL), st.floats(-3, 3, width=32))

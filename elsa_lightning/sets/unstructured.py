@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from elsa_lightning.projections import distance
-from elsa_lightning.sharding import Part, whole
-from elsa_lightning.threshold import Scores, largest
+from elsa_lightning.layout.sharded import Part, whole
+from elsa_lightning.sets.projections import distance
+from elsa_lightning.sets.threshold import Scores, largest
 
 AT_ONCE = 0.7  # sparsity that a ramp begins with: so much is cut by the first projection, and may return
 

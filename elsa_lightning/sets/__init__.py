@@ -1,0 +1,1 @@
+"""What weights are constrained to, one set a file."""
