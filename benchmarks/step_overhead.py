@@ -39,7 +39,7 @@ def loop(model: str, form: str | None, interval: int, batch: torch.Tensor) -> Ca
                 ramp=0.0,
                 frozen=1 - 1 / steps if form == "frozen" else 0.0,  # from the first step on
             ),
-            prox="hard" if form == "frozen" else form,  # type: ignore[arg-type]
+            prox="linearized" if form == "frozen" else form,  # type: ignore[arg-type]
         )
 
     def run() -> float:
@@ -65,7 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = torch.randint(1000, (arguments.batch_size, arguments.seq_len), device=device)
-    forms: list[str | None] = [None, "hard", "decoupled", "coupled", "frozen"]
+    forms: list[str | None] = [None, "linearized", "feedback", "decoupled", "coupled", "frozen"]
     loops = {form or "Adam alone": loop(arguments.model, form, arguments.interval, batch) for form in forms}
     times: dict[str, list[float]] = {name: [] for name in loops}
     for round_ in range(arguments.rounds + 1):

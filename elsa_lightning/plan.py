@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype
-from elsa_lightning.layout.tensors import PIECE
+from elsa_lightning.layout.rows import PIECE
 from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.selection import ALL_LINEAR, select
 

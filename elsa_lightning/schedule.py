@@ -20,8 +20,9 @@ class Schedule:
     zeros are exact and the kept weights train on the loss alone.
 
     Args:
-        penalty: λ (``prox: coupled``), or κ, the same relative to the optimizer's own metric and so without
-            a unit (the other forms). The value at the end of the ADMM phase.
+        penalty: How hard the weights, or the memory of what was cut, are held to the set; λ for ``coupled`` and
+            ``published``, κ, without a unit, for the other forms. The value at the end of the ADMM phase. None takes
+            the form's own: 4 for ``linearized``, 0.01 for ``coupled``, 2 for ``decoupled`` and ``feedback``.
         shape: How the penalty reaches it: at once, or from 0 as a line or half a cosine, or exponentially
             from a thousandth.
         interval: Optimizer steps between projections (K). None takes a 64th of the ADMM phase, at most 32.
@@ -33,14 +34,14 @@ class Schedule:
         ValueError: A value is out of range.
     """
 
-    penalty: float = 2.0
+    penalty: float | None = None
     shape: PenaltySchedule = "constant"
     interval: int | None = None
     ramp: float = 0.4
     frozen: float = 0.4
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.penalty) and self.penalty >= 0):
+        if self.penalty is not None and not (math.isfinite(self.penalty) and self.penalty >= 0):
             raise ValueError(f"penalty must be a finite number of 0 or more, got {self.penalty}")
         if self.shape not in get_args(PenaltySchedule):
             raise ValueError(f"penalty_schedule must be one of {get_args(PenaltySchedule)}, got {self.shape!r}")
@@ -64,6 +65,8 @@ class Schedule:
 
     def penalty_at(self, step: int, total: int) -> float:
         """Return the penalty that holds after optimizer step ``step``."""
+        if self.penalty is None:
+            raise ValueError("the penalty is the form's own: ask the schedule that ADMM has")
         t = min(1.0, step / self.freeze_step(total))
         if self.shape == "linear":
             return self.penalty * t

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from elsa_lightning.layout.sharded import clean, local, part_of, parts_of, settle
+from elsa_lightning.layout.fsdp1 import mark_slices, settle
+from elsa_lightning.layout.sharded import clean, local, part_of, parts_of, processes_of
 
 ALL_LINEAR = "all-linear"
 
@@ -186,10 +186,11 @@ def _embeddings_and_heads(model: nn.Module) -> tuple[set[int], str | None]:
 def count_zeros(model: nn.Module) -> tuple[int, int]:
     """Return (zeros, elements) of the weights that ``all-linear`` means, over all processes."""
     settle(model)
-    parts = parts_of(select(model).parameters.values())
+    mark_slices(model)
+    parameters = select(model).parameters.values()
+    processes = processes_of(parameters)
+    parts = parts_of(parameters, processes)
     zeros = sum(int((local(p) == 0).sum()) for p, part in parts.items() if part.counts)
-    if any(part.sharded for part in parts.values()):
-        total = torch.tensor(zeros, device=next(iter(parts)).device)
-        dist.all_reduce(total)
-        zeros = int(total)
+    if processes.groups:
+        zeros = int(processes.add(torch.tensor(zeros, device=next(iter(parts)).device)))
     return zeros, sum(part.shape.numel() for part in parts.values())

@@ -48,8 +48,20 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 }
 
 
-@pytest.mark.parametrize("shape", ["constant", "linear", "cosine", "exponential"])
-@pytest.mark.parametrize("prox", ["coupled", "decoupled", "hard"])
+WALK = {"adam": (1.9 / 0.1) ** 0.5, "sgd": (1.5 / 0.5) ** 0.5}  # √((1 + momentum) / (1 − momentum))
+
+
+def rms(t: Tensor) -> float:
+    return float(t.square().mean().sqrt())
+
+
+@pytest.mark.parametrize(
+    ("prox", "shape"),
+    [
+        *itertools.product(["coupled", "decoupled", "linearized"], ["constant", "linear", "cosine", "exponential"]),
+        ("feedback", "constant"),
+    ],
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_one_state_gives_the_iterates_of_two_variable_admm(
     name: str, prox: str, shape: str, monkeypatch: pytest.MonkeyPatch
@@ -65,6 +77,8 @@ def test_one_state_gives_the_iterates_of_two_variable_admm(
     x, x_loss = problem()
     base = OPTIMIZERS[name]([x])
     z, u, lam, mask = x.detach().clone(), torch.zeros(SHAPE, dtype=torch.float64), 0.0, None
+    slow, memory, sigma = 1.0, 0.0, 0.0
+    on_set = prox in ("feedback", "linearized")
     flips = 0
     for step in range(1, steps + 1):
         train(optimizer, loss, 1)
@@ -77,8 +91,9 @@ def test_one_state_gives_the_iterates_of_two_variable_admm(
         with torch.no_grad():
             if prox == "decoupled" and mask is not None:
                 x.copy_((x + lam * (z - u)) / (1 + lam))  # lr is constant: γ = κ
-            if prox == "hard" and mask is not None:  # the step from z goes to z on the mask and to the dual off it
-                u = u + torch.where(mask, 0.0, x - z) / lam
+            if on_set and mask is not None:  # the step from z goes to z on the mask and to the dual off it
+                u = u + torch.where(mask, 0.0, x - z) / (lam if prox == "feedback" else slow)
+                sigma = rms((x - z)[~mask]) * WALK[name]
                 z = torch.where(mask, x, z)
                 x.copy_(z)
             if step == 1 or step % interval == 0 or step == steps:
@@ -88,21 +103,35 @@ def test_one_state_gives_the_iterates_of_two_variable_admm(
                 importance = base.state[x].get("exp_avg_sq", torch.ones_like(v))
                 if prox != "coupled":  # in the metric that the optimizer's own steps are in
                     importance = importance.sqrt()
+                before = 0.0 if mask is None else rms(u[~mask])
                 former, mask = mask, keep_largest(importance * v * v, entries - round(sparsity * ramp * entries))
                 flips += 0 if former is None else int((former ^ mask).sum())
+                z_before = x if former is None else torch.where(former, z, 0.0)
                 z = torch.where(mask, v, 0.0)
-                u = v - z
-                if prox == "hard":
+                u, gap = v - z, (x - z).norm() / x.norm()
+                moved = (z - z_before).norm()
+                if on_set:
                     x.copy_(z)
                 t = step / steps
                 new = {
                     "constant": penalty, "linear": penalty * t, "cosine": penalty * (1 - math.cos(math.pi * t)) / 2,
                     "exponential": penalty * 10 ** (-3 * (1 - t)),
                 }[shape]  # fmt: skip
-                u, lam = u * (1.0 if prox == "hard" and lam == 0 else lam / new), new
+                if prox == "linearized":  # the dual may not grow beyond a κ-th of what is kept
+                    w = rms(z[mask])
+                    most = max(w / new, memory)
+                    u = u * (math.floor(most / before * 4096) / 4096 if before > most * 1.0001 else 1.0)
+                    memory = rms(u[~mask])
+                    slow = float(torch.tensor(16 * sigma * steps**0.5 / w).bfloat16()) if sigma else slow
+                else:
+                    u = u * (1.0 if prox == "feedback" and lam == 0 else lam / new)
+                lam = new
+                assert admm.last_update is not None
+                assert float(admm.last_update.dual_residual) == pytest.approx(float(lam * moved), rel=1e-6, abs=1e-12)
+                assert float(admm.last_update.primal_residual) == pytest.approx(float(gap), rel=1e-6, abs=1e-12)
         torch.testing.assert_close(p, x, rtol=1e-10, atol=1e-12)
     assert flips > 80, "the masks must have moved for this to mean anything"
-    torch.testing.assert_close(optimizer.state[p][SPLIT], -u if prox == "hard" else z - u, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(optimizer.state[p][SPLIT], -u if on_set else z - u, rtol=1e-9, atol=1e-11)
     assert torch.equal(admm.masks()["p"], mask)
 
 
@@ -163,7 +192,7 @@ def test_finds_a_stationary_point_of_a_coupled_quadratic() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
-@pytest.mark.parametrize("prox", ["coupled", "decoupled", "hard"])
+@pytest.mark.parametrize("prox", ["coupled", "decoupled", "feedback", "linearized"])
 def test_without_penalty_and_sparsity_it_is_the_base_optimizer(prox: str, kind: type, options: dict[str, bool]) -> None:
     (p, loss), (x, x_loss) = problem(dtype=torch.float32), problem(dtype=torch.float32)
     ours, base = kind([p], lr=0.01, **options), kind([x], lr=0.01, **options)
@@ -172,7 +201,7 @@ def test_without_penalty_and_sparsity_it_is_the_base_optimizer(prox: str, kind: 
         {"p": p},
         Unstructured(0.0),
         total_steps=30,
-        schedule=Schedule(float(prox == "hard"), interval=3),
+        schedule=Schedule(float(prox == "feedback"), interval=3),
         prox=prox,
     )  # type: ignore[arg-type]
     train(ours, loss, 30)
@@ -201,7 +230,7 @@ class Inner(torch.optim.Adam):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("prox", ["coupled", "hard"])
+@pytest.mark.parametrize("prox", ["coupled", "feedback", "linearized"])
 def test_every_way_to_call_step_is_the_same(prox: str) -> None:
     results = []
     for way in ("plain", "keyword", "positional", "nested", "nested closure"):
@@ -261,7 +290,7 @@ def test_accumulated_gradients_give_the_large_batch() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("prox", ["coupled", "hard"])
+@pytest.mark.parametrize("prox", ["coupled", "feedback", "linearized"])
 def test_grad_scaler_changes_nothing_and_an_overflow_does_not_count(prox: str, fused: bool) -> None:
     def run(scaled: bool) -> tuple[Tensor, int]:
         p, loss = problem(dtype=torch.float32)

@@ -39,12 +39,18 @@ from elsa_lightning.selection import count_zeros
 
 ONE_SHOT = {"magnitude": magnitude, "wanda": wanda, "sparsegpt": sparsegpt}
 LOW: dict[str, StateDtype] = {"elsa-l-bf16": "bfloat16", "elsa-l-fp8": "float8_e4m3fn"}  # bf16 weights, Adam8bit
-PEERS = ("magnitude+ft", "wanda+ft", "gradual-fisher", "gradual", "gradual-global", "elsa-published")
-TRAINED = (*PEERS, "elsa", *LOW)
+PEERS = (
+    "magnitude+ft", "wanda+ft", "gradual-fisher", "gradual", "gradual-global", "elsa-published",
+    "elsa-published-constant",
+)  # fmt: skip
+FORMS = {"elsa-feedback": "feedback", "elsa-decoupled": "decoupled"}  # at their own penalty
+TRAINED = (*PEERS, "elsa-coupled", *FORMS, "elsa", *LOW)
 RATES = {0.6: (2.5e-4, 5e-4, 1e-3, 2e-3), 0.9: (1e-3, 2e-3, 4e-3, 8e-3)}  # tried at this sparsity
 BEYOND = 2  # further rates, while the best one is the first or the last
 SETTINGS = {  # every rate is tried with the first, then the best rate with the others, and the best of these again
-    "elsa-published": ("λ", (0.1, 0.003, 0.01, 0.03, 0.3)),
+    "elsa-published": ("λ", (0.01, 0.003, 0.03, 0.1, 0.3)),
+    "elsa-published-constant": ("λ", (0.01, 0.003, 0.03, 0.1, 0.3)),
+    "elsa-coupled": ("λ", (0.1, 0.003, 0.01, 0.03, 0.3)),
     "gradual": ("ramp from", (0.0, 0.7)),
     "gradual-global": ("ramp from", (0.0, 0.7)),
 }
@@ -105,7 +111,9 @@ class Arena:
             eval_batch_size=16, eval_segments=self.arguments.eval_segments,
         )  # fmt: skip
         kind: Any = bitsandbytes.optim.Adam8bit if case.method in LOW else torch.optim.Adam
-        module = CausalLM(model, optimizer=lambda p: kind(p, lr=case.lr), distillation=case.distillation)
+        beta2 = 0.95 if case.method.startswith("elsa-published") else 0.999
+        make = lambda p: kind(p, lr=case.lr, betas=(0.9, beta2))  # noqa: E731
+        module = CausalLM(model, optimizer=make, distillation=case.distillation)
         module.configure_model()
         before = _memory(reset=True)
         start, tokens = time.perf_counter(), 0
@@ -144,10 +152,13 @@ class Arena:
             return ElsaCallback(case.sparsity)
         if case.method in LOW:
             return ElsaCallback(case.sparsity, state_dtype=LOW[case.method])
-        if case.method == "elsa-published":  # K in the published proportion: 32 of 4096 steps
+        if case.method in FORMS:
+            return ElsaCallback(case.sparsity, prox=FORMS[case.method])  # type: ignore[arg-type]
+        if case.method.startswith("elsa-"):  # K in the published proportion: 32 of 4096 steps
             assert case.setting is not None
             return ElsaCallback(
-                case.sparsity, prox="coupled", penalty=case.setting, penalty_schedule="cosine",
+                case.sparsity, prox="coupled" if case.method == "elsa-coupled" else "published", penalty=case.setting,
+                penalty_schedule="constant" if case.method.endswith("constant") else "cosine",
                 interval=max(1, round(case.steps / 128)), ramp=0, frozen=0,
             )  # fmt: skip
         return None
@@ -156,6 +167,9 @@ class Arena:
         """Return the case with the settings that did best in its trials."""
         if case.method not in TRAINED:
             return case
+        if self.arguments.lr is not None:
+            setting = self.arguments.setting if case.method in SETTINGS else None
+            return replace(case, lr=self.arguments.lr, setting=setting)
         at = 0.6 if case.sparsity <= 0.7 else 0.9
         steps = self.arguments.trial_steps or case.steps
         distillation = self.arguments.trial_distillation
@@ -332,6 +346,8 @@ def main() -> None:
     add("--steps", type=int, default=200, help="optimizer steps of trained methods (default: %(default)s)")
     add("--trial-steps", type=int, help="steps of the tuning trials (default: as --steps)")
     add("--trial-distillation", type=float, help="distillation of the tuning trials (default: as --distillation)")
+    add("--lr", type=float, help="learning rate of every trained method, instead of trials")
+    add("--setting", type=float, help="with --lr: λ of the published form, or where gradual pruning's ramp begins")
     add("--sensitivity", action="store_true", help="also try rates within 4 times of the best at 60 and 90 %%")
     add("--distillation", type=float, default=0.0, help="for every trained method (default: %(default)s)")
     add("--batch-size", type=int, default=8, help="sequences a step (default: %(default)s)")

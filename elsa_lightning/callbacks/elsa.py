@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from elsa_lightning.admm import ADMM, Update
+from elsa_lightning.admm import ADMM
 from elsa_lightning.callbacks.health import Health
 from elsa_lightning.callbacks.rng import random_states, restore_random_states
 from elsa_lightning.callbacks.strategies import (
@@ -26,13 +27,14 @@ from elsa_lightning.callbacks.strategies import (
     watch_fsdp,
 )
 from elsa_lightning.checkpoints import WRITTEN_LAST
-from elsa_lightning.forms import Prox, check_prox
+from elsa_lightning.forms import Prox, make_form
+from elsa_lightning.layout.fsdp1 import mark_slices, settle
 from elsa_lightning.layout.lowbit import StateDtype, check_state_dtype
-from elsa_lightning.layout.sharded import mark_slices, settle
 from elsa_lightning.report import mask_mosaic
 from elsa_lightning.schedule import PenaltySchedule, Schedule
 from elsa_lightning.selection import ALL_LINEAR, select
-from elsa_lightning.sets.unstructured import Constraint, Unstructured
+from elsa_lightning.sets import Constraint, Unstructured
+from elsa_lightning.watch import Stationarity, Update, verdict
 
 _MOSAICS = 10  # pictures of the masks in a run
 
@@ -51,12 +53,14 @@ class ElsaCallback(Callback):
     Args:
         sparsity: Fraction of zeros in each constrained tensor, 0 ≤ sparsity < 1.
         constraint: The set of sparse weights, where it is not ``Unstructured(sparsity)``. Give one of the two.
-        penalty: How hard the weights are held to the set: κ, without a unit, for ``hard`` and
-            ``decoupled``; the published λ for ``coupled``.
+        penalty: How hard the weights, or the memory of what was cut, are held to the set: κ, without a unit, for
+            ``linearized``, ``decoupled`` and ``feedback``; the published λ for ``coupled`` and ``published``. None
+            takes the form's own: 4, 2, 2, 0.01, 0.01.
         penalty_schedule: How the penalty reaches that value.
-        prox: The form of the x-update. ``hard``: the weights are on the set after every step, and the dual
-            remembers what the loss asks of pruned ones; ``decoupled``: a pull in the optimizer's metric;
-            ``coupled``: as published, a pull through the gradient.
+        prox: The form of the x-update. ``linearized``: the weights are on the set after every step, and the dual
+            remembers what the loss asks of pruned ones, held against its own noise; ``decoupled``: a pull in the
+            optimizer's metric; ``coupled``: a pull through the gradient; ``published``: the same to the paper's letter;
+            ``feedback``: a memory that never forgets, for short runs.
         interval: Optimizer steps between projections; None takes a 64th of the ADMM phase, at most 32.
         ramp: Fraction of all steps over which the sparsity rises to its target, from 70 % or from less if that is all.
         frozen: Fraction of all steps, the last ones, in which the mask is fixed and the zeros are exact.
@@ -74,9 +78,9 @@ class ElsaCallback(Callback):
         self,
         sparsity: float | None = None,
         constraint: Constraint | None = None,
-        penalty: float = Schedule.penalty,
+        penalty: float | None = None,
         penalty_schedule: PenaltySchedule = Schedule.shape,
-        prox: Prox = "hard",
+        prox: Prox = "linearized",
         interval: int | None = Schedule.interval,
         ramp: float = Schedule.ramp,
         frozen: float = Schedule.frozen,
@@ -92,7 +96,8 @@ class ElsaCallback(Callback):
             )
         self.constraint = constraint if constraint is not None else Unstructured(sparsity or 0.0)
         self.schedule = Schedule(penalty, penalty_schedule, interval, ramp, frozen)
-        self.prox = check_prox(prox)
+        make_form(prox).check(self.schedule, self.constraint)
+        self.prox = prox
         self.state_dtype = check_state_dtype(state_dtype)
         self.targets = list(targets or [ALL_LINEAR])
         self.ignore = list(ignore or [])
@@ -108,6 +113,7 @@ class ElsaCallback(Callback):
         """Forget what an earlier fit logged."""
         self._saved_dense = -1  # optimizer step of the latest state dict without exact zeros
         self._logged: Update | None = None
+        self._measured: Stationarity | None = None
         self._mosaics = 0
         self._health = Health()
         self._short = False  # the run is to end before its schedule does
@@ -151,6 +157,7 @@ class ElsaCallback(Callback):
             schedule=self.schedule,
             prox=self.prox,
             state_dtype=self.state_dtype,
+            replicas=dist.group.WORLD if isinstance(strategy, DDPStrategy) and trainer.world_size > 1 else None,
         )
         self.admm.paused = True  # a learning-rate finder may train before the run begins
         self._detach_module()
@@ -269,7 +276,9 @@ class ElsaCallback(Callback):
                     "Elsa: no checkpoint of this last step was saved; those there are of earlier steps, at a lower "
                     "sparsity or without exact zeros. trainer.save_checkpoint keeps these weights"
                 )
-        elif self.admm.step == 0:
+        elif self.admm.step > 0:
+            rank_zero_info(f"Elsa {verdict(self.admm.last_update, self.admm.last_stationarity)}")
+        else:
             rank_zero_warn(
                 "Elsa: no gradient reached the constrained weights in this run, so they were cut by magnitude alone"
             )
@@ -332,10 +341,14 @@ class ElsaCallback(Callback):
         names = ("primal_residual", "dual_residual", "mask_flips", "sparsity")
         metrics = {f"elsa/{name}": value for name, value in zip(names, values, strict=True)}
         metrics["elsa/penalty"] = update.penalty
+        if (measured := admm.last_stationarity) is not None and measured is not self._measured:
+            self._measured = measured
+            metrics["elsa/stationarity"] = float(measured.distance)
+            metrics["elsa/outranking"] = float(measured.outranking)
         if not all(math.isfinite(value) for value in values):
             raise ValueError(
                 f"after {update.step} optimizer steps the constrained weights are no longer finite: the loss diverged. "
-                f"Lower the learning rate, clip gradients (gradient_clip_val) or lower penalty={self.schedule.penalty}"
+                f"Lower the learning rate, clip gradients (gradient_clip_val) or lower penalty={admm.schedule.penalty}"
             )
         for warning in self._health.warnings(admm, values[0], values[2], values[3]):
             rank_zero_warn(warning)

@@ -11,7 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from elsa_lightning.layout.sharded import clean, mark_slices, part_of, settle, whole_on_first
+from elsa_lightning.layout.fsdp1 import mark_slices, settle, whole_on_first
+from elsa_lightning.layout.sharded import clean, part_of
 
 
 class SaveHuggingFace(Callback):

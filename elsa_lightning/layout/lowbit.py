@@ -61,7 +61,7 @@ def decode(stored: Tensor, exponents: Tensor | None) -> Tensor:
     """Return what :func:`encode` stored, in at least float32."""
     if exponents is not None:
         blocks = _split(stored.view(torch.float8_e4m3fn).float(), BLOCK)
-        return torch.ldexp(blocks, exponents[..., None].int()).flatten(-2)[..., : stored.shape[-1]]
+        return (blocks * _power_of_two(exponents[..., None])).flatten(-2)[..., : stored.shape[-1]]
     return stored.float() if stored.dtype == torch.bfloat16 else stored
 
 
@@ -82,14 +82,19 @@ def _round_to_float8(values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     blocks = _split(values.float(), BLOCK)
     largest = blocks.abs().amax(dim=-1)
     exponent = torch.frexp(largest / _LARGEST).exponent.clamp(-126, 126)
-    fits = torch.ldexp(torch.full_like(largest, _LARGEST), exponent - 1) >= largest
-    exponent = exponent - fits.int()  # so that values that were rounded before are representable
-    scaled = torch.ldexp(blocks, -exponent[..., None])
+    fits = _power_of_two(exponent) * (_LARGEST / 2) >= largest
+    exponent = (exponent - fits.int()).clamp(-126, 126)  # so that values that were rounded before are representable
+    scaled = blocks * _power_of_two(-exponent[..., None])
     noise = _split(noise & ((1 << _DROPPED) - 1), BLOCK)
     subnormal = torch.add(noise * (_SPACING / (1 << _DROPPED)), scaled).div_(_SPACING).floor_().mul_(_SPACING)
     normal = noise.add_(scaled.view(torch.int32)).bitwise_and_(-1 << _DROPPED).view(torch.float32)
     rounded = torch.where(scaled.abs() < _SMALLEST_NORMAL, subnormal, normal).to(torch.float8_e4m3fn)
     return rounded.view(torch.uint8).flatten(-2)[..., : values.shape[-1]].contiguous(), exponent.to(torch.int8)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """Return 2 to an integer from -126 to 127, exactly on any device: some compute ldexp through pow."""
+    return ((exponent.int() + 127) << 23).view(torch.float32)
 
 
 def _split(values: Tensor, size: int) -> Tensor:

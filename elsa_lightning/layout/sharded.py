@@ -1,19 +1,26 @@
-"""Where a process's part of a parameter lies in the whole, however the parameter is sharded."""
+"""Where a process's part of a parameter lies in the whole, and with whom it shares the parameter.
+
+Every parameter is described by a :class:`Part`, whether one device holds it, DTensors shard it (FSDP2) or it is a flat
+slice (FSDP1, :mod:`elsa_lightning.layout.fsdp1`). What is counted over all entries is summed by :class:`Processes`.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-_SLICE = "_elsa_slice"  # attribute of a parameter that FSDP1 shards
+SLICE = "_elsa_slice"  # attribute of a parameter that FSDP1 shards: its Part
+GROUP = "_elsa_group"  # and the processes it is sharded over
+_WITHOUT_FLOAT64 = {"mps"}
 _MIX = (0x85EBCA6B - (1 << 32), 0xC2B2AE35 - (1 << 32))  # MurmurHash3's finalizer, as int32
 
 
@@ -77,81 +84,110 @@ def _mixed(seed: int) -> int:
     return (seed ^ (seed >> 13)) - (1 << 31)
 
 
+class Processes:
+    """The processes that hold the entries of some parameters between them, as the parameters themselves say.
+
+    Attributes:
+        size: How many they are; 1 where nothing is sharded.
+        root: The first of them, by its place in the whole job: it counts what all of them hold.
+
+    Args:
+        groups: A sum over each of these in turn is a sum over all of the processes.
+        root: See above.
+    """
+
+    def __init__(self, groups: Sequence[dist.ProcessGroup] = (), root: int = 0) -> None:
+        self.groups, self.root = list(groups), root
+        self.size = math.prod(dist.get_world_size(group) for group in self.groups)
+
+    def add(self, t: Tensor) -> Tensor:
+        """Return the sum of ``t``, in place, over the processes; each adds what it counts."""
+        for group in self.groups:
+            dist.all_reduce(t, group=group)
+        return t
+
+    def any(self, flags: Collection[bool], device: torch.device) -> list[bool]:
+        """Say of each flag whether it is set on any of the processes."""
+        if not self.groups:
+            return list(flags)
+        found = torch.tensor([float(flag) for flag in flags], device=device)
+        return [bool(n) for n in self.add(found).tolist()]
+
+
+def processes_of(parameters: Iterable[nn.Parameter]) -> Processes:
+    """Return the processes over which parameters are sharded: those of their own meshes, not all there are.
+
+    Raises:
+        ValueError: Parameters are sharded over meshes of which none contains the others.
+    """
+    parameters = list(parameters)
+    if (group := next((getattr(p, GROUP) for p in parameters if hasattr(p, GROUP)), None)) is not None:
+        return Processes([group], dist.get_global_rank(group, 0))
+    meshes = {p.device_mesh for p in parameters if isinstance(p, DTensor) and not _replicated(p)}
+    if not meshes:
+        return Processes()
+    largest: DeviceMesh = max(meshes, key=lambda mesh: mesh.size())
+    ranks = set(largest.mesh.flatten().tolist())
+    for mesh in meshes:
+        if not set(mesh.mesh.flatten().tolist()) <= ranks:
+            raise ValueError(
+                f"the parameters of one optimizer are sharded over processes {sorted(ranks)} and over "
+                f"{mesh.mesh.flatten().tolist()}, and no mesh contains the other: give each its own optimizer"
+            )
+    return Processes([largest.get_group(dim) for dim in range(largest.ndim)], int(largest.mesh.flatten()[0]))
+
+
+def _replicated(p: DTensor) -> bool:
+    return all(isinstance(placement, Replicate) for placement in p.placements)
+
+
 def whole(t: Tensor) -> Part:
     """Return the part that is all of a tensor; a number is a vector of one."""
     shape = t.shape or torch.Size((1,))
     return Part(shape, (0,) * len(shape))
 
 
-def part_of(p: Tensor) -> Part:
-    """Return the part that this process holds of a parameter."""
+def part_of(p: Tensor, root: int = 0) -> Part:
+    """Return the part that this process holds of a parameter.
+
+    Args:
+        p: The parameter.
+        root: The process whose copy counts, where several hold the same entries.
+    """
     if isinstance(p, DTensor):
-        return _part_of_dtensor(p)
-    part: Part | None = getattr(p, _SLICE, None)
+        return _part_of_dtensor(p, root)
+    part: Part | None = getattr(p, SLICE, None)
     return whole(p) if part is None else part
 
 
-def parts_of(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Part]:
+def parts_of(parameters: Iterable[nn.Parameter], processes: Processes) -> dict[nn.Parameter, Part]:
     """Return the parts that this process holds of parameters that are counted together.
 
-    Where none is sharded each process counts for itself; else those that all of them hold whole are the first's.
+    Where none is sharded each process counts for itself; else what all of them hold whole is counted by the first.
     """
-    parts = {p: part_of(p) for p in parameters}
-    if not any(part.sharded for part in parts.values()):
+    parts = {p: part_of(p, processes.root) for p in parameters}
+    if not processes.groups:
         return {p: replace(part, counts=True) for p, part in parts.items()}
-    first = dist.get_rank() == 0
+    first = dist.get_rank() == processes.root
     return {
         p: part if part.sharded or isinstance(p, DTensor) else replace(part, counts=first) for p, part in parts.items()
     }
 
 
-def _part_of_dtensor(p: DTensor) -> Part:
+def _part_of_dtensor(p: DTensor, root: int) -> Part:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = p.device_mesh, p.placements
     _, offsets = compute_local_shape_and_global_offset(p.shape, mesh, placements)
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
-    order, counts = 0, 0 in mesh.mesh  # on a mesh of some of the processes, the copy with process 0 counts
+    order, counts = 0, root in mesh.mesh  # on a mesh of some of the processes, the copy with the first one counts
     for place, size, placement in zip(coordinate, mesh.shape, placements, strict=True):
         if isinstance(placement, Replicate):
             counts = counts and place == 0
         else:
             order = order * size + place
-    sharded = any(not isinstance(placement, Replicate) for placement in placements)
-    return Part(p.shape, tuple(offsets), bool(counts), order, sharded)
-
-
-def mark_slices(model: nn.Module) -> None:
-    """Tell the parameters that FSDP1 shards which part of them this process holds, for :func:`part_of`.
-
-    FSDP1 keeps each as a flat slice, from any entry of a row to any other, and tells neither shape nor place.
-    """
-    for unit in _units(model):
-        flat = unit._handle.flat_param
-        order = dist.get_rank(unit.process_group)
-        copies = getattr(unit, "_inter_node_pg", None)  # HYBRID_SHARD
-        counts = copies is None or dist.get_rank(copies) == 0
-        for p, shape, place in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
-            start = place.intra_param_start_idx if place.in_shard else 0
-            setattr(p, _SLICE, Part(shape, (), counts, order, True, start))
-
-
-def settle(model: nn.Module) -> None:
-    """Return the parameters to their slices where FSDP1 left them whole after a forward pass, and free the whole."""
-    for unit in _units(model):
-        if hasattr(unit._handle.flat_param, "_full_param_padded"):  # since the first forward pass
-            unit._handle.reshard(free_unsharded_flat_param=True)
-
-
-def _units(model: nn.Module) -> list[Any]:
-    """Return the modules whose parameters FSDP1 shards together."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return []
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    units: list[Any] = FullyShardedDataParallel.fsdp_modules(model)
-    return [unit for unit in units if unit._handle is not None and unit._handle.uses_sharded_strategy]
+    return Part(p.shape, tuple(offsets), bool(counts), order, not _replicated(p))
 
 
 def clean(name: str) -> str:
@@ -164,18 +200,9 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
 
 
-@torch.no_grad()
-def whole_on_first(t: Tensor) -> Tensor | None:
-    """Return a tensor that may be sharded whole on the first process's CPU, and None on the others; all of them ask."""
-    if isinstance(t, DTensor):
-        t = t.full_tensor()
-    elif (part := part_of(t)).start is not None:
-        whole = torch.zeros(part.shape, dtype=t.dtype, device=t.device)
-        if part.counts:
-            whole.view(-1)[part.start : part.start + t.numel()] = t
-        dist.reduce(whole, dst=0)
-        t = whole
-    return t.detach().cpu() if dist.get_rank() == 0 else None
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """Return what sums are kept in: float64 where the device has it."""
+    return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
 
 
 def laid_out_like(p: Tensor, t: Tensor, n: int) -> Tensor:
@@ -193,14 +220,24 @@ def laid_out_like(p: Tensor, t: Tensor, n: int) -> Tensor:
     return DTensor.from_local(t, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
 
 
-def check_rows(name: str, p: Tensor, together: int) -> None:
-    """Raise ValueError if shards of ``p`` cut rows at other places than multiples of ``together`` entries."""
+def check_grain(name: str, p: Tensor, rows: int, columns: int) -> None:
+    """Raise ValueError if shards of ``p`` cut what must stay together.
+
+    Args:
+        name: Of the parameter, for the message.
+        p: The parameter, ``(..., out, in)``.
+        rows: Rows that stay together, from each multiple of ``rows`` on.
+        columns: Entries of a row that stay together, likewise.
+    """
     if not isinstance(p, DTensor):
         return
-    last = p.dim() - 1
-    pieces = math.prod(s for s, place in zip(p.device_mesh.shape, p.placements, strict=True) if place.is_shard(last))
-    if pieces > 1 and p.shape[last] % (together * pieces):
-        raise ValueError(
-            f"{name} has rows of {p.shape[last]} entries cut into {pieces} pieces, and {together} entries of a row "
-            f"are kept together: shard it by rows, or into pieces whose length is a multiple of {together}"
-        )
+    for dim, together, what in ((p.dim() - 1, columns, "entries of a row"), (p.dim() - 2, rows, "rows")):
+        placements = zip(p.device_mesh.shape, p.placements, strict=True)
+        pieces = math.prod(size for size, place in placements if place.is_shard(dim))
+        each: Any = -(-p.shape[dim] // pieces)  # shards are as even as this allows
+        if pieces > 1 and (each % together or (dim == p.dim() - 1 and p.shape[dim] % (together * pieces))):
+            raise ValueError(
+                f"{name} has {p.shape[dim]} {what} cut into {pieces} pieces, and {together} {what} are kept together: "
+                f"shard it along another dimension, or over a number of processes that makes each piece a multiple of "
+                f"{together}"
+            )

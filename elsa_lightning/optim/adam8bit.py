@@ -10,7 +10,7 @@ from bitsandbytes import functional
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elsa_lightning.layout.sharded import check_rows, laid_out_like, local, part_of
+from elsa_lightning.layout.sharded import check_grain, laid_out_like, local, part_of
 from elsa_lightning.optim.moments import BNB_BLOCK
 
 
@@ -24,7 +24,8 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
 
     On the flat slices of FSDP1 blocks begin with the slice, and state is saved as float32 numbers that are rounded to
     the same 8 bits when it is loaded. What is a matrix there is known once
-    :func:`elsa_lightning.layout.sharded.mark_slices` has seen the model, as :class:`~elsa_lightning.ElsaCallback` does it.
+    :func:`elsa_lightning.layout.fsdp1.mark_slices` has seen the model, which
+    :class:`~elsa_lightning.ElsaCallback` does.
 
     Args:
         params: As of any optimizer; DTensors too.
@@ -59,7 +60,7 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
         if not self._in_8_bits(p):
             state["state1"], state["state2"] = (torch.zeros_like(p, dtype=torch.float32) for _ in range(2))
             return
-        check_rows("a parameter of Adam8bit", p, BNB_BLOCK)
+        check_grain("a parameter of Adam8bit", p, 1, BNB_BLOCK)
         self._make_room(p)
 
     def _make_room(self, p: nn.Parameter) -> None:

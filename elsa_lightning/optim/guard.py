@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from elsa_lightning.layout.sharded import local
+from elsa_lightning.layout.sharded import Processes, local
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +24,11 @@ class Guard:
 
     Args:
         optimizer: Any torch optimizer. Under a GradScaler this is the scaler's business.
-        add: Sums a number over the processes that hold different gradients.
+        processes: Those that must decide alike: they hold parts of the parameters, or copies of them (DDP).
     """
 
-    def __init__(self, optimizer: Optimizer, add: Callable[[Tensor], Tensor]) -> None:
-        self.optimizer, self.add = optimizer, add
+    def __init__(self, optimizer: Optimizer, processes: Processes) -> None:
+        self.optimizer, self.processes = optimizer, processes
         self.skipped = 0  # in a row
 
     def skips(self, step: int, loss: Any) -> bool:
@@ -51,7 +50,7 @@ class Guard:
         self.skipped += 1
         message = (
             f"after optimizer step {step} the gradients are not finite, and the step is skipped"
-            f"{_where_not_finite(loss)}."
+            f"{self._where_not_finite(loss)}."
         )
         if self.skipped >= _MOST:
             raise ValueError(
@@ -73,15 +72,15 @@ class Guard:
         if gradients:
             largest = torch.stack([norm.to(broken.device) for norm in torch._foreach_norm(gradients, torch.inf)])
             broken = (~largest.isfinite()).any().float()
-        return bool(self.add(broken))
+        return bool(self.processes.add(broken))
 
-
-def _where_not_finite(loss: Any) -> str:
-    """Say on which processes a loss is not finite; all of them ask."""
-    if not (isinstance(loss, Tensor) and dist.is_initialized()):
-        return ""
-    broken = torch.zeros(dist.get_world_size(), device=loss.device)
-    broken[dist.get_rank()] = float(not bool(loss.detach().isfinite().all()))
-    dist.all_reduce(broken)
-    ranks = broken.nonzero().flatten().tolist()
-    return f": the loss is not finite on process {', '.join(map(str, ranks))}" if ranks else ""
+    def _where_not_finite(self, loss: Any) -> str:
+        """Say on which processes a loss is not finite; all that decided together ask."""
+        if not self.processes.groups or not dist.is_initialized():
+            return ""
+        device = next(p.device for group in self.optimizer.param_groups for p in group["params"])
+        broken = torch.zeros(dist.get_world_size(), device=device)
+        if isinstance(loss, Tensor):
+            broken[dist.get_rank()] = float(not bool(loss.detach().isfinite().all()))
+        ranks = self.processes.add(broken).nonzero().flatten().tolist()
+        return f": the loss is not finite on process {', '.join(map(str, ranks))}" if ranks else ""

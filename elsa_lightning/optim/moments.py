@@ -1,17 +1,16 @@
-"""Other people's optimizers: the second moment they keep, and steps that bfloat16 weights do not lose."""
+"""The second moment that other people's optimizers keep."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elsa_lightning.layout.lowbit import round_to_bfloat16
 from elsa_lightning.layout.sharded import local
 
+_ROTATED = {"GG", "Q", "QL", "QR"}  # SOAP and Shampoo: their moments are of the gradient in another basis
 BNB_BLOCK = 256  # entries that share a scale in bitsandbytes
 
 
@@ -19,7 +18,8 @@ def second_moment(optimizer: Optimizer, p: nn.Parameter, rows: slice | None = No
     """Return the diagonal empirical Fisher estimate F̂ of this process's part of a parameter, or None.
 
     torch's Adam family keeps it as ``exp_avg_sq``, bitsandbytes as ``state2``, in 8 bits for large tensors.
-    The bias correction is a constant per tensor and changes no ranking within it.
+    The bias correction is a constant per tensor and changes no ranking within it. Moments of the gradient in another
+    basis than the weights' (SOAP) say nothing about single weights.
 
     Args:
         optimizer: Any.
@@ -29,7 +29,7 @@ def second_moment(optimizer: Optimizer, p: nn.Parameter, rows: slice | None = No
     """
     state = optimizer.state.get(p, {})
     kept = state.get("exp_avg_sq", state.get("state2"))
-    if not isinstance(kept, Tensor):
+    if not isinstance(kept, Tensor) or _ROTATED & state.keys():
         return None
     moment, x = local(kept), local(p)
     if moment.shape[:-1] != x.shape[:-1] or moment.shape[-1] < x.shape[-1]:
@@ -78,66 +78,6 @@ def set_up(optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-_ALIKE = {"Adagrad", "Adam", "Adamax", "AdamW", "Lion", "NAdam", "RAdam", "RMSprop", "SGD"}
-
-
-def moves_alike_everywhere(optimizer: Optimizer) -> bool:
-    """Say whether a step depends on the gradients alone and not on where the weights are.
-
-    So it is for Adam and its kin, torch's or bitsandbytes', without weight decay.
-    """
-    kinds = {re.sub(r"^Paged|(8|32)bit$", "", kind.__name__) for kind in type(optimizer).__mro__}
-    return bool(kinds & _ALIKE) and not any(group.get("weight_decay") for group in optimizer.param_groups)
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """Return ``bfloat16`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
-
-
-class WeightRounding:
-    """Rounds bfloat16 weights stochastically, whatever optimizer trains them.
-
-    To nearest, every step below half a unit of a weight's last place is lost. So the optimizer steps from 0, where
-    bfloat16 holds its step to 3 digits, and the step is added to the weights in float32 and rounded up or down at
-    random, exact in the mean. That takes a copy of the weights while the optimizer steps, and an optimizer whose
-    step does not depend on where the weights are.
-    """
-
-    def __init__(self) -> None:
-        self._before: dict[nn.Parameter, Tensor] = {}
-
-    @torch.no_grad()
-    def set_aside(self, optimizer: Optimizer) -> str | None:
-        """Zero the bfloat16 weights about to be stepped; return what to warn of where that cannot be done."""
-        half = (torch.bfloat16, torch.float16)
-        low = [p for group in optimizer.param_groups for p in group["params"] if p.dtype in half]
-        if not low:
-            return None
-        if low[0].dtype != torch.bfloat16 or not moves_alike_everywhere(optimizer):
-            return (
-                f"The weights are {dtype_name(low[0].dtype)}, and steps of {type(optimizer).__name__} that are small "
-                f"beside them are lost to rounding. Use bfloat16 weights with an Adam or SGD without weight_decay, or "
-                f"keep float32 weights (precision bf16-mixed)."
-            )
-        for p in low:
-            if p.grad is not None:
-                x = local(p)
-                self._before[p] = x.clone()
-                x.zero_()
-        return None
-
-    @torch.no_grad()
-    def put_back(self, noise: Callable[[nn.Parameter], Tensor]) -> None:
-        """Add the steps to the weights; ``noise`` makes random int32 of the shape of a parameter's part."""
-        for p, before in self._before.items():
-            x = local(p)
-            x.copy_(round_to_bfloat16(before.float() + x, noise(p)))
-        self._before = {}
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        """Return to the weights before a step that was interrupted."""
-        for p, before in self._before.items():
-            local(p).copy_(before)
-        self._before = {}

@@ -17,6 +17,8 @@ from torch import Tensor
 Sum = Callable[[Tensor], Tensor]
 
 _ROUNDS = ((20, 11), (10, 10), (0, 10))  # lowest bit and number of bits of each pass over float32's 31
+_MANY = 1024  # pools from which on narrower histograms and a pass more take less memory than these
+_NARROW = ((23, 8), (15, 8), (7, 8), (0, 7))
 
 
 class Scores(NamedTuple):
@@ -106,7 +108,7 @@ def _kth_largest(
     """
     prefix: Tensor | None = None
     equals = k
-    for shift, width in _ROUNDS:
+    for shift, width in _ROUNDS if len(k) <= _MANY else _NARROW:
         counts = torch.zeros(len(k), 1 << width, dtype=torch.int64, device=k.device)
         for s, bits, among in keys():
             if s.counts:

@@ -93,7 +93,7 @@ def test_the_last_checkpoint_of_a_planned_end_has_the_zeros(end: str, save: str,
         return  # Lightning saves nothing at such an end
     saved = last_checkpoint(tmp_path)
     assert_exactly_sparse(saved["state_dict"], 0.8)
-    assert saved["callbacks"]["ElsaCallback"]["admm"]["finished"]
+    assert saved["callbacks"]["ElsaCallback"]["admm"]["phase"] == "finished"
 
 
 def test_accumulation_gives_the_large_batch() -> None:

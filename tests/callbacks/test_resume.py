@@ -57,14 +57,15 @@ def test_a_crash_after_any_step_costs_nothing(step: int, uninterrupted: Path, tm
 @pytest.mark.parametrize(
     ("optimizer", "precision", "prox", "state_dtype"),
     [
-        ("adam", "bf16-true", "hard", "bfloat16"),
+        ("adam", "bf16-true", "linearized", "bfloat16"),
+        ("adam", "32-true", "feedback", "float32"),
         ("adam", "bf16-mixed", "coupled", "float8_e4m3fn"),
-        ("adam8bit", "32-true", "hard", "float32"),
+        ("adam8bit", "32-true", "linearized", "float32"),
         ("adam8bit", "bf16-true", "decoupled", "float32"),
-        ("adam8bit", "bf16-true", "hard", "float8_e4m3fn"),
-        ("adam8bit", "bf16-mixed", "hard", "bfloat16"),
+        ("adam8bit", "bf16-true", "linearized", "float8_e4m3fn"),
+        ("adam8bit", "bf16-mixed", "linearized", "bfloat16"),
         ("sgd", "32-true", "coupled", "float32"),
-        ("sgd", "bf16-true", "hard", "float8_e4m3fn"),
+        ("sgd", "bf16-true", "linearized", "float8_e4m3fn"),
         ("sgd", "bf16-mixed", "decoupled", "bfloat16"),
     ],
 )
@@ -121,7 +122,7 @@ def test_ctrl_c_leaves_exact_zeros_that_resume_exactly(step: int, uninterrupted:
     checkpoint = load(tmp_path / "interrupted.ckpt")
     assert tiny.zeros(checkpoint["state_dict"]) == {"layers.0.weight": 3686, "layers.3.weight": 3686}
     state = checkpoint["callbacks"]["ElsaCallback"]["admm"]
-    assert (state["step"], state["finished"]) == (step, False)
+    assert (state["step"], state["phase"]) == (step, "suspended")
 
     fit(tmp_path, every_step(tmp_path), resume=tmp_path / "interrupted.ckpt")
     assert_same_run(tmp_path / LAST, uninterrupted / LAST)
@@ -155,7 +156,7 @@ def test_a_run_of_max_epochs_resumes_in_the_middle_of_an_epoch(step: int, tmp_pa
 def test_a_checkpoint_of_other_settings_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"other settings \(constraint: .*0\.9.* there, .*0\.8.* here\)"):
         fit(tmp_path, elsa={"sparsity": 0.8}, resume=uninterrupted / "6.ckpt")
-    with pytest.raises(ValueError, match="prox: hard there, coupled here"):
+    with pytest.raises(ValueError, match="prox: linearized there, coupled here"):
         fit(tmp_path, elsa={"prox": "coupled"}, resume=uninterrupted / "6.ckpt")
     with pytest.raises(ValueError, match="constrained tensors"):
         fit(tmp_path, elsa={"ignore": ["layers.0"]}, resume=uninterrupted / "6.ckpt")
@@ -210,7 +211,7 @@ def test_a_complete_run_that_is_resumed_stays_complete(uninterrupted: Path, tmp_
     trainer.fit(Net(), loader(), ckpt_path=str(uninterrupted / LAST))
     trainer.save_checkpoint(tmp_path / "again.ckpt")
     admm = load(tmp_path / "again.ckpt")["callbacks"]["ElsaCallback"]["admm"]
-    assert (admm["step"], admm["finished"]) == (20, True)
+    assert (admm["step"], admm["phase"]) == (20, "finished")
 
 
 def test_a_learning_rate_finder_sees_the_loop_without_pruning(tmp_path: Path) -> None:

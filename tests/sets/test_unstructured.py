@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,8 +11,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from elsa_lightning import Unstructured
-from elsa_lightning.sets.projections import unstructured
-from elsa_lightning.sets.unstructured import AT_ONCE, WholePoints
+from elsa_lightning.sets.base import WholePoints
+from elsa_lightning.sets.unstructured import AT_ONCE
+
+
+@dataclass(frozen=True)
+class Keep(Unstructured):
+    """So many entries of each matrix, rather than a fraction."""
+
+    sparsity: float = 0.0
+    entries: int = 1
+
+    def kept(self, entries: int) -> int:
+        return self.entries
+
+
+def unstructured(v: Tensor, importance: Tensor | None, kept: int) -> Tensor:
+    (mask,) = Keep(entries=kept).support(WholePoints([(v, importance)]))
+    return mask.view(v.shape)
+
 
 SPECIAL = [0.0, 1.0, -1.0, 2.0, -2.0, 1e-42, 1e30, math.inf]
 values = st.one_of(st.sampled_from(SPECIAL), st.floats(-3, 3, width=32))
@@ -23,7 +41,7 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor | None, int]:
     n = math.prod(shape)
     v = torch.tensor(draw(st.lists(values, min_size=n, max_size=n))).view(shape)
     f = torch.tensor(draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 1e-40]), min_size=n, max_size=n))).view(shape)
-    return v, draw(st.sampled_from([None, f])), draw(st.integers(0, shape[-2] * shape[-1]))
+    return v, draw(st.sampled_from([None, f])), draw(st.integers(1, shape[-2] * shape[-1]))
 
 
 @settings(max_examples=300, deadline=None)
@@ -65,7 +83,7 @@ def test_is_idempotent_and_the_identity_inside_the_set() -> None:
 @pytest.mark.parametrize(("sparsity", "kept"), [(0.0, 100), (0.5, 50), (0.9, 10), (0.999, 1), (0.014, 99), (0.016, 98)])
 def test_the_sparsity_is_counted_per_matrix(sparsity: float, kept: int) -> None:
     points = WholePoints([(torch.randn(10, 10), None), (torch.randn(3, 20, 5), torch.rand(3, 20, 5))])
-    matrix, experts = Unstructured(sparsity).project(points)
+    matrix, experts = Unstructured(sparsity).support(points)
     assert int(matrix.sum()) == kept
     assert experts.view(3, 100).sum(dim=1).tolist() == [kept] * 3
 
@@ -89,7 +107,7 @@ def test_one_budget_for_all_tensors_keeps_the_largest_relative_scores(
     case: tuple[list[tuple[Tensor, Tensor]], int],
 ) -> None:
     points, zeros = case
-    masks = list(Unstructured(zeros / 30, scope="model").project(WholePoints(points)))
+    masks = list(Unstructured(zeros / 30, scope="model").support(WholePoints(points)))
     entries = []
     for v, importance in points:
         score = v.abs() * importance.sqrt()
@@ -104,7 +122,7 @@ def test_one_budget_leaves_more_where_few_entries_carry_the_weight() -> None:
     even = torch.ones(20, 20) + 0.01 * torch.randn(20, 20, generator=generator)
     uneven = torch.randn(20, 20, generator=generator) ** 5
     points = WholePoints([(even, None), (uneven, None)])
-    even_mask, uneven_mask = Unstructured(0.5, scope="model").project(points)
+    even_mask, uneven_mask = Unstructured(0.5, scope="model").support(points)
     assert int(even_mask.sum() + uneven_mask.sum()) == 400 and int(even_mask.sum()) > 300
 
 

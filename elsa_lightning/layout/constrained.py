@@ -1,0 +1,136 @@
+"""All constrained tensors of one optimizer, and the processes that hold them between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from elsa_lightning.layout.fsdp1 import DenseState
+from elsa_lightning.layout.lowbit import BLOCK, StateDtype
+from elsa_lightning.layout.sharded import check_grain, local, parts_of, processes_of
+from elsa_lightning.layout.tensors import DENSE, KEYS, MASK, ConstrainedTensor
+from elsa_lightning.optim.moments import set_up
+from elsa_lightning.sets.base import Constraint
+
+
+class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
+    """The constrained tensors by name.
+
+    Attributes:
+        processes: Who hold the optimizer's parameters between them.
+        parts: Which part of each of the optimizer's parameters this process holds.
+        flat: Whether some are flat slices (FSDP1).
+        places: Of each constrained parameter among all.
+
+    Args:
+        optimizer: Who trains them.
+        parameters: By name.
+        constraint: Asked whether they can be in it.
+        state_dtype: What their split is kept in.
+
+    Raises:
+        ValueError: One is not the optimizer's, or cannot be in the set.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], constraint: Constraint,
+        state_dtype: StateDtype,
+    ) -> None:  # fmt: skip
+        self.optimizer, self.state_dtype = optimizer, state_dtype
+        self.find_parts()
+        whole = {name: self.parts[p].shape if p in self.parts else p.shape for name, p in parameters.items()}
+        constraint.check(whole)
+        self._tensors = {name: self._constrain(name, p, constraint) for name, p in parameters.items()}
+        self.places = {tensor.p: place for place, tensor in enumerate(self._tensors.values())}
+        by_parameter = {tensor.p: tensor for tensor in self._tensors.values()}
+        self._dense = DenseState(optimizer, by_parameter, KEYS, DENSE)
+
+    def find_parts(self) -> None:
+        """Look at the optimizer's parameters, anew where somebody added a group."""
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.processes = processes_of(trained)
+        self.parts = parts_of(trained, self.processes)
+        self.flat = any(part.start is not None for part in self.parts.values())
+        self._seeds = {p: place for place, p in enumerate(self.parts)}
+        self.device = trained[0].device
+
+    def _constrain(self, name: str, p: nn.Parameter, constraint: Constraint) -> ConstrainedTensor:
+        part = self.parts.get(p)
+        if part is None:
+            raise ValueError(
+                f"{name} is constrained but {type(self.optimizer).__name__} does not train it; give the optimizer that "
+                f"does, or leave the parameter out"
+            )
+        rows, columns = constraint.grain
+        if part.start is not None and rows * columns > 1:
+            raise ValueError(
+                f"{name}: {type(constraint).__name__} keeps {rows} × {columns} entries together, and flat slices "
+                f"(FSDP1) cut anywhere: shard the model with ModelParallelStrategy (FSDP2)"
+            )
+        if part.start is not None and len(part.shape) > 2 and math.prod(part.shape[-2:]) % BLOCK:
+            raise ValueError(
+                f"{name} is a stack of matrices of {math.prod(part.shape[-2:])} entries, and in flat slices (FSDP1) "
+                f"these must be a multiple of {BLOCK}: shard the model with ModelParallelStrategy (FSDP2)"
+            )
+        check_grain(name, p, rows, math.lcm(columns, BLOCK if self.state_dtype == "float8_e4m3fn" else 8))
+        return ConstrainedTensor(name, p, part, self.optimizer, self.state_dtype, rows)
+
+    def __getitem__(self, name: str) -> ConstrainedTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def remove(self) -> None:
+        """Let the optimizer save its state by itself again."""
+        self._dense.remove()
+
+    def holding(self, key: str) -> list[ConstrainedTensor]:
+        """Return those whose state has a tensor of ours on this process."""
+        return [tensor for tensor in self.values() if tensor.has(key)]
+
+    def agreed(self, flags: Sequence[bool], tensors: Collection[ConstrainedTensor]) -> list[ConstrainedTensor]:
+        """Return the tensors whose flag is set on any process; only a flat slice can be empty, and knows nothing."""
+        answers = self.processes.any(flags, self.device) if self.flat else flags
+        return [tensor for tensor, yes in zip(tensors, answers, strict=True) if yes]
+
+    def masked(self) -> list[ConstrainedTensor]:
+        """Return those that have a mask on any process."""
+        tensors = list(self.values())
+        return self.agreed([tensor.has(MASK) for tensor in tensors], tensors)
+
+    def seed(self, call: int, p: nn.Parameter, use: int) -> int:
+        """Return a seed that any run draws again, resumed or on other processes: of the step, the tensor, the use."""
+        return (call << 24) + (self._seeds[p] << 2) + use
+
+    def each_mask(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the masks that there are, by name, in the shape of this process's part."""
+        for name, tensor in self.items():
+            if tensor.has(MASK):
+                yield name, tensor.mask(slice(0, tensor.layout.count)).view(local(tensor.p).shape)
+
+    def expect(self, keys: Mapping[nn.Parameter, Collection[str]]) -> None:
+        """Make room for a state that will be loaded by name, which finds nothing else.
+
+        Args:
+            keys: Names of the state of each parameter.
+        """
+        set_up(self.optimizer, [p for p, names in keys.items() if set(names) - set(KEYS)])
+        for tensor in self.values():
+            names = [key for key in KEYS if key in keys.get(tensor.p, ())]
+            tensor.release(*KEYS)
+            tensor.allocate(*names)
+
+    def take_over(self) -> None:
+        """Turn loaded state that was saved under FSDP1 into ours, and see that every process knows of the same."""
+        self._dense.take()
+        tensors = list(self.values())
+        for key in KEYS if self.flat else ():
+            for tensor in self.agreed([tensor.has(key) for tensor in tensors], tensors):
+                tensor.allocate(key)

@@ -1,0 +1,109 @@
+"""A process's part of a matrix, or of a stack of matrices, as rows below each other, some of them at a time.
+
+Whatever is done to a large tensor is done in pieces of rows, so that nothing of its size comes and goes. This is the
+layout of tensors that are whole or sharded as DTensors; :class:`elsa_lightning.layout.fsdp1.FlatSlice` has the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from elsa_lightning.layout.sharded import Part, local
+
+PIECE = 1 << 24  # entries worked on at once: enough to keep a device busy
+PIECE_ON_CPU = 1 << 18  # what its cache holds
+
+
+class Piece(NamedTuple):
+    """Some rows of a part: of one matrix, or of some matrices of a stack. Of a flat slice ``rows`` are entries."""
+
+    rows: slice
+    matrix: int
+    matrices: int
+
+
+class Rows:
+    """The part as local rows ``(rows, n)``.
+
+    Args:
+        part: Which part of the parameter this process holds.
+        x: Its local entries.
+        grain: Rows that no piece cuts, counted from the first row of a matrix.
+    """
+
+    def __init__(self, part: Part, x: Tensor, grain: int = 1) -> None:
+        self.part, self.grain = part, grain
+        self.shape, self.device = x.shape, x.device
+        self.limit = PIECE_ON_CPU if x.device.type == "cpu" else PIECE
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return math.prod(self.shape[:-1])
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield what is worked on at once."""
+        *stack, rows, n = self.shape
+        first, count = self.part.offsets[0] * math.prod(stack[1:]) if stack else 0, math.prod(stack)
+        if self.shape.numel() == 0:
+            return
+        if rows * n <= self.limit:
+            at_once = self.limit // (rows * n)
+            for i in range(0, count, at_once):
+                matrices = min(at_once, count - i)
+                yield Piece(slice(i * rows, (i + matrices) * rows), first + i, matrices)
+            return
+        at_once = max(1, self.limit // (n * self.grain)) * self.grain
+        for i in range(count):
+            for row in range(0, rows, at_once):
+                yield Piece(slice(i * rows + row, i * rows + min(row + at_once, rows)), first + i, 1)
+
+    def take(self, t: Tensor, rows: slice) -> Tensor:
+        """Return rows of a tensor of this layout, in the same memory."""
+        t = local(t)
+        return t.view(math.prod(t.shape[:-1]), t.shape[-1])[rows]
+
+    def width(self, rows: slice) -> int:
+        """Return the length of the rows."""
+        return self.shape[-1]
+
+    def before(self, rows: slice, each: int) -> int:
+        """Return how many entries of their first group of ``each`` lie before these rows."""
+        return 0
+
+    def aligned(self, t: Tensor, rows: slice, each: int) -> Tensor:
+        """Fill up ``t`` in front so that it begins with a whole group."""
+        before = self.before(rows, each)
+        return torch.nn.functional.pad(t, (before, 0)) if before else t
+
+    def groups(self, t: Tensor, rows: slice, each: int) -> Tensor:
+        """Return what ``t``, with one number for every ``each`` entries of a row, has of these rows."""
+        return self.take(t, rows)
+
+    def room(self, each: int) -> tuple[int, ...]:
+        """Return the shape of a tensor with one number for every ``each`` entries of a row."""
+        return (*self.shape[:-1], -(-self.shape[-1] // each))
+
+    def noise(self, rows: slice, seed: int) -> Tensor:
+        """Return random int32 for rows, by their place in the whole."""
+        return self.part.noise(self.shape, rows, seed, self.device)
+
+    def index(self, rows: slice, axis: int) -> Tensor:
+        """Return where entries lie in the whole along an axis, broadcastable to ``(rows, n)``.
+
+        Args:
+            rows: Which.
+            axis: 0 for the row of their matrix, 1 for the column, 2 for the matrix in its stack.
+        """
+        if axis == 1:
+            return torch.arange(self.shape[-1], device=self.device)[None] + self.part.offsets[-1]
+        row = torch.arange(rows.start, rows.stop, device=self.device)[:, None]
+        if axis == 0:
+            return row % self.shape[-2] + self.part.offsets[-2]
+        first = self.part.offsets[0] * math.prod(self.shape[1:-2]) if len(self.shape) > 2 else 0
+        return row // self.shape[-2] + first

@@ -1,0 +1,144 @@
+"""What a set is, and how it sees the weights.
+
+A set S decides on all constrained tensors together. It is shown them as *points*, v = x + u, some rows at a time,
+wherever their entries are; it says which entries stay, and what values they take where these are not free.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from elsa_lightning.layout.rows import Piece, Rows
+from elsa_lightning.layout.sharded import Part, whole
+
+
+@dataclass(frozen=True)
+class Point:
+    """Some rows of what is projected.
+
+    Attributes:
+        v: x + u, ``(rows, in)``: rows of one matrix, or some matrices of a stack below each other.
+        importance: F̂ of the shape of ``v``, or None where the optimizer keeps no second moment.
+        tensor: Index of the tensor among all.
+        piece: Which rows these are.
+        layout: Where they lie in the whole.
+    """
+
+    v: Tensor
+    importance: Tensor | None
+    tensor: int
+    piece: Piece
+    layout: Rows
+
+    @property
+    def part(self) -> Part:
+        """Which part of the tensor this process holds."""
+        return self.layout.part
+
+    def place(self, axis: int) -> Tensor:
+        """Return where entries lie along an axis of the whole; see :meth:`Rows.index`."""
+        return self.layout.index(self.piece.rows, axis)
+
+
+class Points(ABC):
+    """The constrained tensors, wherever their entries are; iterating makes the local ones anew, some rows at a time.
+
+    They stay as they are until the set has decided, however often and in whatever order it looks at them.
+
+    Attributes:
+        names: Of the tensors.
+        shapes: Of the whole tensors, ``(out, in)`` or ``(experts, out, in)``.
+        parts: Largest number of parts that a tensor is sharded into.
+        device: Where the entries are.
+    """
+
+    names: Sequence[str]
+    shapes: Sequence[torch.Size]
+    parts: int = 1
+    device: torch.device
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Point]:
+        """Yield the local rows, tensor by tensor."""
+
+    def add(self, t: Tensor) -> Tensor:
+        """Return the sum of ``t`` over all processes."""
+        return t
+
+
+class WholePoints(Points):
+    """Tensors that one process holds.
+
+    Args:
+        tensors: v and F̂ (or None) of each.
+        names: Of the tensors; None numbers them.
+    """
+
+    def __init__(self, tensors: Sequence[tuple[Tensor, Tensor | None]], names: Sequence[str] | None = None) -> None:
+        self.tensors = tensors
+        self.names = names or [str(index) for index in range(len(tensors))]
+        self.shapes = [v.shape for v, _ in tensors]
+        self.device = tensors[0][0].device
+
+    def __iter__(self) -> Iterator[Point]:
+        """Yield each tensor at once."""
+        for index, (v, importance) in enumerate(self.tensors):
+            layout = Rows(whole(v), v)
+            piece = Piece(slice(0, layout.count), 0, math.prod(v.shape[:-2]))
+            rows = None if importance is None else importance.flatten(0, -2)
+            yield Point(v.flatten(0, -2), rows, index, piece, layout)
+
+
+class Constraint(ABC):
+    """A set S over all constrained tensors together: a value, which YAML can build.
+
+    A new set is a frozen dataclass with these methods; ``docs/architecture.md`` has the smallest one.
+
+    Attributes:
+        grain: Rows × columns, from each multiple on, that no piece and no shard may cut.
+        fixes_values: Whether kept entries cannot take any value, so that :meth:`values` changes them.
+    """
+
+    grain: tuple[int, int] = (1, 1)
+    fixes_values: bool = False
+
+    def check(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Raise ValueError, naming the tensor, if tensors of these names and shapes cannot be in the set."""
+        for name, shape in shapes.items():
+            if len(shape) not in (2, 3):
+                raise ValueError(
+                    f"{name} has shape {tuple(shape)}; a constrained tensor is a matrix or a stack of matrices, which "
+                    f"a convolution's kernels are not: leave it out of targets"
+                )
+
+    def relaxed(self, tightness: float) -> Self:
+        """Return the looser set on the way to this one, where a ramp begins at 0; this set at 1."""
+        return self
+
+    @abstractmethod
+    def support(self, points: Points) -> Iterator[Tensor]:
+        """Yield which entries of each point Π_S keeps, in order, True where kept, with the point's number of entries.
+
+        ``points`` may be read in any order and as often as need be; every process does so equally often.
+        """
+
+    def values(self, v: Tensor, point: Point) -> Tensor:
+        """Return what kept entries become.
+
+        Args:
+            v: ``(rows, in)`` of the point, with 0 where nothing is kept.
+            point: Which rows these are.
+        """
+        return v
+
+
+def distance(v: Tensor, importance: Tensor | None) -> Tensor:
+    """Return √F |v| in float32, whose square is what zeroing each entry costs; it has the range of v."""
+    return v.abs().float() if importance is None else (v.abs() * importance.sqrt()).float()

@@ -1,0 +1,190 @@
+"""The z/u-update in two passes: the set decides all supports, then each tensor is settled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from elsa_lightning.forms import Form, Sums
+from elsa_lightning.layout.rows import Piece, Rows
+from elsa_lightning.layout.sharded import Processes, exact_dtype
+from elsa_lightning.layout.tensors import MASK, SCALE, SPLIT, ConstrainedTensor
+from elsa_lightning.sets.base import Constraint, Point, Points
+from elsa_lightning.watch import Stationarity, Update
+
+Value = Callable[[ConstrainedTensor, slice], Tensor]
+Importance = Callable[[ConstrainedTensor, slice], Tensor | None]
+
+
+class LivePoints(Points):
+    """Constrained tensors as a set sees them, made a piece at a time at each iteration.
+
+    Args:
+        tensors: Which.
+        value: v of some rows of a tensor.
+        importance: Their F̂.
+        processes: Who hold them.
+    """
+
+    def __init__(
+        self, tensors: Sequence[ConstrainedTensor], value: Value, importance: Importance, processes: Processes
+    ) -> None:
+        self.tensors, self.value, self.importance, self.processes = list(tensors), value, importance, processes
+        self.names = [tensor.name for tensor in tensors]
+        self.shapes = [tensor.part.shape for tensor in tensors]
+        self.parts, self.device = processes.size, tensors[0].p.device
+
+    def __iter__(self) -> Iterator[Point]:
+        """Yield the local rows, tensor by tensor."""
+        for index, tensor in enumerate(self.tensors):
+            for piece in tensor.pieces():
+                rows = piece.rows
+                yield Point(self.value(tensor, rows), self.importance(tensor, rows), index, piece, tensor.layout)
+
+    def add(self, t: Tensor) -> Tensor:
+        """Return the sum over the processes."""
+        return self.processes.add(t)
+
+
+def decide(constraint: Constraint, points: LivePoints) -> list[Tensor]:
+    """Return the packed mask of each tensor; nothing of the tensors changes before all are there."""
+    masks = constraint.support(points)
+    packed = [tensor.room_for_mask() for tensor in points.tensors]
+    for tensor, bits in zip(points.tensors, packed, strict=True):
+        for rows, *_ in tensor.pieces():
+            tensor.set_mask(rows, next(masks).view(tensor.x(rows).shape), bits)
+    next(masks, None)  # lets every process get to the end
+    return packed
+
+
+def dual_sum(form: Form, tensor: ConstrainedTensor, rows: slice) -> Tensor:
+    """v = x + u."""
+    x = tensor.x(rows)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x + form.dual(tensor, rows) if tensor.has(SPLIT) else x
+
+
+def update(
+    form: Form, constraint: Constraint, points: LivePoints, places: Sequence[int], count: int, *, step: int,
+    penalty: float, rescale: float, span: int, seed: Callable[[ConstrainedTensor], int],
+) -> Update:  # fmt: skip
+    """z ← Π_S(v); u ← v − z, times what the form says; and what a user watches.
+
+    Args:
+        form: Of the x-update.
+        constraint: The set at this place of its ramp.
+        points: v = x + u of the tensors that take part.
+        places: Their places among all.
+        count: How many tensors there are in all.
+        step: Optimizer steps done.
+        penalty: From here on.
+        rescale: λ_old/λ_new.
+        span: Optimizer steps of the ADMM phase.
+        seed: Of the rounding of a tensor's split.
+    """
+    packed = decide(constraint, points)
+    fresh = [not tensor.has(SPLIT) for tensor in points.tensors]
+    # ‖x − z‖², ‖x‖², ‖z − z_before‖², flips, kept, formerly kept, Σ z², Σ u², Σ (v − z)², entries
+    sums = torch.zeros(count, 11, dtype=exact_dtype(points.device), device=points.device)
+    for index, tensor in enumerate(points.tensors):
+        for piece in tensor.pieces() if tensor.part.counts else ():
+            rows = piece.rows
+            v, x, mask = points.value(tensor, rows), tensor.x(rows), tensor.unpacked(packed[index], rows)
+            z = project(constraint, v, mask, index, piece, tensor.layout)
+            former = torch.ones_like(mask) if fresh[index] else tensor.mask(rows)
+            before = (x.to(v.dtype) if fresh[index] else form.former_z(tensor, rows)).masked_fill(~former, 0)
+            numbers = [
+                (x - z).square().sum(), x.to(v.dtype).square().sum(), (z - before).square().sum(),
+                (mask ^ former).sum(), mask.sum(), former.sum(), z.square().sum(),
+                v.masked_fill(former, 0).square().sum(), (v - z).square().sum(),
+                torch.full((), mask.numel(), device=v.device),
+            ]  # fmt: skip
+            sums[places[index], :10] += torch.stack([number.to(sums.dtype) for number in numbers])
+    sums[:, 10] = form.seen(count, points.device)
+    points.add(sums)
+    kept, former, z2, memory, cut, entries, steps = sums[:, 4:].unbind(1)
+    factors = form.factors(Sums(entries, kept, former, z2, memory, cut, steps), rescale, penalty, span)
+    for index, tensor in enumerate(points.tensors):
+        for piece in tensor.pieces():  # v, before the mask that it is made with changes
+            rows = piece.rows
+            v = points.value(tensor, rows)
+            if fresh[index]:
+                tensor.allocate(SPLIT, SCALE, MASK)
+            mask = tensor.unpacked(packed[index], rows)
+            z = project(constraint, v, mask, index, piece, tensor.layout)
+            tensor.set_mask(rows, mask)
+            form.settle(tensor, rows, v, mask, z, factors[places[index]].to(v.dtype), seed(tensor))
+        if fresh[index]:
+            tensor.allocate(SPLIT, SCALE, MASK)  # of no entries
+    gap, norm, moved, flips, kept_, *_ = sums.sum(dim=0)
+    total = entries.sum()
+    return Update(
+        step=step,
+        penalty=penalty,
+        sparsity=1 - kept_ / total,
+        primal_residual=(gap / norm.clamp_min(torch.finfo(norm.dtype).tiny)).sqrt(),
+        dual_residual=penalty * moved.sqrt(),
+        mask_flips=flips / total,
+    )
+
+
+def stationarity(
+    form: Form, constraint: Constraint, tensors: Sequence[ConstrainedTensor], importance: Importance,
+    processes: Processes, *, step: int, penalty: float,
+) -> Stationarity:  # fmt: skip
+    """Return how far the weights are from Π_S of their own step x − D⁻¹∇f(x)/λ, by the gradient at hand.
+
+    Args:
+        form: Says what D and λ are.
+        constraint: The set at this place of its ramp.
+        tensors: Those with a mask and a gradient.
+        importance: F̂ of some rows.
+        processes: Who hold them.
+        step: Optimizer steps done.
+        penalty: λ or κ.
+    """
+    device = tensors[0].p.device
+    squares = torch.zeros(len(tensors), 4, dtype=exact_dtype(device), device=device)
+    for index, tensor in enumerate(tensors):
+        for rows, *_ in tensor.pieces() if tensor.part.counts else ():
+            mask = tensor.mask(rows)
+            off = form.direction(tensor, rows, importance(tensor, rows)).masked_fill(mask, 0)
+            numbers = [off.square().sum(), (~mask).sum(), tensor.x(rows).float().square().sum(), mask.sum()]
+            squares[index] += torch.stack([number.to(squares.dtype) for number in numbers])
+    processes.add(squares)
+    off, off_count, kept, kept_count = squares.clamp_min(0).unbind(1)
+    rms = [(a / b.clamp_min(1)).sqrt().float() for a, b in ((off, off_count), (kept, kept_count))]
+    scales = {
+        tensor.name: form.inverse_penalty(tensor, penalty, rms[0][index], rms[1][index])
+        for index, tensor in enumerate(tensors)
+    }
+
+    def forward(tensor: ConstrainedTensor, rows: slice) -> Tensor:
+        step: Tensor = form.direction(tensor, rows, importance(tensor, rows)) * scales[tensor.name]
+        return tensor.x(rows).float() - step
+
+    points = LivePoints(tensors, forward, importance, processes)
+    packed = decide(constraint, points)
+    found = torch.zeros(3, dtype=squares.dtype, device=device)
+    for index, tensor in enumerate(tensors):
+        for piece in tensor.pieces() if tensor.part.counts else ():
+            rows = piece.rows
+            y, mask = forward(tensor, rows), tensor.unpacked(packed[index], rows)
+            z = project(constraint, y, mask, index, piece, tensor.layout)
+            x = tensor.x(rows).float()
+            numbers = [(x - z).square().sum(), x.square().sum(), (mask & ~tensor.mask(rows)).sum()]
+            found += torch.stack([number.to(found.dtype) for number in numbers])
+    gap, norm, outranking = processes.add(found)
+    return Stationarity(
+        step, (gap / norm.clamp_min(torch.finfo(norm.dtype).tiny)).sqrt(), outranking / kept_count.sum()
+    )
+
+
+def project(constraint: Constraint, v: Tensor, mask: Tensor, index: int, piece: Piece, layout: Rows) -> Tensor:
+    """Return z: v on the mask, brought to the set's values where it fixes them, and 0 off it."""
+    z = v.masked_fill(~mask, 0)
+    if not constraint.fixes_values:
+        return z
+    return constraint.values(z, Point(v, None, index, piece, layout)).masked_fill(~mask, 0)

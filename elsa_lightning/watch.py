@@ -1,0 +1,89 @@
+"""What a user sees of a run: residuals, stationarity, what is left of each tensor, and whether it converged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elsa_lightning.layout.sharded import Processes, exact_dtype, local
+from elsa_lightning.layout.tensors import MASK, ConstrainedTensor
+
+MEASUREMENTS = 10  # of stationarity in a run: each takes a projection of its own
+_STILL = 0.01  # of the kept entries, exchanged in the last update
+_CLOSED = 0.05  # ‖x − z‖/‖x‖
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one z/u-update found, as scalars on the weights' device.
+
+    Attributes:
+        step: Optimizer steps done.
+        penalty: λ or κ from here on.
+        sparsity: Fraction of zeros in z, over all constrained entries.
+        primal_residual: ‖x − z‖ / ‖x‖.
+        dual_residual: penalty · ‖z − z_before‖; z_before is z as the steps since the last update have left it.
+        mask_flips: Fraction of the mask that changed.
+    """
+
+    step: int
+    penalty: float
+    sparsity: Tensor
+    primal_residual: Tensor
+    dual_residual: Tensor
+    mask_flips: Tensor
+
+
+@dataclass(frozen=True)
+class Stationarity:
+    """How far the weights are from a λ-stationary point x ∈ Π_S(x − D⁻¹∇f(x)/λ), by one batch's gradient.
+
+    Its noise counts in full: with batches of a few hundred tokens most of it is noise, and what tells is how it falls
+    from a run's beginning to its end, and with larger batches. D and λ are those of the form.
+
+    Attributes:
+        step: Optimizer steps done.
+        distance: ‖x − Π_S(x − D⁻¹∇f/λ)‖ / ‖x‖.
+        outranking: Entries off the mask that this projection would keep, over the kept ones.
+    """
+
+    step: int
+    distance: Tensor
+    outranking: Tensor
+
+
+def verdict(last: Update | None, measured: Stationarity | None) -> str:
+    """Return in words whether a run had converged when its mask was fixed."""
+    if last is None:
+        return "no update was made in this run, so nothing is known of its convergence"
+    kept = max(1e-12, 1 - float(last.sparsity))
+    exchanged, residual = float(last.mask_flips) / 2 / kept, float(last.primal_residual)
+    done = exchanged < _STILL and residual < _CLOSED
+    figures = f"the last update exchanged {exchanged:.2%} of what is kept and moved the weights by {residual:.2%}"
+    if measured is not None:
+        figures += (
+            f"; by the gradient of one batch, {float(measured.outranking):.1%} as many entries off the mask outrank "
+            f"kept ones, and the weights are {float(measured.distance):.2g} of their norm from a stationary point"
+        )
+    return f"converged: {figures}" if done else f"not converged: {figures}. A longer run would still change the mask"
+
+
+def occupancy(tensors: Sequence[ConstrainedTensor], processes: Processes) -> tuple[list[str], Tensor]:
+    """Return names and, ``(tensors, 4)``, kept entries, entries, empty rows and rows of each tensor that has a mask.
+
+    Rows are not counted where shards cut them.
+    """
+    masked = [tensor for tensor in tensors if tensor.has(MASK)]
+    device = tensors[0].p.device
+    counts = torch.zeros(len(masked), 4, dtype=exact_dtype(device), device=device)
+    for index, tensor in enumerate(masked):
+        whole_rows = tensor.part.start is None and local(tensor.p).shape[-1] == tensor.part.shape[-1]
+        for rows, *_ in tensor.pieces() if tensor.part.counts else ():
+            mask = tensor.mask(rows)
+            empty = (~mask.any(dim=1)).sum() if whole_rows else mask.new_zeros(())
+            numbers = [mask.sum(), mask.numel(), empty, len(mask) * whole_rows]
+            counts[index] += torch.stack([torch.as_tensor(n, device=device).to(counts.dtype) for n in numbers])
+    return [tensor.name for tensor in masked], processes.add(counts)
