@@ -18,6 +18,7 @@ from elsa_lightning.selection import ALL_LINEAR, select
 
 _LARGE = 1 << 16  # entries from which an optimizer's state is taken to grow in proportion
 _PROJECTION = 32  # bytes an entry of a piece: v, score, magnitude, their bits, bins, masks
+_ROUNDING = 24  # bytes an entry of a piece: random numbers, the sum in float32 and its bits
 _ACTIVATIONS_ERROR = 0.4
 
 
@@ -144,13 +145,14 @@ def plan(
     if teacher:
         exact["dense model (bfloat16)"] = 2 * total
     largest = max((p.numel() for p in chosen), default=0)
-    projecting = _PROJECTION * min(largest, PIECE)
+    projecting = _PROJECTION * min(largest, PIECE) + sum(-(-p.numel() // 8) for p in chosen)  # and the new masks
+    rounding = 2 * total + _ROUNDING * min(max(p.numel() for p in parameters), PIECE)  # a copy of the weights, too
     return Plan(
         parameters=total,
         constrained=sum(p.numel() for p in chosen),
         exact=exact,
         largest_block=_largest_block(model) * 2 * width,
-        transient=max(2 * total * (dtype == torch.bfloat16), projecting) + 2 * total * autocast,
+        transient=max(rounding * (dtype == torch.bfloat16), projecting) + 2 * total * autocast,
         activations=_activations(model, tokens, 2 if autocast else width, checkpointing, teacher),
     )
 

@@ -1,0 +1,138 @@
+"""Processes that train different models in one job, or only some of them, without Lightning."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from elsa_lightning import ADMM, Unstructured
+from elsa_lightning.layout.fsdp1 import mark_slices, settle
+from elsa_lightning.layout.sharded import part_of
+from elsa_lightning.layout.tensors import MASK
+from elsa_lightning.schedule import Schedule
+
+STEPS = 12
+
+
+def sharded(mesh: DeviceMesh, seed: int) -> nn.Parameter:
+    return nn.Parameter(distribute_tensor(torch.randn(13, 16, generator=torch.Generator().manual_seed(seed)), mesh))
+
+
+def train(p: nn.Parameter, broken: int | None = None, replicas: dist.ProcessGroup | None = None) -> ADMM:
+    optimizer = torch.optim.Adam([p], lr=0.01)
+    admm = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=STEPS, schedule=Schedule(interval=2),
+                replicas=replicas)  # fmt: skip
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = (p - 1).square().sum()
+        loss.backward()
+        if step == broken and p.grad is not None:
+            p.grad.fill_(torch.nan)
+        optimizer.step()
+    admm.finish()
+    return admm
+
+
+def two_meshes(rank: int) -> None:
+    """Processes 0 and 1 train one model, 2 and 3 another with other weights."""
+    mine = DeviceMesh("cpu", [0, 1] if rank < 2 else [2, 3])
+    p = sharded(mine, seed=rank // 2)
+    train(p)
+    assert isinstance(p, DTensor)
+    assert int((p.full_tensor() != 0).sum()) == 104, "half of each model's own entries"
+
+
+def only_some(rank: int) -> None:
+    """Processes 1 and 2 train; the others wait at a barrier and take part in nothing."""
+    mesh = DeviceMesh("cpu", [1, 2])
+    if rank in (1, 2):
+        p = sharded(mesh, seed=3)
+        train(p)
+        assert isinstance(p, DTensor)
+        assert int((p.full_tensor() != 0).sum()) == 104
+
+
+def a_mesh_in_a_mesh(rank: int) -> None:
+    """A weight over all four, experts over two of them: what both copies hold is counted once."""
+    outer = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("copy", "shard"))
+    wide = DeviceMesh("cpu", [0, 1, 2, 3])
+    a = sharded(wide, seed=4)
+    b = nn.Parameter(
+        DTensor.from_local(
+            torch.randn(8, 16, generator=torch.Generator().manual_seed(rank % 2)), outer["shard"], [Shard(0)]
+        )
+    )
+    optimizer = torch.optim.Adam([a, b], lr=0.01)
+    admm = ADMM(optimizer, {"a": a, "b": b}, Unstructured(0.75, scope="model"), total_steps=STEPS,
+                schedule=Schedule(interval=2))  # fmt: skip
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        for p in (a, b):
+            p.grad = 2 * (p.detach() - 1)
+        optimizer.step()
+    admm.finish()
+    kept = sum(int((p.full_tensor() != 0).sum()) for p in (a, b))  # type: ignore[attr-defined]
+    assert kept == (13 * 16 + 16 * 16) // 4
+
+
+def broken_on_one(rank: int) -> None:
+    """Gradients that are not finite on one of four copies: all skip the step, and stay alike."""
+    p = nn.Parameter(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+    admm = train(p, broken=5 if rank == 3 else None, replicas=dist.group.WORLD)
+    assert admm.step == STEPS - 1
+    mine = p.detach().clone()
+    dist.broadcast(mine, src=0)
+    assert torch.equal(mine, p.detach())
+
+
+def late_under_fsdp1(rank: int) -> None:
+    """A unit gets its first gradient when the mask is fixed, and one process holds nothing of its weight."""
+    torch.manual_seed(0)
+    units = [FullyShardedDataParallel(nn.Linear(4, 3), device_id=torch.device("cpu"), use_orig_params=True)
+             for _ in range(2)]  # fmt: skip
+    model = nn.ModuleList(units)
+    mark_slices(model)
+    weights = {f"{i}": p for i, unit in enumerate(units) for p in unit.parameters() if len(part_of(p).shape) == 2}
+    assert (weights["1"].numel() == 0) == (rank == 3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    admm = ADMM(optimizer, weights, Unstructured(0.5), total_steps=STEPS, schedule=Schedule(interval=2))
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = units[0](torch.ones(2, 4)).square().sum()
+        if admm.phase == "frozen" and step > 9:
+            loss = loss + (units[1](torch.ones(2, 4)) - 1).square().sum()
+        loss.backward()
+        settle(model)
+        optimizer.step()
+    for p in weights.values():
+        kept = (p != 0).sum()
+        dist.all_reduce(kept)
+        assert int(kept) == 6
+        assert p.numel() == 0 or MASK in optimizer.state[p]
+
+
+def test_groups_of_processes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "-m", __name__],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2], text=True, timeout=240, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for situation in (two_meshes, only_some, a_mesh_in_a_mesh, broken_on_one, late_under_fsdp1):
+        situation(dist.get_rank())
+        dist.barrier()
+    dist.destroy_process_group()
