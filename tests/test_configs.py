@@ -76,12 +76,13 @@ def test_paper_config_holds_the_published_hyperparameters(config: Path) -> None:
     sparsity, lr, penalty = PUBLISHED[config.stem]
     schedule = elsa(cli).schedule
     assert elsa(cli).constraint == Unstructured(sparsity)
-    assert elsa(cli).prox == "coupled"
+    assert elsa(cli).prox == "published"
     assert (schedule.penalty, schedule.shape, schedule.interval) == (penalty, "constant", 32)
     assert (schedule.ramp, schedule.frozen) == (0, 0)
     optimizer = cli.model.optimizer([torch.nn.Parameter(torch.zeros(1))])
     assert type(optimizer) is torch.optim.Adam
     assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (lr, 0)
+    assert (optimizer.defaults["betas"], cli.trainer.gradient_clip_val) == ((0.9, 0.95), 1.0)
     data = cli.datamodule
     assert (cli.trainer.max_steps, data.batch_size, data.seq_len, data.source.name) == (4096, 8, 2048, "c4")
     assert data.train_sequences == cli.trainer.max_steps * data.batch_size  # every sequence is seen once

@@ -89,7 +89,7 @@ def fill(model: nn.Module, path: str, revision: str | None, build: Callable[[], 
     parameters = dict(model.named_parameters())
     files = _safetensors(path, revision) if path else {}
     if parameters.keys() <= files.keys():
-        _read(parameters, files)
+        _read(parameters, str(Path(next(iter(files.values()))).parent))
         return
     whole: dict[str, Tensor] = {}
     if dist.get_rank() == 0:
@@ -124,20 +124,17 @@ def _safetensors(path: str, revision: str | None) -> dict[str, str]:
         return dict.fromkeys(file.keys(), single)
 
 
-def _read(parameters: dict[str, nn.Parameter], files: dict[str, str]) -> None:
-    from safetensors import safe_open
+def _read(parameters: dict[str, nn.Parameter], folder: str) -> None:
+    """Read this process's part of each weight."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    for place in sorted({files[name] for name in parameters}):
-        with safe_open(place, framework="pt") as file:
-            for name, p in parameters.items():
-                if files[name] != place:
-                    continue
-                entry = file.get_slice(name)
-                if tuple(entry.get_shape()) != tuple(p.shape):
-                    raise ValueError(f"{name} has shape {tuple(p.shape)}, and {entry.get_shape()} in {place}")
-                x = local(p)
-                if x.numel():
-                    x.copy_(entry[_place(p)])
+    reader = HuggingFaceStorageReader(folder)
+    there = reader.read_metadata().state_dict_metadata
+    for name, p in parameters.items():
+        if (size := getattr(there[name], "size", p.shape)) != p.shape:
+            raise ValueError(f"{name} has shape {tuple(p.shape)}, and {tuple(size)} in {folder}")
+    load({name: p.detach() for name, p in parameters.items()}, storage_reader=reader)
 
 
 def _place(p: Tensor) -> tuple[slice, ...]:
