@@ -25,18 +25,18 @@ from torch.optim import Optimizer
 
 from elsa_lightning import update as updates
 from elsa_lightning import watch
+from elsa_lightning.constrained import ConstrainedTensors
 from elsa_lightning.forms import Form, Prox, Step, make_form
-from elsa_lightning.layout.constrained import ConstrainedTensors
 from elsa_lightning.layout.lowbit import StateDtype, check_state_dtype
 from elsa_lightning.layout.rows import Rows
 from elsa_lightning.layout.sharded import Processes, local
-from elsa_lightning.layout.tensors import KEYS, MASK, REMOVED, SCALE, SPLIT, ConstrainedTensor
 from elsa_lightning.optim.guard import Guard
 from elsa_lightning.optim.hooks import StepHooks
 from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.optim.rounding import WeightRounding
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.sets.base import Constraint
+from elsa_lightning.tensors import KEYS, MASK, REMOVED, SCALE, SPLIT, ConstrainedTensor
 
 log = logging.getLogger(__name__)
 

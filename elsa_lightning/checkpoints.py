@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from elsa_lightning.layout.tensors import MASK
+from elsa_lightning.tensors import MASK
 
 WRITTEN_LAST = "meta.pt"  # of a distributed checkpoint, by Lightning; what is no tensor
 

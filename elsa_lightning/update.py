@@ -10,8 +10,8 @@ from torch import Tensor
 from elsa_lightning.forms import Form, Sums
 from elsa_lightning.layout.rows import Piece, Rows
 from elsa_lightning.layout.sharded import Processes, exact_dtype
-from elsa_lightning.layout.tensors import MASK, SCALE, SPLIT, ConstrainedTensor
 from elsa_lightning.sets.base import Constraint, Point, Points
+from elsa_lightning.tensors import MASK, SCALE, SPLIT, ConstrainedTensor
 from elsa_lightning.watch import Stationarity, Update
 
 Value = Callable[[ConstrainedTensor, slice], Tensor]
@@ -86,22 +86,7 @@ def update(
     """
     packed = decide(constraint, points)
     fresh = [not tensor.has(SPLIT) for tensor in points.tensors]
-    # ‖x − z‖², ‖x‖², ‖z − z_before‖², flips, kept, formerly kept, Σ z², Σ u², Σ (v − z)², entries
-    sums = torch.zeros(count, 11, dtype=exact_dtype(points.device), device=points.device)
-    for index, tensor in enumerate(points.tensors):
-        for piece in tensor.pieces() if tensor.part.counts else ():
-            rows = piece.rows
-            v, x, mask = points.value(tensor, rows), tensor.x(rows), tensor.unpacked(packed[index], rows)
-            z = project(constraint, v, mask, index, piece, tensor.layout)
-            former = torch.ones_like(mask) if fresh[index] else tensor.mask(rows)
-            before = (x.to(v.dtype) if fresh[index] else form.former_z(tensor, rows)).masked_fill(~former, 0)
-            numbers = [
-                (x - z).square().sum(), x.to(v.dtype).square().sum(), (z - before).square().sum(),
-                (mask ^ former).sum(), mask.sum(), former.sum(), z.square().sum(),
-                v.masked_fill(former, 0).square().sum(), (v - z).square().sum(),
-                torch.full((), mask.numel(), device=v.device),
-            ]  # fmt: skip
-            sums[places[index], :10] += torch.stack([number.to(sums.dtype) for number in numbers])
+    sums = _count(form, constraint, points, packed, places, count)
     sums[:, 10] = form.seen(count, points.device)
     points.add(sums)
     kept, former, z2, memory, cut, entries, steps = sums[:, 4:].unbind(1)
@@ -128,6 +113,30 @@ def update(
         dual_residual=penalty * moved.sqrt(),
         mask_flips=flips / total,
     )
+
+
+def _count(
+    form: Form, constraint: Constraint, points: LivePoints, packed: Sequence[Tensor], places: Sequence[int], count: int
+) -> Tensor:
+    """Return what an update will change, of each tensor, on this process, ``(tensors, 11)``; the last is left 0."""
+    # ‖x − z‖², ‖x‖², ‖z − z_before‖², flips, kept, formerly kept, Σ z², Σ u², Σ (v − z)², entries
+    sums = torch.zeros(count, 11, dtype=exact_dtype(points.device), device=points.device)
+    for index, tensor in enumerate(points.tensors):
+        fresh = not tensor.has(SPLIT)
+        for piece in tensor.pieces() if tensor.part.counts else ():
+            rows = piece.rows
+            v, x, mask = points.value(tensor, rows), tensor.x(rows), tensor.unpacked(packed[index], rows)
+            z = project(constraint, v, mask, index, piece, tensor.layout)
+            former = torch.ones_like(mask) if fresh else tensor.mask(rows)
+            before = (x.to(v.dtype) if fresh else form.former_z(tensor, rows)).masked_fill(~former, 0)
+            numbers = [
+                (x - z).square().sum(), x.to(v.dtype).square().sum(), (z - before).square().sum(),
+                (mask ^ former).sum(), mask.sum(), former.sum(), z.square().sum(),
+                v.masked_fill(former, 0).square().sum(), (v - z).square().sum(),
+                torch.full((), mask.numel(), device=v.device),
+            ]  # fmt: skip
+            sums[places[index], :10] += torch.stack([number.to(sums.dtype) for number in numbers])
+    return sums
 
 
 def stationarity(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from elsa_lightning.layout.sharded import Processes, exact_dtype, local
-from elsa_lightning.layout.tensors import MASK, ConstrainedTensor
+from elsa_lightning.tensors import MASK, ConstrainedTensor
 
 MEASUREMENTS = 10  # of stationarity in a run: each takes a projection of its own
 _STILL = 0.01  # of the kept entries, exchanged in the last update

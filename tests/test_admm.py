@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from elsa_lightning import ADMM, Unstructured
 from elsa_lightning.layout.lowbit import StateDtype
-from elsa_lightning.layout.tensors import SPLIT
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.sets.unstructured import AT_ONCE
+from elsa_lightning.tensors import SPLIT
 
 SHAPE = (12, 10)
 

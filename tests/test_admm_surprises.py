@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from elsa_lightning import ADMM, Unstructured
-from elsa_lightning.layout.tensors import KEYS, MASK, SPLIT
 from elsa_lightning.schedule import Schedule
+from elsa_lightning.tensors import KEYS, MASK, SPLIT
 
 
 def matrix(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Parameter:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from elsa_lightning.admm import ADMM
-from elsa_lightning.callbacks.health import Health
+from elsa_lightning.callbacks.ends import global_step, is_early, is_last_step, is_stopping, total_steps
+from elsa_lightning.callbacks.figures import Figures
 from elsa_lightning.callbacks.rng import random_states, restore_random_states
 from elsa_lightning.callbacks.strategies import (
     StrategyHook,
@@ -26,17 +23,13 @@ from elsa_lightning.callbacks.strategies import (
     expect_what_is_loaded,
     watch_fsdp,
 )
-from elsa_lightning.checkpoints import WRITTEN_LAST
 from elsa_lightning.forms import Prox, make_form
 from elsa_lightning.layout.fsdp1 import mark_slices, settle
 from elsa_lightning.layout.lowbit import StateDtype, check_state_dtype
-from elsa_lightning.report import mask_mosaic
 from elsa_lightning.schedule import PenaltySchedule, Schedule
 from elsa_lightning.selection import ALL_LINEAR, select
 from elsa_lightning.sets import Constraint, Unstructured
-from elsa_lightning.watch import Stationarity, Update, verdict
-
-_MOSAICS = 10  # pictures of the masks in a run
+from elsa_lightning.watch import verdict
 
 
 class ElsaCallback(Callback):
@@ -112,10 +105,7 @@ class ElsaCallback(Callback):
     def _begin(self) -> None:
         """Forget what an earlier fit logged."""
         self._saved_dense = -1  # optimizer step of the latest state dict without exact zeros
-        self._logged: Update | None = None
-        self._measured: Stationarity | None = None
-        self._mosaics = 0
-        self._health = Health()
+        self._figures = Figures()
         self._short = False  # the run is to end before its schedule does
 
     # ------------------------------------------------------------------ start
@@ -194,7 +184,7 @@ class ElsaCallback(Callback):
         assert self.admm is not None
         loaded, self._loaded = self._loaded, None
         self._first_step = loaded["first_step"] if loaded else trainer.global_step // len(trainer.optimizers)
-        self.admm.total_steps = max(1, _total_steps(trainer) - self._first_step)
+        self.admm.total_steps = max(1, total_steps(trainer) - self._first_step)
         self.admm.paused = False
         if loaded:
             self.admm.load_state_dict(loaded["admm"])
@@ -221,9 +211,7 @@ class ElsaCallback(Callback):
     ) -> None:
         """Log a new update; make the zeros exact after the last step and before its checkpoint."""
         assert self.admm is not None
-        self._health.add_loss(outputs)
-        if self.admm.last_update is not self._logged:
-            self._log(trainer, pl_module, self.admm)
+        self._figures.log(trainer, pl_module, self.admm, outputs)
         self._finish_if_last(trainer)
         self._suspend_if_stopping(trainer)
 
@@ -238,8 +226,8 @@ class ElsaCallback(Callback):
     def _finish_if_last(self, trainer: Trainer) -> None:
         """Make the zeros exact at the planned end, resumably if the schedule was to go on."""
         assert self.admm is not None
-        if _is_last_step(trainer):
-            self._short = _is_early(self.admm)
+        if is_last_step(trainer):
+            self._short = is_early(self.admm)
             self._finish(trainer, resumable=self._short)
 
     def _finish(self, trainer: Trainer, resumable: bool) -> None:
@@ -249,7 +237,7 @@ class ElsaCallback(Callback):
 
     def _suspend_if_stopping(self, trainer: Trainer) -> None:
         """Make the zeros exact, resumably, if the run ends here unless somebody takes the request to stop back."""
-        if self.admm is not None and _is_stopping(trainer):
+        if self.admm is not None and is_stopping(trainer):
             self._finish(trainer, resumable=True)
 
     def _before_saving(self, trainer: Trainer) -> None:
@@ -289,7 +277,7 @@ class ElsaCallback(Callback):
         for saver in trainer.checkpoint_callbacks:
             if isinstance(saver, ModelCheckpoint):
                 paths = {str(path) for path in (*saver.best_k_models, saver.best_model_path, saver.last_model_path)}
-                latest = sorted(path for path in paths if _global_step(path) == trainer.global_step)
+                latest = sorted(path for path in paths if global_step(path) == trainer.global_step)
                 found += [(path, saver.save_weights_only) for path in latest]
         return trainer.strategy.broadcast(found)
 
@@ -329,47 +317,6 @@ class ElsaCallback(Callback):
             self._hook.remove()
             self._hook = None
 
-    # ------------------------------------------------------------------ what a user sees
-
-    def _log(self, trainer: Trainer, pl_module: LightningModule, admm: ADMM) -> None:
-        update = admm.last_update
-        assert update is not None
-        self._logged = update
-        values = torch.stack(
-            [update.primal_residual, update.dual_residual, update.mask_flips, update.sparsity]
-        ).tolist()  # the one transfer to the host, once every interval
-        names = ("primal_residual", "dual_residual", "mask_flips", "sparsity")
-        metrics = {f"elsa/{name}": value for name, value in zip(names, values, strict=True)}
-        metrics["elsa/penalty"] = update.penalty
-        if (measured := admm.last_stationarity) is not None and measured is not self._measured:
-            self._measured = measured
-            metrics["elsa/stationarity"] = float(measured.distance)
-            metrics["elsa/outranking"] = float(measured.outranking)
-        if not all(math.isfinite(value) for value in values):
-            raise ValueError(
-                f"after {update.step} optimizer steps the constrained weights are no longer finite: the loss diverged. "
-                f"Lower the learning rate, clip gradients (gradient_clip_val) or lower penalty={admm.schedule.penalty}"
-            )
-        for warning in self._health.warnings(admm, values[0], values[2], values[3]):
-            rank_zero_warn(warning)
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
-        # for progress bar and monitors; log_every_n_steps would drop most of these from the logger
-        shown = {"elsa/primal_residual", "elsa/sparsity"}
-        for name, value in metrics.items():
-            pl_module.log(name, value, prog_bar=name in shown, logger=False)
-        due = math.ceil(_MOSAICS * admm.step / admm.total_steps)
-        if due > self._mosaics and not admm.sharded:  # no process has a whole mask
-            self._mosaics = due
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_image(
-                        "elsa/masks",
-                        mask_mosaic(mask for _, mask in admm.each_mask()),
-                        trainer.global_step,
-                        dataformats="HW",
-                    )
-
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
@@ -383,46 +330,3 @@ class ElsaCallback(Callback):
         self._loaded = state_dict or None
         if self._loaded and self._fits:
             restore_random_states(self._loaded["rng"])
-
-
-def _total_steps(trainer: Trainer) -> int:
-    """Return the steps each optimizer makes in the whole run."""
-    steps = float(trainer.estimated_stepping_batches)
-    if not 0 <= steps < math.inf:  # Lightning says -1 or infinity where it cannot know
-        raise ValueError(
-            "ElsaCallback needs to know how long the run is, and this data has no length: set the Trainer's max_steps"
-        )
-    if trainer.max_steps != -1:  # which counts the steps of all optimizers together
-        steps = min(steps, trainer.max_steps / max(1, len(trainer.optimizers)))
-    return max(1, int(steps))
-
-
-def _is_stopping(trainer: Trainer) -> bool:
-    """Say whether a request to stop was made and will be heeded."""
-    if not trainer.should_stop or trainer.sanity_checking:
-        return False
-    epochs = trainer.current_epoch + trainer.is_last_batch
-    return trainer.global_step >= (trainer.min_steps or 0) and epochs >= (trainer.min_epochs or 0)
-
-
-def _is_early(admm: ADMM) -> bool:
-    """Say whether the mask is far from where it was to be fixed, but for a few steps that were skipped."""
-    return 0 < admm.step < 0.9 * admm.schedule.freeze_step(admm.total_steps)
-
-
-def _is_last_step(trainer: Trainer) -> bool:
-    """Say whether the run as it was planned ends with this batch."""
-    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
-        return True
-    last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
-    return last_epoch and trainer.is_last_batch
-
-
-def _global_step(checkpoint: str) -> int | None:
-    """Return the step of a checkpoint that this run wrote; None where there is no such file."""
-    path = Path(checkpoint)
-    file = path / WRITTEN_LAST if path.is_dir() else path
-    if not file.is_file():
-        return None
-    step: int = torch.load(file, map_location="meta", mmap=True, weights_only=False)["global_step"]
-    return step

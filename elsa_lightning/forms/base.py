@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elsa_lightning.layout.tensors import ConstrainedTensor
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.sets.base import Constraint
+from elsa_lightning.tensors import ConstrainedTensor
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from elsa_lightning.forms.base import Form, Step, Sums, relative_rates
 from elsa_lightning.layout.sharded import exact_dtype
-from elsa_lightning.layout.tensors import ConstrainedTensor
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.sets.base import Constraint, Point
+from elsa_lightning.tensors import ConstrainedTensor
 
 _STEPS = 4096  # what is derived from sums is rounded, so that it does not depend on the order of summation
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from elsa_lightning.forms.base import Form, Step, relative_rates
-from elsa_lightning.layout.tensors import ConstrainedTensor
+from elsa_lightning.tensors import ConstrainedTensor
 
 
 class Pull(Form):

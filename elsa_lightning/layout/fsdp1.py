@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,6 @@ from torch.optim import Optimizer
 
 from elsa_lightning.layout.rows import Piece, Rows
 from elsa_lightning.layout.sharded import GROUP, SLICE, Part, local, part_of
-
-if TYPE_CHECKING:
-    from elsa_lightning.layout.tensors import ConstrainedTensor
 
 _NO_MASK = -1.0
 
@@ -126,6 +123,19 @@ class FlatSlice(Rows):
 # ---------------------------------------------------------------------- an optimizer's state
 
 
+class HasDense(Protocol):
+    """A parameter whose state of ours can be had with one number an entry, and given back."""
+
+    def has(self, key: str) -> bool:
+        """Say whether there is state of this name."""
+
+    def dense(self) -> dict[str, Tensor]:
+        """Return what there is."""
+
+    def take_dense(self, dense: dict[str, Tensor]) -> None:
+        """Take it back."""
+
+
 class DenseState:
     """Saves and loads an optimizer's state with one number an entry, for every parameter that lies in flat slices.
 
@@ -133,11 +143,11 @@ class DenseState:
         optimizer: Whose it is.
         tensors: Its constrained tensors.
         ours: Names of the method's tensors in its state.
-        kept: Those of them that ``ConstrainedTensor.dense`` returns, the mask first.
+        kept: Those of them that ``dense`` returns, the mask first.
     """
 
     def __init__(
-        self, optimizer: Optimizer, tensors: Mapping[nn.Parameter, ConstrainedTensor], ours: tuple[str, ...],
+        self, optimizer: Optimizer, tensors: Mapping[nn.Parameter, HasDense], ours: tuple[str, ...],
         kept: tuple[str, ...],
     ) -> None:  # fmt: skip
         self.optimizer, self.tensors, self.ours, self.kept = optimizer, tensors, ours, kept

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elsa_lightning import ElsaCallback
 from elsa_lightning.callbacks import SaveOnTerminate
-from elsa_lightning.layout.tensors import REMOVED, SPLIT
+from elsa_lightning.tensors import REMOVED, SPLIT
 from tests.callbacks.tiny import (
     BATCHES,
     At,

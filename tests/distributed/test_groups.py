@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from elsa_lightning import ADMM, Unstructured
 from elsa_lightning.layout.fsdp1 import mark_slices, settle
 from elsa_lightning.layout.sharded import part_of
-from elsa_lightning.layout.tensors import MASK
 from elsa_lightning.schedule import Schedule
+from elsa_lightning.tensors import MASK
 
 STEPS = 12
 

@@ -97,7 +97,7 @@ def test_a_low_precision_dual_brings_back_what_was_cut(dtype: StateDtype, monkey
         steps = 20_000 if dtype == "bfloat16" else 2000
         admm = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=steps, schedule=schedule, state_dtype=dtype)
         if nearest:
-            import elsa_lightning.layout.tensors as module
+            import elsa_lightning.tensors as module
 
             def to_nearest(values: Tensor, *_: object) -> tuple[Tensor, Tensor | None]:
                 rounded = values.to(getattr(torch, dtype))

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 from elsa_lightning.layout.fsdp1 import DenseState
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype
 from elsa_lightning.layout.sharded import check_grain, local, parts_of, processes_of
-from elsa_lightning.layout.tensors import DENSE, KEYS, MASK, ConstrainedTensor
 from elsa_lightning.optim.moments import set_up
 from elsa_lightning.sets.base import Constraint
+from elsa_lightning.tensors import DENSE, KEYS, MASK, ConstrainedTensor
 
 
 class ConstrainedTensors(Mapping[str, ConstrainedTensor]):

@@ -1,0 +1,55 @@
+"""When a run ends, and whether a checkpoint is of its end: what Lightning knows of it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+
+from elsa_lightning.admm import ADMM
+from elsa_lightning.checkpoints import WRITTEN_LAST
+
+
+def total_steps(trainer: Trainer) -> int:
+    """Return the steps each optimizer makes in the whole run."""
+    steps = float(trainer.estimated_stepping_batches)
+    if not 0 <= steps < math.inf:  # Lightning says -1 or infinity where it cannot know
+        raise ValueError(
+            "ElsaCallback needs to know how long the run is, and this data has no length: set the Trainer's max_steps"
+        )
+    if trainer.max_steps != -1:  # which counts the steps of all optimizers together
+        steps = min(steps, trainer.max_steps / max(1, len(trainer.optimizers)))
+    return max(1, int(steps))
+
+
+def is_stopping(trainer: Trainer) -> bool:
+    """Say whether a request to stop was made and will be heeded."""
+    if not trainer.should_stop or trainer.sanity_checking:
+        return False
+    epochs = trainer.current_epoch + trainer.is_last_batch
+    return trainer.global_step >= (trainer.min_steps or 0) and epochs >= (trainer.min_epochs or 0)
+
+
+def is_early(admm: ADMM) -> bool:
+    """Say whether the mask is far from where it was to be fixed, but for a few steps that were skipped."""
+    return 0 < admm.step < 0.9 * admm.schedule.freeze_step(admm.total_steps)
+
+
+def is_last_step(trainer: Trainer) -> bool:
+    """Say whether the run as it was planned ends with this batch."""
+    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        return True
+    last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
+    return last_epoch and trainer.is_last_batch
+
+
+def global_step(checkpoint: str) -> int | None:
+    """Return the step of a checkpoint that this run wrote; None where there is no such file."""
+    path = Path(checkpoint)
+    file = path / WRITTEN_LAST if path.is_dir() else path
+    if not file.is_file():
+        return None
+    step: int = torch.load(file, map_location="meta", mmap=True, weights_only=False)["global_step"]
+    return step

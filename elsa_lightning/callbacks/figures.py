@@ -1,0 +1,84 @@
+"""What a run logs at its updates, for every logger, the progress bar and monitors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from elsa_lightning.admm import ADMM
+from elsa_lightning.callbacks.health import Health
+from elsa_lightning.report import mask_mosaic
+from elsa_lightning.watch import Stationarity, Update
+
+_MOSAICS = 10  # pictures of the masks in a run
+
+
+class Figures:
+    """Logs each update once."""
+
+    def __init__(self) -> None:
+        self._logged: Update | None = None
+        self._measured: Stationarity | None = None
+        self._mosaics = 0
+        self._health = Health()
+
+    def log(self, trainer: Trainer, pl_module: LightningModule, admm: ADMM, outputs: Any) -> None:
+        """Log a new update, and warn of what goes wrong.
+
+        Args:
+            trainer: Of the run.
+            pl_module: Of the run.
+            admm: Of the run.
+            outputs: What the training step returned.
+
+        Raises:
+            ValueError: The weights are no longer finite.
+        """
+        self._health.add_loss(outputs)
+        update = admm.last_update
+        if update is None or update is self._logged:
+            return
+        self._logged = update
+        values = torch.stack(
+            [update.primal_residual, update.dual_residual, update.mask_flips, update.sparsity]
+        ).tolist()  # the one transfer to the host, once every interval
+        names = ("primal_residual", "dual_residual", "mask_flips", "sparsity")
+        metrics = {f"elsa/{name}": value for name, value in zip(names, values, strict=True)}
+        metrics["elsa/penalty"] = update.penalty
+        if (measured := admm.last_stationarity) is not None and measured is not self._measured:
+            self._measured = measured
+            metrics["elsa/stationarity"] = float(measured.distance)
+            metrics["elsa/outranking"] = float(measured.outranking)
+        if not all(math.isfinite(value) for value in values):
+            raise ValueError(
+                f"after {update.step} optimizer steps the constrained weights are no longer finite: the loss diverged. "
+                f"Lower the learning rate, clip gradients (gradient_clip_val) or lower penalty={admm.schedule.penalty}"
+            )
+        for warning in self._health.warnings(admm, values[0], values[2], values[3]):
+            rank_zero_warn(warning)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        # for progress bar and monitors; log_every_n_steps would drop most of these from the logger
+        shown = {"elsa/primal_residual", "elsa/sparsity"}
+        for name, value in metrics.items():
+            pl_module.log(name, value, prog_bar=name in shown, logger=False)
+        self._draw(trainer, admm)
+
+    def _draw(self, trainer: Trainer, admm: ADMM) -> None:
+        """Add a picture of the masks now and then."""
+        due = math.ceil(_MOSAICS * admm.step / admm.total_steps)
+        if due > self._mosaics and not admm.sharded:  # no process has a whole mask
+            self._mosaics = due
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image(
+                        "elsa/masks",
+                        mask_mosaic(mask for _, mask in admm.each_mask()),
+                        trainer.global_step,
+                        dataformats="HW",
+                    )
