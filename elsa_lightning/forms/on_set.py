@@ -40,7 +40,7 @@ class OnSet(Form):
                 d = x.masked_fill(mask, 0)
                 if step.updates:
                     self.watch(index, tensor, d)
-                split = split.sub_(d / slow) if isinstance(slow, Tensor) else split.sub_(d, alpha=1 / slow)
+                split.sub_(d.to(split.dtype) / slow) if isinstance(slow, Tensor) else split.sub_(d, alpha=1 / slow)
                 x.mul_(mask)
                 if step.constraint.fixes_values:
                     v = torch.where(mask, x - split, 0)

@@ -153,7 +153,7 @@ def test_the_last_validation_is_of_the_pruned_model(tmp_path: Path) -> None:
     trainer.fit(model, loader(), loader(2))
     during = float(trainer.callback_metrics["val_loss"])
     (after,) = trainer.validate(model, loader(2), verbose=False)
-    assert after["val_loss"] == during
+    assert after["val_loss"] == pytest.approx(during, rel=1e-6)  # memory that lies elsewhere sums in another order
 
 
 def test_a_last_epoch_that_is_cut_short_is_an_end_too(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -120,6 +122,26 @@ def late_under_fsdp1(rank: int) -> None:
         assert p.numel() == 0 or MASK in optimizer.state[p]
 
 
+@dataclass(frozen=True)
+class Blocks(Unstructured):
+    """Entries that a set keeps together must not be cut by shards."""
+
+    grain: tuple[int, int] = (4, 1)
+
+
+def a_grain_that_shards_cut(rank: int) -> None:
+    """13 rows over four processes are 4, 4, 4 and 1; over two they are 7 and 6."""
+    optimizer = torch.optim.Adam([p := sharded(DeviceMesh("cpu", [0, 1, 2, 3]), seed=5)])
+    ADMM(optimizer, {"p": p}, Blocks(0.5), total_steps=9)
+    pair = DeviceMesh("cpu", [0, 1] if rank < 2 else [2, 3])
+    optimizer = torch.optim.Adam([q := sharded(pair, seed=5)])
+    with pytest.raises(ValueError, match="q has 13 rows cut into 2 pieces, and 4 rows are kept together"):
+        ADMM(optimizer, {"q": q}, Blocks(0.5), total_steps=9)
+
+
+SITUATIONS = (two_meshes, only_some, a_mesh_in_a_mesh, broken_on_one, late_under_fsdp1, a_grain_that_shards_cut)
+
+
 def test_groups_of_processes() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "-m", __name__],
@@ -132,7 +154,14 @@ def test_groups_of_processes() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for situation in (two_meshes, only_some, a_mesh_in_a_mesh, broken_on_one, late_under_fsdp1):
+    for situation in (
+        two_meshes,
+        only_some,
+        a_mesh_in_a_mesh,
+        broken_on_one,
+        late_under_fsdp1,
+        a_grain_that_shards_cut,
+    ):
         situation(dist.get_rank())
         dist.barrier()
     dist.destroy_process_group()
