@@ -154,14 +154,7 @@ def test_groups_of_processes() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for situation in (
-        two_meshes,
-        only_some,
-        a_mesh_in_a_mesh,
-        broken_on_one,
-        late_under_fsdp1,
-        a_grain_that_shards_cut,
-    ):
+    for situation in SITUATIONS:
         situation(dist.get_rank())
         dist.barrier()
     dist.destroy_process_group()
