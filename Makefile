@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+export GOMP_SPINCOUNT ?= 0  # or two threads cost up to ten times their work when anything else runs
 
 .PHONY: demo test wheel clean
 

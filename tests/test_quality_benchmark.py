@@ -140,7 +140,7 @@ def test_a_second_run_of_the_benchmark_runs_nothing(
 
 @pytest.mark.parametrize("method", run.SETTINGS)
 def test_a_method_with_a_setting_has_it_tried_too(method: str) -> None:
-    arena = run.Arena(argparse.Namespace(results=Path("none"), trial_steps=None, trial_distillation=None))
+    arena = run.Arena(argparse.Namespace(results=Path("none"), trial_steps=None, trial_distillation=None, lr=None))
     case = run.Case("m", method, 0.9, 0, 100, 128, 8, 0.0, 0.0, None, "test")
     settings = run.SETTINGS[method][1]
     tried = []
