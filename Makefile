@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
-export GOMP_SPINCOUNT ?= 0  # or two threads cost up to ten times their work when anything else runs
+# or two threads cost up to ten times their work when anything else runs
+export GOMP_SPINCOUNT ?= 0
 
 .PHONY: demo test wheel clean
 
