@@ -181,13 +181,15 @@ def _part_of_dtensor(p: DTensor, root: int) -> Part:
     _, offsets = compute_local_shape_and_global_offset(p.shape, mesh, placements)
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
+    if _replicated(p):
+        return Part(p.shape, tuple(offsets), dist.get_rank() == root)
     order, counts = 0, root in mesh.mesh  # on a mesh of some of the processes, the copy with the first one counts
     for place, size, placement in zip(coordinate, mesh.shape, placements, strict=True):
         if isinstance(placement, Replicate):
             counts = counts and place == 0
         else:
             order = order * size + place
-    return Part(p.shape, tuple(offsets), bool(counts), order, not _replicated(p))
+    return Part(p.shape, tuple(offsets), bool(counts), order, True)
 
 
 def clean(name: str) -> str:

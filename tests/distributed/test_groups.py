@@ -26,7 +26,13 @@ STEPS = 12
 
 
 def sharded(mesh: DeviceMesh, seed: int) -> nn.Parameter:
-    return nn.Parameter(distribute_tensor(torch.randn(13, 16, generator=torch.Generator().manual_seed(seed)), mesh))
+    whole = torch.randn(13, 16, generator=torch.Generator().manual_seed(seed))
+    return nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+
+
+def pairs() -> DeviceMesh:
+    """Processes 0 and 1, and 2 and 3; all of them make both groups."""
+    return DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("copy", "shard"))
 
 
 def train(p: nn.Parameter, broken: int | None = None, replicas: dist.ProcessGroup | None = None) -> ADMM:
@@ -46,8 +52,7 @@ def train(p: nn.Parameter, broken: int | None = None, replicas: dist.ProcessGrou
 
 def two_meshes(rank: int) -> None:
     """Processes 0 and 1 train one model, 2 and 3 another with other weights."""
-    mine = DeviceMesh("cpu", [0, 1] if rank < 2 else [2, 3])
-    p = sharded(mine, seed=rank // 2)
+    p = sharded(pairs()["shard"], seed=rank // 2)
     train(p)
     assert isinstance(p, DTensor)
     assert int((p.full_tensor() != 0).sum()) == 104, "half of each model's own entries"
@@ -65,7 +70,7 @@ def only_some(rank: int) -> None:
 
 def a_mesh_in_a_mesh(rank: int) -> None:
     """A weight over all four, experts over two of them: what both copies hold is counted once."""
-    outer = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("copy", "shard"))
+    outer = pairs()
     wide = DeviceMesh("cpu", [0, 1, 2, 3])
     a = sharded(wide, seed=4)
     b = nn.Parameter(
@@ -84,6 +89,21 @@ def a_mesh_in_a_mesh(rank: int) -> None:
     admm.finish()
     kept = sum(int((p.full_tensor() != 0).sum()) for p in (a, b))  # type: ignore[attr-defined]
     assert kept == (13 * 16 + 16 * 16) // 4
+
+
+def a_copy_beside_shards(rank: int) -> None:
+    """A weight that all four hold, in one optimizer with one that pairs share out: each pair counts it once."""
+    whole = torch.randn(13, 16, generator=torch.Generator().manual_seed(6))
+    a = nn.Parameter(distribute_tensor(whole, DeviceMesh("cpu", [0, 1, 2, 3])))
+    b = sharded(pairs()["shard"], seed=7)
+    optimizer = torch.optim.Adam([a, b], lr=0.01)
+    admm = ADMM(optimizer, {"a": a, "b": b}, Unstructured(0.5), total_steps=STEPS, schedule=Schedule(interval=2))
+    for _ in range(STEPS):
+        for p in (a, b):
+            p.grad = 2 * (p.detach() - 1)
+        optimizer.step()
+    admm.finish()
+    assert [int((p.full_tensor() != 0).sum()) for p in (a, b)] == [104, 104]  # type: ignore[attr-defined]
 
 
 def broken_on_one(rank: int) -> None:
@@ -133,13 +153,23 @@ def a_grain_that_shards_cut(rank: int) -> None:
     """13 rows over four processes are 4, 4, 4 and 1; over two they are 7 and 6."""
     optimizer = torch.optim.Adam([p := sharded(DeviceMesh("cpu", [0, 1, 2, 3]), seed=5)])
     ADMM(optimizer, {"p": p}, Blocks(0.5), total_steps=9)
-    pair = DeviceMesh("cpu", [0, 1] if rank < 2 else [2, 3])
-    optimizer = torch.optim.Adam([q := sharded(pair, seed=5)])
+    optimizer = torch.optim.Adam([q := sharded(pairs()["shard"], seed=5)])
     with pytest.raises(ValueError, match="q has 13 rows cut into 2 pieces, and 4 rows are kept together"):
         ADMM(optimizer, {"q": q}, Blocks(0.5), total_steps=9)
 
 
-SITUATIONS = (two_meshes, only_some, a_mesh_in_a_mesh, broken_on_one, late_under_fsdp1, a_grain_that_shards_cut)
+SITUATIONS = (
+    two_meshes, only_some, a_mesh_in_a_mesh, a_copy_beside_shards, broken_on_one, late_under_fsdp1,
+    a_grain_that_shards_cut,
+)  # fmt: skip
+    two_meshes,
+    only_some,
+    a_mesh_in_a_mesh,
+    a_copy_beside_shards,
+    broken_on_one,
+    late_under_fsdp1,
+    a_grain_that_shards_cut,
+)
 
 
 def test_groups_of_processes() -> None:
