@@ -162,14 +162,6 @@ SITUATIONS = (
     two_meshes, only_some, a_mesh_in_a_mesh, a_copy_beside_shards, broken_on_one, late_under_fsdp1,
     a_grain_that_shards_cut,
 )  # fmt: skip
-    two_meshes,
-    only_some,
-    a_mesh_in_a_mesh,
-    a_copy_beside_shards,
-    broken_on_one,
-    late_under_fsdp1,
-    a_grain_that_shards_cut,
-)
 
 
 def test_groups_of_processes() -> None:
