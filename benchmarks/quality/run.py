@@ -29,7 +29,7 @@ from typing import Any
 import bitsandbytes
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from models import SECOND, second_model
+from models import CONFIGS, SECOND, made_model
 from peers import GradualPruning, MaskedFineTuning, magnitude, sparsegpt, wanda
 
 from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
@@ -99,8 +99,8 @@ class Arena:
         return row
 
     def _place(self, model: str) -> tuple[str, str]:
-        if model == SECOND and model not in self.places:
-            self.places[model] = second_model(self.arguments.cache)
+        if model in CONFIGS and model not in self.places:
+            self.places[model] = made_model(model, self.arguments.cache)
         return self.places.get(model, (model, self.arguments.text))
 
     def _run(self, case: Case) -> dict[str, Any]:
@@ -338,7 +338,12 @@ def main() -> None:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--models", nargs="+", default=[EMBEDDED_MODEL, SECOND], help="these two, hub names or folders (%(default)s)")
+    add(
+        "--models",
+        nargs="+",
+        default=[EMBEDDED_MODEL, SECOND],
+        help=f"{EMBEDDED_MODEL}, {', '.join(CONFIGS)}, hub names, folders",
+    )
     add("--text", default="c4", help="text for other models, as --data.name (default: %(default)s)")
     add("--methods", nargs="+", default=[*ONE_SHOT, *PEERS, "elsa"], choices=ALL, help="(default: all but elsa-l)")
     add("--sparsities", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8, 0.9, 0.95], help="(default: %(default)s)")
@@ -354,7 +359,7 @@ def main() -> None:
     add("--seq-len", type=int, default=128, help="tokens a sequence (default: %(default)s)")
     add("--eval-segments", type=int, default=400, help="test segments (default: %(default)s)")
     add("--results", type=Path, default=here / "results.jsonl", help="(default: %(default)s)")
-    add("--cache", type=Path, default=here / ".cache", help="for the second model (default: %(default)s)")
+    add("--cache", type=Path, default=here / ".cache", help="for the models it makes (default: %(default)s)")
     add("--report-only", action="store_true", help="only print the tables of the results there are, and draw the plot")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
