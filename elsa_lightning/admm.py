@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from elsa_lightning import update as updates
 from elsa_lightning import watch
 from elsa_lightning.constrained import ConstrainedTensors
+from elsa_lightning.errors import UserError
 from elsa_lightning.forms import Form, Prox, Step, make_form
 from elsa_lightning.layout.lowbit import StateDtype, check_state_dtype
 from elsa_lightning.layout.rows import Rows
@@ -98,9 +99,9 @@ class ADMM:
         replicas: dist.ProcessGroup | None = None,
     ) -> None:
         if total_steps < 1:
-            raise ValueError(f"total_steps must be 1 or more optimizer steps, got {total_steps}")
+            raise UserError(f"total_steps must be 1 or more optimizer steps, got {total_steps}")
         if not parameters:
-            raise ValueError("parameters is empty: there is nothing to constrain")
+            raise UserError("parameters is empty: there is nothing to constrain")
         self.optimizer, self.constraint, self.total_steps = optimizer, constraint, total_steps
         self.form, schedule = make_form(prox), schedule or Schedule()
         self.schedule = replace(schedule, penalty=self.form.penalty) if schedule.penalty is None else schedule
@@ -400,18 +401,18 @@ class ADMM:
             ValueError: The state comes from a run with other settings.
         """
         if "phase" not in state_dict:
-            raise ValueError("the checkpoint is of an earlier version of elsa_lightning: start from its weights")
+            raise UserError("the checkpoint is of an earlier version of elsa_lightning: start from its weights")
         theirs, ours = state_dict["settings"], self._settings()
         different = [key for key in ours if theirs.get(key) != ours[key]]
         if different:
             changes = ", ".join(f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in different)
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint is of a run with other settings ({changes}). Resume with the settings it was made "
                 f"with, or start a new run from its weights without resuming"
             )
         self.tensors.take_over()
         if state_dict["step"] > 0 and not self.tensors.holding(MASK):
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint counts {state_dict['step']} ADMM steps but the optimizer's state has no masks; load "
                 f"the optimizer's state first, from a checkpoint that has it (no save_weights_only)"
             )

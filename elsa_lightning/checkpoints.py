@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from elsa_lightning.errors import UserError
 from elsa_lightning.tensors import MASK
 
 WRITTEN_LAST = "meta.pt"  # of a distributed checkpoint, by Lightning; what is no tensor
@@ -20,7 +21,7 @@ Keys = dict[nn.Parameter, set[str]]
 def check_whole(path: Path) -> None:
     """Raise ValueError if a distributed checkpoint was not written to its end."""
     if path.is_dir() and not (path / WRITTEN_LAST).is_file():
-        raise ValueError(
+        raise UserError(
             f"{str(path)!r} is no whole checkpoint: the processes that wrote it were ended before it was complete; "
             f"resume from an earlier one"
         )
@@ -34,7 +35,7 @@ def check_loadable_by_fsdp1(path: Path) -> None:
     states = torch.load(path, map_location="meta", mmap=True, weights_only=True)["optimizer_states"]
     packed = (s[MASK] for optimizer in states for s in optimizer["state"].values() if MASK in s)
     if any(not mask.is_floating_point() for mask in packed):
-        raise ValueError(
+        raise UserError(
             f"FSDPStrategy cannot resume {str(path)!r}, which was made on one device, with DDP or with FSDP2; resume "
             f"it with one of these, for a sharded model with lightning.pytorch.strategies.ModelParallelStrategy"
         )

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from elsa_lightning.callbacks.elsa import ElsaCallback
+from elsa_lightning.errors import UserError
 from elsa_lightning.lm.data import CalibrationData
 from elsa_lightning.lm.module import CausalLM
 from elsa_lightning.plan import Plan, plan
@@ -44,9 +45,9 @@ class ElsaTrainer(Trainer):
             gpu_memory: GiB of each of them, to be told whether the run fits.
         """
         if devices < 1:
-            raise ValueError(f"devices must be 1 or more, got {devices}")
+            raise UserError(f"devices must be 1 or more, got {devices}")
         if gpu_memory is not None and gpu_memory <= 0:
-            raise ValueError(f"gpu_memory must be above 0 GiB, got {gpu_memory:g}")
+            raise UserError(f"gpu_memory must be above 0 GiB, got {gpu_memory:g}")
         print(f"{model.name}, batches of {datamodule.batch_size} × {datamodule.seq_len} tokens on each device")
         print(self.memory(model, datamodule).table(devices, gpu_memory))
 
@@ -114,7 +115,7 @@ class ElsaCLI(LightningCLI):
         assert isinstance(self.trainer, ElsaTrainer)
         resumed = self.config.fit.ckpt_path
         if resumed and resumed not in _KNOWN_CHECKPOINTS and ":" not in resumed and not Path(resumed).exists():
-            raise ValueError(f"ckpt_path {resumed!r} does not exist; give a .ckpt of an earlier run")
+            raise UserError(f"ckpt_path {resumed!r} does not exist; give a .ckpt of an earlier run")
         if self.model.pretrained and self.trainer.elsa is None:
             rank_zero_warn("there is no ElsaCallback, and nothing is pruned; configs/elsa.yaml has one")
         try:
@@ -168,13 +169,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _explanation(error: BaseException | None) -> BaseException | None:
-    """Return the error, or what it came of, if it has a message made for users, so that a traceback would hide it."""
-    while error is not None:
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        ours = trace is not None and trace.tb_frame.f_globals["__name__"].startswith("elsa_lightning")
-        if isinstance(error, MisconfigurationException) or (ours and isinstance(error, (ValueError, OSError))):
-            return error
+    """Return the error, or what it came of, if its message is made for users, so that a traceback would hide it."""
+    while error is not None and not isinstance(error, (UserError, MisconfigurationException)):
         error = error.__cause__ or error.__context__
-    return None
+    return error

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from elsa_lightning.errors import UserError
 from elsa_lightning.layout.fsdp1 import DenseState
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype
 from elsa_lightning.layout.sharded import check_grain, local, parts_of, processes_of
@@ -60,18 +61,18 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
     def _constrain(self, name: str, p: nn.Parameter, constraint: Constraint) -> ConstrainedTensor:
         part = self.parts.get(p)
         if part is None:
-            raise ValueError(
+            raise UserError(
                 f"{name} is constrained but {type(self.optimizer).__name__} does not train it; give the optimizer that "
                 f"does, or leave the parameter out"
             )
         rows, columns = constraint.grain
         if part.start is not None and rows * columns > 1:
-            raise ValueError(
+            raise UserError(
                 f"{name}: {type(constraint).__name__} keeps {rows} × {columns} entries together, and flat slices "
                 f"(FSDP1) cut anywhere: shard the model with ModelParallelStrategy (FSDP2)"
             )
         if part.start is not None and len(part.shape) > 2 and math.prod(part.shape[-2:]) % BLOCK:
-            raise ValueError(
+            raise UserError(
                 f"{name} is a stack of matrices of {math.prod(part.shape[-2:])} entries, and in flat slices (FSDP1) "
                 f"these must be a multiple of {BLOCK}: shard the model with ModelParallelStrategy (FSDP2)"
             )

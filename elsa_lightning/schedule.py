@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from elsa_lightning.errors import UserError
+
 PenaltySchedule = Literal["constant", "linear", "cosine", "exponential"]
 
 _EXPONENTIAL_START = 1e-3  # of the penalty
@@ -42,13 +44,13 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.penalty is not None and not (math.isfinite(self.penalty) and self.penalty >= 0):
-            raise ValueError(f"penalty must be a finite number of 0 or more, got {self.penalty}")
+            raise UserError(f"penalty must be a finite number of 0 or more, got {self.penalty}")
         if self.shape not in get_args(PenaltySchedule):
-            raise ValueError(f"penalty_schedule must be one of {get_args(PenaltySchedule)}, got {self.shape!r}")
+            raise UserError(f"penalty_schedule must be one of {get_args(PenaltySchedule)}, got {self.shape!r}")
         if self.interval is not None and self.interval < 1:
-            raise ValueError(f"interval must be 1 or more optimizer steps, or None, got {self.interval}")
+            raise UserError(f"interval must be 1 or more optimizer steps, or None, got {self.interval}")
         if not (0 <= self.ramp <= 1 and 0 <= self.frozen < 1 and self.ramp + self.frozen <= 1):
-            raise ValueError(
+            raise UserError(
                 f"ramp and frozen are fractions of all steps with ramp + frozen at most 1, frozen below 1; "
                 f"got ramp={self.ramp}, frozen={self.frozen}: the mask must reach its sparsity before it is frozen"
             )
@@ -66,7 +68,7 @@ class Schedule:
     def penalty_at(self, step: int, total: int) -> float:
         """Return the penalty that holds after optimizer step ``step``."""
         if self.penalty is None:
-            raise ValueError("the penalty is the form's own: ask the schedule that ADMM has")
+            raise UserError("the penalty is the form's own: ask the schedule that ADMM has")
         t = min(1.0, step / self.freeze_step(total))
         if self.shape == "linear":
             return self.penalty * t

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from elsa_lightning.errors import UserError
 from elsa_lightning.layout.fsdp1 import mark_slices, settle
 from elsa_lightning.layout.sharded import clean, local, part_of, parts_of, processes_of
 
@@ -102,18 +103,18 @@ def select(model: nn.Module, targets: Sequence[str] = (ALL_LINEAR,), ignore: Seq
     matched -= ignored
     chosen = {name: p for name, p in names.items() if name in matched and p.requires_grad}
     if not chosen:
-        raise ValueError(
+        raise UserError(
             f"nothing to constrain: targets={list(targets)} and ignore={list(ignore)} select none of the model's "
             f"{len(names)} parameters that are trained; '{ALL_LINEAR}' needs nn.Linear or Conv1D layers, other models "
             f"need name patterns, and frozen parameters (requires_grad False) need to be trained"
         )
     kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
     if convolutions := [name for name, p in chosen.items() if id(p) in kernels]:
-        raise ValueError(
+        raise UserError(
             f"targets select {convolutions[0]!r}, a convolution's kernels, which are no matrices: leave it out"
         )
     if vectors := [name for name, p in chosen.items() if len(part_of(p).shape) < 2]:
-        raise ValueError(
+        raise UserError(
             f"targets select {vectors[0]!r}, which is no matrix (shape {tuple(part_of(chosen[vectors[0]]).shape)}); "
             f"norms and biases stay dense: make the pattern more specific, for example 'proj.*weight'"
         )
@@ -138,10 +139,10 @@ def _search(argument: str, pattern: str, names: dict[str, nn.Parameter]) -> set[
     try:
         found = {name for name in names if re.search(pattern, name)}
     except re.error as error:
-        raise ValueError(f"{argument}: {pattern!r} is no regular expression: {error}") from None
+        raise UserError(f"{argument}: {pattern!r} is no regular expression: {error}") from None
     if not found:
         example = ", ".join(list(names)[:3])
-        raise ValueError(f"{argument}: {pattern!r} matches no parameter of the model; names look like {example}")
+        raise UserError(f"{argument}: {pattern!r} matches no parameter of the model; names look like {example}")
     return found
 
 

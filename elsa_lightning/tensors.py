@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from elsa_lightning.errors import UserError
 from elsa_lightning.layout.fsdp1 import FlatSlice
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype, decode, encode, pack, unpack
 from elsa_lightning.layout.rows import Piece, Rows
@@ -44,7 +45,7 @@ class ConstrainedTensor:
     ) -> None:
         self.name, self.p, self.part, self.optimizer, self.state_dtype = name, p, part, optimizer, state_dtype
         if not _in_rows(p):
-            raise ValueError(
+            raise UserError(
                 f"{name} is a stack of matrices of shape {tuple(p.shape)} with strides {tuple(local(p).stride())}, and "
                 f"its rows are not below each other in memory: make it contiguous()"
             )

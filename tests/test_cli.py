@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -13,7 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import elsa_lightning
 from elsa_lightning.cli import main
+from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.selection import select
 
 
@@ -148,3 +151,27 @@ def test_importing_the_package_loads_neither_transformers_nor_datasets_nor_bitsa
         "heavy = {'transformers', 'datasets', 'bitsandbytes', 'lightning'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_only_errors_made_for_users_are_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def mistake() -> None:
+        raise UserError("say this")
+
+    def fault() -> None:
+        [].remove("a ValueError of our own code")
+
+    for action, expected in ((mistake, SystemExit), (fault, ValueError)):
+        monkeypatch.setattr("elsa_lightning.cli.ElsaCLI", lambda *args, action=action, **kwargs: action())
+        with pytest.raises(expected):
+            main(["fit"])
+    assert capsys.readouterr().err == "elsa: error: say this\n"
+
+
+def test_every_error_that_the_package_raises_on_purpose_is_made_for_users() -> None:
+    package = Path(elsa_lightning.__file__).parent
+    raised = {name for file in package.rglob("*.py") for name in re.findall(r"raise (\w+)\(", file.read_text())}
+    assert raised <= {"UserError", "UnavailableError", "SystemExit", "AttributeError"}
+    error = pickle.loads(pickle.dumps(UnavailableError("gone")))  # as another process hands it over
+    assert isinstance(error, (ValueError, OSError)) and str(error) == "gone"

@@ -23,6 +23,7 @@ from elsa_lightning.callbacks.strategies import (
     expect_what_is_loaded,
     watch_fsdp,
 )
+from elsa_lightning.errors import UserError
 from elsa_lightning.forms import Prox, make_form
 from elsa_lightning.layout.fsdp1 import mark_slices, settle
 from elsa_lightning.layout.lowbit import StateDtype, check_state_dtype
@@ -83,7 +84,7 @@ class ElsaCallback(Callback):
         optimizer_index: int | None = None,
     ) -> None:
         if (sparsity is None) == (constraint is None):
-            raise ValueError(
+            raise UserError(
                 f"give sparsity (a fraction, such as 0.9) or constraint, one of the two; got sparsity={sparsity}, "
                 f"constraint={constraint}"
             )
@@ -119,12 +120,12 @@ class ElsaCallback(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
             if isinstance(callback, (ModelPruning, WeightAveraging, StochasticWeightAveraging)):
-                raise ValueError(
+                raise UserError(
                     f"ElsaCallback and {type(callback).__name__} both rewrite the weights, and the zeros would be "
                     f"lost; remove {type(callback).__name__} from the callbacks"
                 )
         if trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
-            raise ValueError(
+            raise UserError(
                 "ElsaCallback needs to know how long the run is, to schedule its penalty: set the Trainer's max_steps "
                 "or max_epochs (max_time may end it earlier)"
             )
@@ -166,17 +167,17 @@ class ElsaCallback(Callback):
     def _optimizer(self, optimizers: list[Optimizer]) -> Optimizer:
         names = ", ".join(f"{i}: {type(o).__name__}" for i, o in enumerate(optimizers))
         if not optimizers:
-            raise ValueError(
+            raise UserError(
                 "the module has no optimizer (configure_optimizers returns none): nothing trains its weights"
             )
         if self.optimizer_index is None and len(optimizers) > 1:
-            raise ValueError(
+            raise UserError(
                 f"the module has {len(optimizers)} optimizers ({names}); say whose weights to prune with "
                 f"optimizer_index, and restrict targets to them"
             )
         index = self.optimizer_index or 0
         if not 0 <= index < len(optimizers):
-            raise ValueError(f"optimizer_index is {index}, and the module's optimizers are {names}")
+            raise UserError(f"optimizer_index is {index}, and the module's optimizers are {names}")
         return optimizers[index]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

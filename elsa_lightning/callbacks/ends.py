@@ -10,13 +10,14 @@ from lightning.pytorch import Trainer
 
 from elsa_lightning.admm import ADMM
 from elsa_lightning.checkpoints import WRITTEN_LAST
+from elsa_lightning.errors import UserError
 
 
 def total_steps(trainer: Trainer) -> int:
     """Return the steps each optimizer makes in the whole run."""
     steps = float(trainer.estimated_stepping_batches)
     if not 0 <= steps < math.inf:  # Lightning says -1 or infinity where it cannot know
-        raise ValueError(
+        raise UserError(
             "ElsaCallback needs to know how long the run is, and this data has no length: set the Trainer's max_steps"
         )
     if trainer.max_steps != -1:  # which counts the steps of all optimizers together

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from elsa_lightning.errors import UserError
 from elsa_lightning.layout.fsdp1 import mark_slices, settle, whole_on_first
 from elsa_lightning.layout.sharded import clean, part_of
 
@@ -37,12 +38,12 @@ class SaveHuggingFace(Callback):
         _check_replaceable(folder)
         source = getattr(pl_module, "path", None)
         if isinstance(source, str) and folder.resolve() == Path(source).resolve():
-            raise ValueError(f"dirpath {self.dirpath!r} is the folder of the model that is pruned; give another")
+            raise UserError(f"dirpath {self.dirpath!r} is the folder of the model that is pruned; give another")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a module without a Hugging Face model, before training."""
         if not hasattr(getattr(pl_module, "model", None), "save_pretrained"):
-            raise ValueError(
+            raise UserError(
                 f"SaveHuggingFace needs a module whose attribute 'model' has save_pretrained; "
                 f"{type(pl_module).__name__} has none: remove the callback"
             )
@@ -109,7 +110,7 @@ def _check_replaceable(folder: Path) -> None:
         return
     others = [folder] if not folder.is_dir() else [f for f in folder.iterdir() if not _WRITTEN.fullmatch(f.name)]
     if others:
-        raise ValueError(
+        raise UserError(
             f"dirpath {str(folder)!r} exists and holds {others[0].name!r}, which is no part of a saved model and would "
             f"be lost; give an empty or a new folder"
         )

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from elsa_lightning.admm import ADMM
 from elsa_lightning.callbacks.health import Health
+from elsa_lightning.errors import UserError
 from elsa_lightning.report import mask_mosaic
 from elsa_lightning.watch import Stationarity, Update
 
@@ -55,7 +56,7 @@ class Figures:
             metrics["elsa/stationarity"] = float(measured.distance)
             metrics["elsa/outranking"] = float(measured.outranking)
         if not all(math.isfinite(value) for value in values):
-            raise ValueError(
+            raise UserError(
                 f"after {update.step} optimizer steps the constrained weights are no longer finite: the loss diverged. "
                 f"Lower the learning rate, clip gradients (gradient_clip_val) or lower penalty={admm.schedule.penalty}"
             )

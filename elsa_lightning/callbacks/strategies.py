@@ -19,20 +19,21 @@ from torch.optim import Optimizer
 
 from elsa_lightning.admm import ADMM
 from elsa_lightning.checkpoints import check_loadable_by_fsdp1, saved_state_keys
+from elsa_lightning.errors import UserError
 
 
 def check_strategy(strategy: Strategy) -> None:
     """Raise ValueError if the weights cannot be constrained under a strategy."""
     works = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
     if not isinstance(strategy, works) or isinstance(strategy, DeepSpeedStrategy):
-        raise ValueError(
+        raise UserError(
             f"ElsaCallback works on one device, with strategy 'ddp' or 'fsdp', and with ModelParallelStrategy "
             f"(FSDP2), not with {type(strategy).__name__}, which hides the parameters it constrains; to shard a "
             f"model use lightning.pytorch.strategies.ModelParallelStrategy and shard it in configure_model, as "
             f"CausalLM does"
         )
     if isinstance(strategy, FSDPStrategy) and not strategy.kwargs["use_orig_params"]:
-        raise ValueError(
+        raise UserError(
             "ElsaCallback needs FSDPStrategy with use_orig_params=True, Lightning's default: without it the "
             "weights of a layer cannot be told from its bias"
         )
@@ -41,7 +42,7 @@ def check_strategy(strategy: Strategy) -> None:
 def check_optimizer_of_fsdp(optimizer: Optimizer) -> None:
     """Raise ValueError if FSDP1 could not save an optimizer's state."""
     if type(optimizer).__module__.startswith("bitsandbytes"):
-        raise ValueError(
+        raise UserError(
             f"{type(optimizer).__name__} of bitsandbytes trains under FSDPStrategy, but its state cannot be saved; use "
             f"elsa_lightning.optim.adam8bit.Adam8bit, which has the same kernels"
         )

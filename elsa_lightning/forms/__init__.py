@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from elsa_lightning.errors import UserError
 from elsa_lightning.forms.base import Form, Step, Sums
 from elsa_lightning.forms.on_set import Feedback, Linearized, OnSet
 from elsa_lightning.forms.pull import Coupled, Decoupled, Published
@@ -25,5 +26,5 @@ def make_form(prox: str | Form) -> Form:
     if isinstance(prox, Form):
         return prox
     if prox not in _FORMS:
-        raise ValueError(f"prox must be one of {get_args(Prox)}, got {prox!r}")
+        raise UserError(f"prox must be one of {get_args(Prox)}, got {prox!r}")
     return _FORMS[prox]()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from elsa_lightning.errors import UserError
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.sets.base import Constraint
 from elsa_lightning.tensors import ConstrainedTensor
@@ -76,7 +77,7 @@ class Form(ABC):
     def check(self, schedule: Schedule, constraint: Constraint) -> None:
         """Raise ValueError if the form cannot work so."""
         if constraint.fixes_values and not self.on_set:
-            raise ValueError(
+            raise UserError(
                 f"{type(constraint).__name__} fixes the values of kept weights, and prox {self.name!r} keeps one "
                 f"number for z and u together, from which these cannot be told apart: use prox 'linearized'"
             )

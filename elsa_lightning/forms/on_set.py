@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elsa_lightning.errors import UserError
 from elsa_lightning.forms.base import Form, Step, Sums, relative_rates
 from elsa_lightning.layout.sharded import exact_dtype
 from elsa_lightning.schedule import Schedule
@@ -91,7 +92,7 @@ class Feedback(OnSet):
     def check(self, schedule: Schedule, constraint: Constraint) -> None:
         """Raise ValueError for a penalty that is 0 or begins there."""
         if schedule.penalty == 0 or schedule.shape != "constant":
-            raise ValueError(
+            raise UserError(
                 f"prox 'feedback' divides the optimizer's steps by the penalty, so it must be above 0 and constant; "
                 f"got penalty={schedule.penalty}, penalty_schedule={schedule.shape!r}: set penalty_schedule: constant"
             )

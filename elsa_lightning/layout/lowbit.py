@@ -15,6 +15,8 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from elsa_lightning.errors import UserError
+
 StateDtype = Literal["float32", "bfloat16", "float8_e4m3fn"]
 
 BLOCK = 32  # entries that share a power-of-two scale, as in the OCP microscaling formats
@@ -26,7 +28,7 @@ _DROPPED = 20  # of float32's 23 bits of mantissa
 def check_state_dtype(name: str) -> StateDtype:
     """Return ``name``; raise ValueError if it is no dtype the state can be kept in."""
     if name not in get_args(StateDtype):
-        raise ValueError(f"state_dtype must be one of {get_args(StateDtype)}, got {name!r}")
+        raise UserError(f"state_dtype must be one of {get_args(StateDtype)}, got {name!r}")
     return cast(StateDtype, name)
 
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from elsa_lightning.errors import UserError
+
 SLICE = "_elsa_slice"  # attribute of a parameter that FSDP1 shards: its Part
 GROUP = "_elsa_group"  # and the processes it is sharded over
 _WITHOUT_FLOAT64 = {"mps"}
@@ -130,7 +132,7 @@ def processes_of(parameters: Iterable[nn.Parameter]) -> Processes:
     ranks = set(largest.mesh.flatten().tolist())
     for mesh in meshes:
         if not set(mesh.mesh.flatten().tolist()) <= ranks:
-            raise ValueError(
+            raise UserError(
                 f"the parameters of one optimizer are sharded over processes {sorted(ranks)} and over "
                 f"{mesh.mesh.flatten().tolist()}, and no mesh contains the other: give each its own optimizer"
             )
@@ -238,7 +240,7 @@ def check_grain(name: str, p: Tensor, rows: int, columns: int) -> None:
         pieces = math.prod(size for size, place in placements if place.is_shard(dim))
         each: Any = -(-p.shape[dim] // pieces)  # shards are as even as this allows
         if pieces > 1 and (each % together or (dim == p.dim() - 1 and p.shape[dim] % (together * pieces))):
-            raise ValueError(
+            raise UserError(
                 f"{name} has {p.shape[dim]} {what} cut into {pieces} pieces, and {together} {what} are kept together: "
                 f"shard it along another dimension, or over a number of processes that makes each piece a multiple of "
                 f"{together}"

@@ -3,6 +3,8 @@
 from importlib.resources import files
 from pathlib import Path
 
+from elsa_lightning.errors import UnavailableError
+
 EMBEDDED_MODEL = "pydocs-2m"
 
 
@@ -19,7 +21,7 @@ def model_path(name: str) -> str:
         return str(files("elsa_lightning").joinpath("models", name))
     written_as_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if written_as_path and not Path(name).expanduser().exists():
-        raise FileNotFoundError(
+        raise UnavailableError(
             f"model name {name!r} is a path that does not exist; give an existing folder, a hub name such as "
             f"'facebook/opt-125m', or {EMBEDDED_MODEL!r}, the embedded model"
         )

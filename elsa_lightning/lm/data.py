@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from elsa_lightning.errors import UserError
 from elsa_lightning.lm import EMBEDDED_MODEL, model_path
 from elsa_lightning.lm.text import Source, Split, token_stream
 
@@ -148,9 +149,9 @@ class CalibrationData(LightningDataModule):
             ("num_workers", num_workers, 0),
         ):
             if value is not None and value < least:
-                raise ValueError(f"{argument} must be {least} or more, got {value}")
+                raise UserError(f"{argument} must be {least} or more, got {value}")
         if streaming and train_sequences is None:
-            raise ValueError("streaming needs train_sequences: how many sequences to download text for")
+            raise UserError("streaming needs train_sequences: how many sequences to download text for")
         self.source = Source(name, streaming)
         self.eval_source = self.source if eval_name is None else Source(eval_name, streaming)
         self.tokenizer = model_path(tokenizer)
@@ -200,13 +201,13 @@ class CalibrationData(LightningDataModule):
         if every is None:
             every = "gemma" in type(tokenizer).__name__.lower() or "gemma" in self.tokenizer.lower()
         if every and tokenizer.bos_token_id is None:
-            raise ValueError(f"bos_per_segment: tokenizer {self.tokenizer!r} has no BOS token; set it to false")
+            raise UserError(f"bos_per_segment: tokenizer {self.tokenizer!r} has no BOS token; set it to false")
         if split != "train" and self.eval_segments is not None:  # with BOS as many tokens give more segments
             tokens = tokens[: self.eval_segments * (self.seq_len - every)]
         packed = PackedTokens(tokens, self.seq_len, tokenizer.bos_token_id if every else None)
         needed = self.batch_size if split == "train" else 1
         if len(packed) < needed:
-            raise ValueError(
+            raise UserError(
                 f"the {split} text of {source.name!r} has {len(tokens)} tokens, {len(packed)} sequences of "
                 f"{self.seq_len}, and {needed} are needed; give more text, or a smaller seq_len or batch_size"
             )
@@ -273,7 +274,7 @@ class CalibrationData(LightningDataModule):
         for setting, ours in self._settings().items():
             theirs = state_dict.get(setting, ours)
             if theirs != ours:
-                raise ValueError(
+                raise UserError(
                     f"the checkpoint was made with {setting}={theirs!r}, this run has {ours!r}: it cannot go on at "
                     f"the next sample. Resume with the same setting, or start anew without ckpt_path"
                 )

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
+from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.lm import EMBEDDED_MODEL, model_path
 from elsa_lightning.lm.perplexity import TokenPerplexity
 from elsa_lightning.lm.sharded import block_policy, build_sharded, fill
@@ -74,13 +75,13 @@ class CausalLM(LightningModule):
     ) -> None:
         super().__init__()
         if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be 0 or more optimizer steps, got {warmup_steps}")
+            raise UserError(f"warmup_steps must be 0 or more optimizer steps, got {warmup_steps}")
         if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be one of 'float32', 'bfloat16', 'float16', got {dtype!r}")
+            raise UserError(f"dtype must be one of 'float32', 'bfloat16', 'float16', got {dtype!r}")
         if not 0 <= distillation <= 1:
-            raise ValueError(f"distillation is a weight from 0 to 1, got {distillation}")
+            raise UserError(f"distillation is a weight from 0 to 1, got {distillation}")
         if distillation > 0 and not pretrained:
-            raise ValueError("distillation needs a trained model to learn from: set pretrained or distillation=0")
+            raise UserError("distillation needs a trained model to learn from: set pretrained or distillation=0")
         self.save_hyperparameters(ignore=["optimizer"])
         self.name = name
         self.path = model_path(name)
@@ -122,7 +123,7 @@ class CausalLM(LightningModule):
         if mesh is None:
             return self._build(dtype, self.pretrained)
         if mesh["tensor_parallel"].size() > 1:
-            raise ValueError(
+            raise UserError(
                 f"CausalLM shards its model over the data-parallel dimension alone, and tensor_parallel_size is "
                 f"{mesh['tensor_parallel'].size()}: set tensor_parallel_size: 1"
             )
@@ -145,7 +146,7 @@ class CausalLM(LightningModule):
             build: Any = AutoModelForCausalLM.from_config
             return build(config, trust_remote_code=self.trust_remote_code, **options)
         except OSError as error:
-            raise OSError(
+            raise UnavailableError(
                 f"model {self.name!r} could not be loaded: {error}\nWithout a network give the path of a folder "
                 f"that save_pretrained wrote, or --model.name {EMBEDDED_MODEL}, the model that comes with the package."
             ) from error
@@ -184,7 +185,7 @@ class CausalLM(LightningModule):
         """Raise ValueError if sequences are longer than a model of this configuration can take."""
         longest = getattr(config, "max_position_embeddings", None)
         if longest is not None and seq_len > longest:
-            raise ValueError(
+            raise UserError(
                 f"the data has sequences of {seq_len} tokens, and {self.name!r} takes at most {longest}: "
                 f"set --data.seq_len {longest} or less"
             )
@@ -330,7 +331,7 @@ class CausalLM(LightningModule):
         if self._trainer is None or not self.trainer.training:
             return
         if "optimizer_states" not in checkpoint:
-            raise ValueError(
+            raise UserError(
                 "the checkpoint of ckpt_path holds weights only, and a run cannot go on from them; save without "
                 "save_weights_only, or start a new run from a Hugging Face folder with --model.name"
             )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
+from elsa_lightning.errors import UserError
 from elsa_lightning.layout.sharded import local, part_of
 
 
@@ -133,7 +134,7 @@ def _read(parameters: dict[str, nn.Parameter], folder: str) -> None:
     there = reader.read_metadata().state_dict_metadata
     for name, p in parameters.items():
         if (size := getattr(there[name], "size", p.shape)) != p.shape:
-            raise ValueError(f"{name} has shape {tuple(p.shape)}, and {tuple(size)} in {folder}")
+            raise UserError(f"{name} has shape {tuple(p.shape)}, and {tuple(size)} in {folder}")
     load({name: p.detach() for name, p in parameters.items()}, storage_reader=reader)
 
 

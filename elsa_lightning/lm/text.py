@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from tqdm.auto import tqdm
 
+from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.lm import pydocs
 
 if TYPE_CHECKING:
@@ -47,15 +48,15 @@ class Source:
         if self.name in ("pydocs", "c4", "wikitext2"):
             return
         if not self.path.exists():
-            raise ValueError(
+            raise UserError(
                 f"data.name {self.name!r} is not 'pydocs', 'c4' or 'wikitext2', and no file or folder of that "
                 f"name exists; give one of these names or an existing path"
             )
         files = self.files()
         if not files:
-            raise ValueError(f"data.name {self.name!r} holds no file that ends in {', '.join(_LOADERS)}")
+            raise UserError(f"data.name {self.name!r} holds no file that ends in {', '.join(_LOADERS)}")
         if len({_LOADERS[file.suffix] for file in files}) > 1:
-            raise ValueError(
+            raise UserError(
                 f"data.name {self.name!r} mixes file types; give a folder with one of {', '.join(_LOADERS)}"
             )
 
@@ -106,12 +107,12 @@ class Source:
                 table = datasets.load_dataset(loader, data_files=files, split="train", **options)
             except (Exception, StopIteration) as error:  # of the reader of each format
                 reason = str(error.__cause__ or error) or "there is nothing in it"
-                raise ValueError(
+                raise UserError(
                     f"{self.name!r} is no readable {self.files()[0].suffix}: {reason.rstrip('.')}. Of a .txt file "
                     f"UTF-8 is read, of .jsonl an object a line, of .parquet a table, both with 'text'"
                 ) from error
             if "text" not in table.column_names:
-                raise ValueError(f"{self.name!r} has the columns {table.column_names}, and needs one named 'text'")
+                raise UserError(f"{self.name!r} has the columns {table.column_names}, and needs one named 'text'")
             return (row["text"] for row in table)
         hub: dict[str, dict[str, Any]] = {
             "c4": {"path": "allenai/c4", "data_files": {
@@ -126,7 +127,7 @@ class Source:
             )
             return (row["text"] for row in rows)
         except Exception as error:  # the hub's clients raise many unrelated types
-            raise OSError(
+            raise UnavailableError(
                 f"downloading {hub[self.name]['path']} ({self.name}) failed: {type(error).__name__}: {error}\n"
                 f"Without a network use --data.name pydocs (comes with Python) or --data.name PATH, a file or folder "
                 f"of .txt, .jsonl or .parquet; or download once elsewhere and set HF_HOME to that cache."
@@ -196,7 +197,7 @@ def _tokenizer(path: str) -> PreTrainedTokenizerBase:
     except ValueError:
         knows_text = False
     if not knows_text:  # for some models transformers makes an empty one up, where there is none
-        raise ValueError(f"{path!r} has no tokenizer that knows any text: save the model's into its folder too")
+        raise UserError(f"{path!r} has no tokenizer that knows any text: save the model's into its folder too")
     return tokenizer
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from elsa_lightning.errors import UserError
 from elsa_lightning.layout.sharded import Processes, local
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Guard:
             f"{self._where_not_finite(loss)}."
         )
         if self.skipped >= _MOST:
-            raise ValueError(
+            raise UserError(
                 f"{message} That makes {self.skipped} in a row: the data or the loss is broken, or the run has "
                 f"diverged. Lower the learning rate, clip gradients (gradient_clip_val), or look at the batch; the "
                 f"checkpoints made so far are sound"

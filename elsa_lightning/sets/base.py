@@ -15,6 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from elsa_lightning.errors import UserError
 from elsa_lightning.layout.rows import Piece, Rows
 from elsa_lightning.layout.sharded import Part, whole
 
@@ -113,7 +114,7 @@ class Constraint(ABC):
         """Raise ValueError, naming the tensor, if tensors of these names and shapes cannot be in the set."""
         for name, shape in shapes.items():
             if len(shape) not in (2, 3):
-                raise ValueError(
+                raise UserError(
                     f"{name} has shape {tuple(shape)}; a constrained tensor is a matrix or a stack of matrices, which "
                     f"a convolution's kernels are not: leave it out of targets"
                 )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from elsa_lightning.errors import UserError
 from elsa_lightning.layout.sharded import exact_dtype
 from elsa_lightning.sets.base import Constraint, Point, Points
 
@@ -64,9 +65,9 @@ class Tied(Constraint):
         super().check(shapes)
         for tie in self.ties(shapes):
             if not 0 < tie.kept <= tie.units:
-                raise ValueError(f"{tie.members[0].name}: {tie.kept} of {tie.units} units cannot be kept")
+                raise UserError(f"{tie.members[0].name}: {tie.kept} of {tie.units} units cannot be kept")
             if missing := [member.name for member in tie.members if member.name not in shapes]:
-                raise ValueError(f"{missing[0]} is tied to {tie.members[0].name} and is not constrained: add a target")
+                raise UserError(f"{missing[0]} is tied to {tie.members[0].name} and is not constrained: add a target")
 
     def support(self, points: Points) -> Iterator[Tensor]:
         """Yield the masks of the units that survive."""

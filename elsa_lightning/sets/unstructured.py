@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from elsa_lightning.errors import UserError
 from elsa_lightning.layout.sharded import exact_dtype
 from elsa_lightning.sets.base import Constraint, Points, distance
 from elsa_lightning.sets.threshold import Scores, largest
@@ -39,9 +40,9 @@ class Unstructured(Constraint):
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
             hint = f"; for {self.sparsity:g} % give {self.sparsity / 100:g}" if 1 < self.sparsity < 100 else ""
-            raise ValueError(f"sparsity must be a fraction of zeros in [0, 1), got {self.sparsity}{hint}")
+            raise UserError(f"sparsity must be a fraction of zeros in [0, 1), got {self.sparsity}{hint}")
         if self.scope not in ("tensor", "model"):
-            raise ValueError(f"scope must be 'tensor' or 'model', got {self.scope!r}")
+            raise UserError(f"scope must be 'tensor' or 'model', got {self.scope!r}")
 
     def relaxed(self, tightness: float) -> Unstructured:
         """Return the set on the way from ``AT_ONCE``, or all of the sparsity if that is less, to this one."""
