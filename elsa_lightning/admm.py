@@ -232,9 +232,7 @@ class ADMM:
         if self._waiting and (late := self.tensors.agreed([tensor.stepped for tensor in self._waiting], self._waiting)):
             self._waiting = [tensor for tensor in self._waiting if tensor not in late]
             self._project_in_place(late, resumable=False)
-        for tensor in self.tensors.holding(MASK):
-            for rows, *_ in tensor.pieces():
-                tensor.x(rows).mul_(tensor.mask(rows))
+        updates.hold(self.tensors.holding(MASK))
 
     def _noise(self, layout: Rows, rows: slice, p: nn.Parameter) -> Tensor:
         return layout.noise(rows, self._seed(p, _OF_WEIGHTS))
@@ -298,10 +296,7 @@ class ADMM:
 
     def _freeze(self) -> None:
         """Fix the mask, make the zeros exact, and release the split."""
-        for tensor in self.tensors.holding(MASK):
-            for rows, *_ in tensor.pieces():
-                tensor.x(rows).masked_fill_(~tensor.mask(rows), 0)
-            tensor.release(SPLIT, SCALE)
+        updates.fix(self.tensors.holding(MASK))
         self.phase = "frozen"
         self._waiting = self._without_mask()
 
@@ -346,33 +341,17 @@ class ADMM:
 
     def _cut(self, tensor: ConstrainedTensor, packed: Tensor | None, resumable: bool) -> None:
         """Zero what a packed mask, or the tensor's own, does not keep, and bring the rest to the set's values."""
-        keeps = (
-            resumable or tensor.stepped or self.tensors.flat
-        )  # state put in before the optimizer's own breaks its set-up
-        tensor.allocate(*[REMOVED if resumable else MASK] * keeps)
-        for piece in tensor.pieces():
-            rows = piece.rows
-            x = tensor.x(rows)
-            mask = tensor.mask(rows) if packed is None else tensor.unpacked(packed, rows)
-            z = updates.project(self.constraint, x, mask, self.tensors.places[tensor.p], piece, tensor.layout)
-            if resumable:
-                tensor.set_removed(rows, torch.where(x == z, 0, x))
-            elif keeps:
-                tensor.set_mask(rows, mask)
-            x.copy_(z)
-        if not resumable:
-            tensor.release(SPLIT, SCALE)
+        # state put in before the optimizer's own breaks its set-up
+        keeps = resumable or tensor.stepped or self.tensors.flat
+        place = self.tensors.places[tensor.p]
+        updates.cut(self.constraint, tensor, place, packed, keeps=keeps, resumable=resumable)
 
     @torch.no_grad()
     def resume(self) -> None:
         """Undo ``finish(resumable=True)``, bit for bit; does nothing otherwise."""
         if not self.suspended:
             return
-        for tensor in self.tensors.holding(REMOVED):
-            for rows, *_ in tensor.pieces():
-                x, removed = tensor.x(rows), tensor.removed(rows)
-                x.copy_(torch.where(removed != 0, removed, x))
-            tensor.release(REMOVED)
+        updates.restore(self.tensors.holding(REMOVED))
         self.phase = self._suspended_from
 
     # ------------------------------------------------------------------ saving and loading
@@ -432,10 +411,8 @@ class ADMM:
         if self.phase == "finished":
             message = "it had finished, so its mask stays as it is; to open it start a new run from its weights"
         elif self.phase == "frozen" and self.step < end:
-            for tensor in self.tensors.holding(MASK):
-                tensor.allocate(SPLIT, SCALE)
-                for rows, *_ in tensor.pieces():
-                    tensor.set_split(rows, self.form.reopen(tensor, rows), self._seed(tensor.p, _OF_UPDATES))
+            seed = self._seeds_of(_OF_UPDATES)
+            updates.reopen(self.form, self.tensors.holding(MASK), lambda tensor: seed(tensor.p))
             self.phase, self._waiting = "admm", []
             message += f", so its mask, which was fixed, is open again until step {end}"
         log.warning(

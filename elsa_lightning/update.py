@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from elsa_lightning.forms import Form, Sums
-from elsa_lightning.layout.rows import Piece, Rows
 from elsa_lightning.layout.sharded import Processes, exact_dtype
-from elsa_lightning.sets.base import Constraint, Point, Points
-from elsa_lightning.tensors import MASK, SCALE, SPLIT, ConstrainedTensor
+from elsa_lightning.sets.base import Constraint, Point, Points, project
+from elsa_lightning.tensors import MASK, REMOVED, SCALE, SPLIT, ConstrainedTensor
 from elsa_lightning.watch import Stationarity, Update
 
 Value = Callable[[ConstrainedTensor, slice], Tensor]
@@ -98,7 +97,7 @@ def update(
             if fresh[index]:
                 tensor.allocate(SPLIT, SCALE, MASK)
             mask = tensor.unpacked(packed[index], rows)
-            z = project(constraint, v, mask, index, piece, tensor.layout)
+            z = project(constraint, v, mask, Point(v, None, index, piece, tensor.layout))
             tensor.set_mask(rows, mask)
             form.settle(tensor, rows, v, mask, z, factors[places[index]].to(v.dtype), seed(tensor))
         if fresh[index]:
@@ -126,7 +125,7 @@ def _count(
         for piece in tensor.pieces() if tensor.part.counts else ():
             rows = piece.rows
             v, x, mask = points.value(tensor, rows), tensor.x(rows), tensor.unpacked(packed[index], rows)
-            z = project(constraint, v, mask, index, piece, tensor.layout)
+            z = project(constraint, v, mask, Point(v, None, index, piece, tensor.layout))
             former = torch.ones_like(mask) if fresh else tensor.mask(rows)
             before = (x.to(v.dtype) if fresh else form.former_z(tensor, rows)).masked_fill(~former, 0)
             numbers = [
@@ -159,11 +158,11 @@ def stationarity(
     for index, tensor in enumerate(tensors):
         for rows, *_ in tensor.pieces() if tensor.part.counts else ():
             mask = tensor.mask(rows)
-            off = form.direction(tensor, rows, importance(tensor, rows)).masked_fill(mask, 0)
+            off = form.direction(tensor, rows).masked_fill(mask, 0)
             numbers = [off.square().sum(), (~mask).sum(), tensor.x(rows).float().square().sum(), mask.sum()]
             squares[index] += torch.stack([number.to(squares.dtype) for number in numbers])
     processes.add(squares)
-    off, off_count, kept, kept_count = squares.clamp_min(0).unbind(1)
+    off, off_count, kept, kept_count = squares.unbind(1)
     rms = [(a / b.clamp_min(1)).sqrt().float() for a, b in ((off, off_count), (kept, kept_count))]
     scales = {
         tensor.name: form.inverse_penalty(tensor, penalty, rms[0][index], rms[1][index])
@@ -171,7 +170,7 @@ def stationarity(
     }
 
     def forward(tensor: ConstrainedTensor, rows: slice) -> Tensor:
-        step: Tensor = form.direction(tensor, rows, importance(tensor, rows)) * scales[tensor.name]
+        step: Tensor = form.direction(tensor, rows) * scales[tensor.name]
         return tensor.x(rows).float() - step
 
     points = LivePoints(tensors, forward, importance, processes)
@@ -181,7 +180,7 @@ def stationarity(
         for piece in tensor.pieces() if tensor.part.counts else ():
             rows = piece.rows
             y, mask = forward(tensor, rows), tensor.unpacked(packed[index], rows)
-            z = project(constraint, y, mask, index, piece, tensor.layout)
+            z = project(constraint, y, mask, Point(y, None, index, piece, tensor.layout))
             x = tensor.x(rows).float()
             numbers = [(x - z).square().sum(), x.square().sum(), (mask & ~tensor.mask(rows)).sum()]
             found += torch.stack([number.to(found.dtype) for number in numbers])
@@ -191,9 +190,62 @@ def stationarity(
     )
 
 
-def project(constraint: Constraint, v: Tensor, mask: Tensor, index: int, piece: Piece, layout: Rows) -> Tensor:
-    """Return z: v on the mask, brought to the set's values where it fixes them, and 0 off it."""
-    z = v.masked_fill(~mask, 0)
-    if not constraint.fixes_values:
-        return z
-    return constraint.values(z, Point(v, None, index, piece, layout)).masked_fill(~mask, 0)
+def hold(tensors: Sequence[ConstrainedTensor]) -> None:
+    """Put the zeros back that a step on a fixed mask disturbed."""
+    for tensor in tensors:
+        for rows, *_ in tensor.pieces():
+            tensor.x(rows).mul_(tensor.mask(rows))
+
+
+def fix(tensors: Sequence[ConstrainedTensor]) -> None:
+    """Make the zeros of the masks exact, whatever the weights are, and release the split."""
+    for tensor in tensors:
+        for rows, *_ in tensor.pieces():
+            tensor.x(rows).masked_fill_(~tensor.mask(rows), 0)
+        tensor.release(SPLIT, SCALE)
+
+
+def cut(
+    constraint: Constraint, tensor: ConstrainedTensor, place: int, packed: Tensor | None, *, keeps: bool,
+    resumable: bool,
+) -> None:  # fmt: skip
+    """x ← Π_S(x) of one tensor.
+
+    Args:
+        constraint: The set.
+        tensor: Which.
+        place: Of it among all.
+        packed: The mask; None takes the tensor's own.
+        keeps: Whether the mask, or what is removed, is kept in the state.
+        resumable: Keep what is removed, for :func:`restore`, not the mask.
+    """
+    tensor.allocate(*[REMOVED if resumable else MASK] * keeps)
+    for piece in tensor.pieces():
+        rows = piece.rows
+        x = tensor.x(rows)
+        mask = tensor.mask(rows) if packed is None else tensor.unpacked(packed, rows)
+        z = project(constraint, x, mask, Point(x, None, place, piece, tensor.layout))
+        if resumable:
+            tensor.set_removed(rows, torch.where(x == z, 0, x))
+        elif keeps:
+            tensor.set_mask(rows, mask)
+        x.copy_(z)
+    if not resumable:
+        tensor.release(SPLIT, SCALE)
+
+
+def restore(tensors: Sequence[ConstrainedTensor]) -> None:
+    """Undo :func:`cut` with ``resumable``, bit for bit."""
+    for tensor in tensors:
+        for rows, *_ in tensor.pieces():
+            x, removed = tensor.x(rows), tensor.removed(rows)
+            x.copy_(torch.where(removed != 0, removed, x))
+        tensor.release(REMOVED)
+
+
+def reopen(form: Form, tensors: Sequence[ConstrainedTensor], seed: Callable[[ConstrainedTensor], int]) -> None:
+    """Let masks that were fixed move again, without a dual."""
+    for tensor in tensors:
+        tensor.allocate(SPLIT, SCALE)
+        for rows, *_ in tensor.pieces():
+            tensor.set_split(rows, form.reopen(tensor, rows), seed(tensor))

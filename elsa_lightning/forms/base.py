@@ -164,16 +164,13 @@ class Form(ABC):
         """
         return peak_rate(tensor) / penalty
 
-    def direction(self, tensor: ConstrainedTensor, rows: slice, importance: Tensor | None) -> Tensor:
+    def direction(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
         """Return D⁻¹ ∇f of the latest batch, in float32, with D the root of the second moment where there is one."""
-        grad = tensor.grad(rows).float()
-        moment = None if importance is None else tensor.importance(rows)
+        grad, moment = tensor.grad(rows).float(), tensor.importance(rows)
         if moment is None:
             return grad
-        step = tensor.state.get("step", 1)
-        beta = next((g.get("betas") for g in tensor.optimizer.param_groups if any(q is tensor.p for q in g["params"])),
-                    None)  # fmt: skip
-        correction = 1.0 if beta is None else 1 - beta[1] ** max(1.0, float(step))
+        betas = _group(tensor).get("betas")
+        correction = 1.0 if betas is None else 1 - betas[1] ** max(1.0, float(tensor.state.get("step", 1)))
         return grad / ((moment.float() / correction).sqrt() + 1e-12)
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,8 +200,12 @@ def relative_rates(optimizer: Optimizer, peaks: Sequence[float]) -> tuple[dict[n
 
 def peak_rate(tensor: ConstrainedTensor) -> float:
     """Return the largest learning rate of a tensor, as far as its group says."""
-    group = next(g for g in tensor.optimizer.param_groups if any(q is tensor.p for q in g["params"]))
+    group = _group(tensor)
     return max(float(group["lr"]), _known_peak(group))
+
+
+def _group(tensor: ConstrainedTensor) -> dict[str, Any]:
+    return next(g for g in tensor.optimizer.param_groups if any(p is tensor.p for p in g["params"]))
 
 
 def _known_peak(group: dict[str, Any]) -> float:

@@ -58,7 +58,7 @@ class Coupled(Pull):
         """Return 1/λ, in the plain metric."""
         return 1 / penalty
 
-    def direction(self, tensor: ConstrainedTensor, rows: slice, importance: Tensor | None) -> Tensor:
+    def direction(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
         """Return ∇f."""
         return tensor.grad(rows).float()
 

@@ -143,3 +143,9 @@ class Constraint(ABC):
 def distance(v: Tensor, importance: Tensor | None) -> Tensor:
     """Return √F |v| in float32, whose square is what zeroing each entry costs; it has the range of v."""
     return v.abs().float() if importance is None else (v.abs() * importance.sqrt()).float()
+
+
+def project(constraint: Constraint, v: Tensor, mask: Tensor, point: Point) -> Tensor:
+    """Return z: v on the mask, brought to the set's values where it fixes them, and 0 off it."""
+    z = v.masked_fill(~mask, 0)
+    return constraint.values(z, point).masked_fill(~mask, 0) if constraint.fixes_values else z
