@@ -121,6 +121,7 @@ class ADMM:
         self._weights = WeightRounding()
         self._calls = 0  # of the optimizer's step
         self._waiting: list[ConstrainedTensor] = []  # for their first gradient, when the mask is fixed
+        self._copies: updates.Copies = {}
         self._hooks = StepHooks(optimizer, KEYS, self._gradients_are_final, self._after_step, self._weights.undo)
 
     def detach(self) -> None:
@@ -210,7 +211,9 @@ class ADMM:
             for tensor in self.tensors.values():
                 tensor.release(*KEYS)
         self.step += 1
-        if self.phase in ("frozen", "finished"):
+        if self.step == self.total_steps + watch.slack(self.total_steps) + 1:
+            self._warn_once(f"Elsa: {watch.off_schedule(self.step, self.step, self.total_steps)}.")
+        if self.frozen:
             self._keep_frozen()
             return
         freezes = self.schedule.frozen > 0 and self.step >= self.schedule.freeze_step(self.total_steps)
@@ -232,7 +235,7 @@ class ADMM:
         if self._waiting and (late := self.tensors.agreed([tensor.stepped for tensor in self._waiting], self._waiting)):
             self._waiting = [tensor for tensor in self._waiting if tensor not in late]
             self._project_in_place(late, resumable=False)
-        updates.hold(self.tensors.holding(MASK))
+        updates.hold(self.tensors.holding(MASK), self._copies)
 
     def _noise(self, layout: Rows, rows: slice, p: nn.Parameter) -> Tensor:
         return layout.noise(rows, self._seed(p, _OF_WEIGHTS))
@@ -297,8 +300,12 @@ class ADMM:
     def _freeze(self) -> None:
         """Fix the mask, make the zeros exact, and release the split."""
         updates.fix(self.tensors.holding(MASK))
-        self.phase = "frozen"
-        self._waiting = self._without_mask()
+        self._begin_frozen("frozen")
+        self.hold()
+
+    def _begin_frozen(self, phase: Phase) -> None:
+        self.phase, self._waiting = phase, self._without_mask()
+        self._copies = updates.weight_copies(self.tensors.holding(MASK))
 
     def _without_mask(self) -> list[ConstrainedTensor]:
         masked = self.tensors.masked()
@@ -308,14 +315,23 @@ class ADMM:
     def finish(self, resumable: bool = False) -> None:
         """x ← Π_S(x): make the zeros exact.
 
+        Called again it puts zeros back that were moved since, as :meth:`hold` does, and says so.
+
         Args:
             resumable: Keep what is removed in the optimizer's state, so that :meth:`resume` goes on as if
                 nothing had happened. For runs that end before their last step.
         """
         self.recover()
-        if self.finished or (resumable and (self.suspended or self.step == 0)):
-            return
+        if self.finished:
+            if moved := self.stray():
+                log.warning("Elsa: %d weights off the mask had been moved since finish() and are 0 again.", moved)
+            return self.hold()
+        if resumable and (self.suspended or self.step == 0):
+            return None
         self.resume()
+        said = watch.off_schedule(self.step, self.schedule.freeze_step(self.total_steps), self.total_steps)
+        if said is not None and not resumable and self.step > 0:
+            self._warn_once(f"Elsa: {said}.")
         tensors = list(self.tensors.values())
         fixed = self.tensors.masked() if self.frozen else []
         free = [tensor for tensor in tensors if tensor not in fixed]
@@ -324,10 +340,29 @@ class ADMM:
         if free:
             self._project_in_place(free, resumable)
         if resumable:
-            self._suspended_from = self.phase
-        self.phase = "suspended" if resumable else "finished"
-        if not resumable:
-            self._waiting = self._without_mask()
+            self._suspended_from, self.phase = self.phase, "suspended"
+        else:
+            self._begin_frozen("finished")
+            self.hold()
+        return None
+
+    def stray(self) -> int:
+        """Return how many entries of this process were cut and are not 0: something moved them since.
+
+        While the mask still moves that is 0, and so it is of a set that fixes values while the run is suspended.
+        """
+        if self.frozen:
+            return updates.stray(self.tensors.holding(MASK), suspended=False)
+        removed = [] if self.constraint.fixes_values else self.tensors.holding(REMOVED)
+        return updates.stray(removed, suspended=True) if self.suspended else 0
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Put the zeros back where the mask is fixed, or the run suspended, and somebody moved the weights."""
+        if self.frozen:
+            updates.hold(self.tensors.holding(MASK), self._copies)
+        elif self.suspended and not self.constraint.fixes_values:
+            updates.cut_again(self.tensors.holding(REMOVED))
 
     def _project_in_place(self, tensors: list[ConstrainedTensor], resumable: bool) -> None:
         packed = updates.decide(self.constraint, self._points(tensors, lambda tensor, rows: tensor.x(rows)))
@@ -399,8 +434,8 @@ class ADMM:
         self.phase, self._suspended_from = state_dict["phase"], state_dict["suspended_from"]
         self.form.load_state_dict(state_dict["form"], self.tensors.device)
         self.resume()
-        if self.phase in ("frozen", "finished"):
-            self._waiting = self._without_mask()
+        if self.frozen:
+            self._begin_frozen(self.phase)
         if state_dict["total_steps"] != self.total_steps:
             self._change_length(state_dict["total_steps"])
 

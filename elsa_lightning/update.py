@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from elsa_lightning.forms import Form, Sums
-from elsa_lightning.layout.sharded import Processes, exact_dtype
+from elsa_lightning.layout.sharded import Processes, exact_dtype, local
 from elsa_lightning.sets.base import Constraint, Point, Points, project
-from elsa_lightning.tensors import MASK, REMOVED, SCALE, SPLIT, ConstrainedTensor
+from elsa_lightning.tensors import KEYS, MASK, REMOVED, SCALE, SPLIT, ConstrainedTensor
 from elsa_lightning.watch import Stationarity, Update
 
 Value = Callable[[ConstrainedTensor, slice], Tensor]
 Importance = Callable[[ConstrainedTensor, slice], Tensor | None]
+Copies = dict[ConstrainedTensor, list[str]]  # names of an optimizer's tensors that are weights too
 
 
 class LivePoints(Points):
@@ -190,11 +191,64 @@ def stationarity(
     )
 
 
-def hold(tensors: Sequence[ConstrainedTensor]) -> None:
-    """Put the zeros back that a step on a fixed mask disturbed."""
+def hold(tensors: Sequence[ConstrainedTensor], copies: Copies) -> None:
+    """Put the zeros back that a step on a fixed mask disturbed, in the optimizer's own copies of the weights too."""
+    for tensor in tensors:
+        others = [local(tensor.state[key]) for key in copies.get(tensor, ())]
+        for rows, *_ in tensor.pieces():
+            mask = tensor.mask(rows)
+            tensor.x(rows).mul_(mask)
+            for other in others:
+                tensor.layout.take(other, rows).mul_(mask)
+
+
+def weight_copies(tensors: Sequence[ConstrainedTensor]) -> Copies:
+    """Return which of the optimizer's tensors are weights too: an average, or a point that it swaps in for evaluation.
+
+    They are told from moments by their direction: on the mask, within 60° of the weights'.
+    """
+    found: list[tuple[ConstrainedTensor, str]] = []
+    products: list[Tensor] = []  # of both, and of each with itself
+    for tensor in tensors:
+        shape = local(tensor.p).shape
+        for key, value in tensor.state.items():
+            if not isinstance(value, Tensor) or key in KEYS or not value.is_floating_point():
+                continue
+            if (held := local(value)).shape != shape or not held.numel():
+                continue
+            sums = torch.zeros(3, dtype=exact_dtype(held.device), device=held.device)
+            for rows, *_ in tensor.pieces():
+                x = tensor.x(rows).float() * tensor.mask(rows)
+                other = tensor.layout.take(held, rows).float() * tensor.mask(rows)
+                sums += torch.stack([(a * b).sum().to(sums.dtype) for a, b in ((x, other), (x, x), (other, other))])
+            found.append((tensor, key))
+            products.append(sums)
+    if not found:
+        return {}
+    both, own, others = torch.stack(products).unbind(1)
+    alike = (both > 0.5 * (own * others).sqrt()).tolist()
+    copies: Copies = {}
+    for (tensor, key), yes in zip(found, alike, strict=True):
+        if yes:
+            copies.setdefault(tensor, []).append(key)
+    return copies
+
+
+def stray(tensors: Sequence[ConstrainedTensor], suspended: bool) -> int:
+    """Return how many entries of this process that were cut are not 0.
+
+    Args:
+        tensors: Those with a mask, or with what was removed.
+        suspended: Whether what was cut is told by what was removed.
+    """
+    if not tensors:
+        return 0
+    count = torch.zeros((), dtype=torch.int64, device=tensors[0].p.device)
     for tensor in tensors:
         for rows, *_ in tensor.pieces():
-            tensor.x(rows).mul_(tensor.mask(rows))
+            cut = tensor.removed(rows) != 0 if suspended else ~tensor.mask(rows)
+            count += (cut & (tensor.x(rows) != 0)).sum()
+    return int(count)
 
 
 def fix(tensors: Sequence[ConstrainedTensor]) -> None:
@@ -249,3 +303,10 @@ def reopen(form: Form, tensors: Sequence[ConstrainedTensor], seed: Callable[[Con
         tensor.allocate(SPLIT, SCALE)
         for rows, *_ in tensor.pieces():
             tensor.set_split(rows, form.reopen(tensor, rows), seed(tensor))
+
+
+def cut_again(tensors: Sequence[ConstrainedTensor]) -> None:
+    """Zero what :func:`cut` with ``resumable`` removed, and somebody moved since."""
+    for tensor in tensors:
+        for rows, *_ in tensor.pieces():
+            tensor.x(rows).masked_fill_(tensor.removed(rows) != 0, 0)

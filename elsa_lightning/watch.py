@@ -71,6 +71,37 @@ def verdict(last: Update | None, measured: Stationarity | None) -> str:
     return f"converged: {figures}" if done else f"not converged: {figures}. A longer run would still change the mask"
 
 
+def slack(total: int) -> int:
+    """Return how many steps a run may be off its schedule without a word: some are skipped."""
+    return max(2, total // 50)
+
+
+def off_schedule(step: int, freeze: int, total: int) -> str | None:
+    """Return what to say of a run that ends after ``step`` of ``total`` optimizer steps, or None if that is about all.
+
+    Args:
+        step: Optimizer steps done.
+        freeze: The one after which the mask is fixed.
+        total: Those of the schedule.
+    """
+    if step > total + slack(total):
+        return (
+            f"{step} optimizer steps were made and the schedule was over after total_steps={total}: give the number "
+            f"that the run makes"
+        )
+    if step >= total - slack(total):
+        return None
+    state = (
+        f"the mask, to be fixed after step {freeze}, was still moving, and is cut at once"
+        if step < freeze
+        else f"the frozen phase, from step {freeze} on, was cut short"
+    )
+    return (
+        f"{step} of total_steps={total} optimizer steps were made: {state}. total_steps counts optimizer steps, not "
+        f"micro-batches that gradients are accumulated over"
+    )
+
+
 def occupancy(tensors: Sequence[ConstrainedTensor], processes: Processes) -> tuple[list[str], Tensor]:
     """Return names and, ``(tensors, 4)``, kept entries, entries, empty rows and rows of each tensor that has a mask.
 

@@ -6,18 +6,19 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from elsa_lightning.admm import ADMM
-from elsa_lightning.callbacks.ends import global_step, is_early, is_last_step, is_stopping, total_steps
+from elsa_lightning.callbacks.ends import is_early, is_last_step, is_stopping, total_steps
 from elsa_lightning.callbacks.figures import Figures
+from elsa_lightning.callbacks.monitors import Monitors
 from elsa_lightning.callbacks.rng import random_states, restore_random_states
+from elsa_lightning.callbacks.saves import BeforeSaving, MethodHook, Saves
 from elsa_lightning.callbacks.strategies import (
-    StrategyHook,
     check_optimizer_of_fsdp,
     check_strategy,
     expect_what_is_loaded,
@@ -98,16 +99,19 @@ class ElsaCallback(Callback):
         self.optimizer_index = optimizer_index
         self.admm: ADMM | None = None
         self._first_step = 0  # optimizer steps that were made before pruning began
-        self._hook: RemovableHandle | StrategyHook | None = None  # called before a save
+        self._hooks: list[RemovableHandle | MethodHook | Saves] = []  # on module, strategy, trainer and optimizer
+        self._saves: Saves | None = None
+        self._running = False
+        self._monitors = Monitors()
         self._fits = True
         self._loaded: dict[str, Any] | None = None
         self._begin()
 
     def _begin(self) -> None:
         """Forget what an earlier fit logged."""
-        self._saved_dense = -1  # optimizer step of the latest state dict without exact zeros
         self._figures = Figures()
         self._short = False  # the run is to end before its schedule does
+        self._moved = False  # somebody moved weights after the zeros were exact, and it was said
 
     # ------------------------------------------------------------------ start
 
@@ -129,6 +133,8 @@ class ElsaCallback(Callback):
                 "ElsaCallback needs to know how long the run is, to schedule its penalty: set the Trainer's max_steps "
                 "or max_epochs (max_time may end it earlier)"
             )
+        self._monitors = Monitors()
+        self._monitors.check(trainer, self.schedule)
         # first, so that the zeros are there for every callback that saves or exports when training ends
         trainer.callbacks = [self, *(c for c in callbacks if c is not self)]  # type: ignore[attr-defined]
 
@@ -136,10 +142,20 @@ class ElsaCallback(Callback):
         """Choose the parameters and attach to their optimizer, whose state is restored after this."""
         self._begin()
         optimizer, strategy = self._optimizer(trainer.optimizers), trainer.strategy
+        others = [c for c in trainer.callbacks if isinstance(c, ElsaCallback) and c is not self]  # type: ignore[attr-defined]
+        if any((other.optimizer_index or 0) == (self.optimizer_index or 0) for other in others):
+            raise UserError(
+                "two ElsaCallbacks constrain the weights of one optimizer: give each its own optimizer_index, or join "
+                "them (targets, constraint)"
+            )
         if isinstance(strategy, FSDPStrategy):
             check_optimizer_of_fsdp(optimizer)
             mark_slices(strategy.model or pl_module)
         selection = select(pl_module, self.targets, self.ignore)
+        self._take_hooks_off()
+        self._running = False  # a learning-rate finder may train before the run begins
+        # before ADMM's, so that it knows
+        self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._mind_the_tuner(trainer)))
         self.admm = ADMM(
             optimizer,
             selection.parameters,
@@ -150,14 +166,15 @@ class ElsaCallback(Callback):
             state_dtype=self.state_dtype,
             replicas=dist.group.WORLD if isinstance(strategy, DDPStrategy) and trainer.world_size > 1 else None,
         )
-        self.admm.paused = True  # a learning-rate finder may train before the run begins
-        self._detach_module()
+        self.admm.paused = True
+        before_saving = BeforeSaving(lambda: self._before_saving(trainer))
         if isinstance(strategy, FSDPStrategy):
-            self._hook = watch_fsdp(strategy, lambda: self._before_saving(trainer))
+            self._hooks.append(watch_fsdp(strategy, before_saving))
         else:
-            self._hook = pl_module.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-                lambda *_: self._before_saving(trainer)
-            )
+            hook: RemovableHandle = pl_module.register_state_dict_pre_hook(before_saving)  # type: ignore[no-untyped-call]
+            self._hooks.append(hook)
+        self._saves = Saves(trainer, lambda: not self._is_exact())
+        self._hooks.append(self._saves)
         if isinstance(strategy, ModelParallelStrategy):
             expect_what_is_loaded(strategy, pl_module, self.admm, self.optimizer_index or 0)
         rank_zero_info(f"{self.constraint}: {selection.summary()}")
@@ -186,7 +203,7 @@ class ElsaCallback(Callback):
         loaded, self._loaded = self._loaded, None
         self._first_step = loaded["first_step"] if loaded else trainer.global_step // len(trainer.optimizers)
         self.admm.total_steps = max(1, total_steps(trainer) - self._first_step)
-        self.admm.paused = False
+        self._running, self.admm.paused = True, False
         if loaded:
             self.admm.load_state_dict(loaded["admm"])
             # at the end of an epoch load_state_dict has done it, before the loader drew the order of the next one
@@ -197,12 +214,21 @@ class ElsaCallback(Callback):
                 f"training goes on from step {self._first_step} without a state of ElsaCallback, so pruning begins "
                 f"here and has the remaining {self.admm.total_steps} optimizer steps"
             )
+        self._monitors.begin(trainer, count=self.admm.frozen)
+
+    def _mind_the_tuner(self, trainer: Trainer) -> None:
+        """Leave steps alone that no callback sees: a tuner's, who takes them back afterwards."""
+        if self.admm is not None:
+            self.admm.paused = not self._running or self not in trainer.callbacks  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------ during
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Go on where a request to stop was not heeded (min_steps, min_epochs)."""
+        """Go on where a request to stop was not heeded (min_steps, min_epochs), or a tuner went back to."""
         assert self.admm is not None
+        if self._loaded is not None:
+            loaded, self._loaded = self._loaded, None
+            self.admm.load_state_dict(loaded["admm"])
         if self.admm.suspended:
             settle(trainer.strategy.model or pl_module)
             self.admm.resume()
@@ -215,10 +241,19 @@ class ElsaCallback(Callback):
         self._figures.log(trainer, pl_module, self.admm, outputs)
         self._finish_if_last(trainer)
         self._suspend_if_stopping(trainer)
+        if self.admm.frozen and not self._monitors.count:
+            self._monitors.open(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate what a run that is about to end will leave."""
         self._suspend_if_stopping(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Validate the zeros, whatever the module swapped in."""
+        if batch_idx == 0 and self.admm is not None and not trainer.sanity_checking:
+            self._hold(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the zeros exact if the last epoch was cut short by ``on_train_batch_start``."""
@@ -245,8 +280,29 @@ class ElsaCallback(Callback):
         """See to it that what is saved after a request to stop, whoever made it, has the zeros."""
         assert self.admm is not None
         self._suspend_if_stopping(trainer)
-        if not (self.admm.finished or self.admm.suspended):
-            self._saved_dense = trainer.global_step
+        self._hold(trainer)
+
+    def _is_exact(self) -> bool:
+        return self.admm is not None and (self.admm.finished or self.admm.suspended)
+
+    def _hold(self, trainer: Trainer) -> None:
+        """Count zeros that were exact in the weights themselves, and put back those that are gone."""
+        if self.admm is None or not (self.admm.frozen or self.admm.suspended):
+            return
+        if self.admm.sharded:
+            settle(trainer.strategy.model or trainer.lightning_module)
+        moved = self.admm.stray()
+        if moved == 0 and not self.admm.sharded:
+            return
+        self.admm.hold()
+        if moved and not self._moved:
+            self._moved = True
+            rank_zero_warn(
+                f"Elsa: {moved:,} weights that the mask does not keep were moved after their zeros were made exact, "
+                f"and are 0 again. Whatever moves weights outside the optimizer's step does that: averaged weights "
+                f"that are swapped in, an optimizer that swaps them in on_train_end, a module's own hook after the "
+                f"batch. Swap before validation and before training ends, and average from when the mask is fixed"
+            )
 
     # ------------------------------------------------------------------ end
 
@@ -255,12 +311,10 @@ class ElsaCallback(Callback):
         assert self.admm is not None
         if not self.admm.finished:
             self._finish(trainer, resumable=True)
-            latest = self._latest(trainer)
-            if self._saved_dense == trainer.global_step:  # before the run was known to end with it
-                for path, weights_only in latest:
-                    trainer.save_checkpoint(path, weights_only)
+            assert self._saves is not None
+            self._saves.renew()  # made before the run was known to end with them
             self._say_unfinished()
-            if trainer.checkpoint_callbacks and not latest:
+            if trainer.checkpoint_callbacks and not self._saves.is_latest_there():
                 rank_zero_warn(
                     "Elsa: no checkpoint of this last step was saved; those there are of earlier steps, at a lower "
                     "sparsity or without exact zeros. trainer.save_checkpoint keeps these weights"
@@ -271,16 +325,7 @@ class ElsaCallback(Callback):
             rank_zero_warn(
                 "Elsa: no gradient reached the constrained weights in this run, so they were cut by magnitude alone"
             )
-
-    def _latest(self, trainer: Trainer) -> list[tuple[str, bool]]:
-        """Return the checkpoints that were saved of this step, and whether they have weights only."""
-        found: list[tuple[str, bool]] = []
-        for saver in trainer.checkpoint_callbacks:
-            if isinstance(saver, ModelCheckpoint):
-                paths = {str(path) for path in (*saver.best_k_models, saver.best_model_path, saver.last_model_path)}
-                latest = sorted(path for path in paths if global_step(path) == trainer.global_step)
-                found += [(path, saver.save_weights_only) for path in latest]
-        return trainer.strategy.broadcast(found)
+        self._monitors.end(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Make the zeros exact, resumably, on Ctrl-C, before a checkpoint that is saved on exceptions."""
@@ -293,7 +338,8 @@ class ElsaCallback(Callback):
             else:
                 self._finish(trainer, resumable=True)
                 self._say_unfinished()
-        self._detach_module()
+        self._monitors.put_back(trainer)
+        self._take_hooks_off()
 
     def _say_unfinished(self) -> None:
         assert self.admm is not None
@@ -308,17 +354,25 @@ class ElsaCallback(Callback):
         )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the hooks off the optimizer and the module."""
+        """Look at the zeros for the last time, after every other hook, and take ours off."""
         if self.admm is not None and stage == "fit":
+            if not self.admm.sharded:  # whose processes have parted
+                self._hold(trainer)
             self.admm.detach()
-            self._detach_module()
+            self._monitors.put_back(trainer)
+            self._take_hooks_off()
 
-    def _detach_module(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+    def _take_hooks_off(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     # ------------------------------------------------------------------ checkpoints
+
+    @property
+    def state_key(self) -> str:
+        """Where a checkpoint keeps this callback's state: of each optimizer its own."""
+        return super().state_key if self.optimizer_index is None else self._generate_state_key(of=self.optimizer_index)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scalars of the run, and the random state that an exact resume needs."""

@@ -1,16 +1,15 @@
-"""When a run ends, and whether a checkpoint is of its end: what Lightning knows of it."""
+"""When a run ends: what Lightning knows of it."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
-import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from elsa_lightning.admm import ADMM
-from elsa_lightning.checkpoints import WRITTEN_LAST
 from elsa_lightning.errors import UserError
+from elsa_lightning.watch import slack
 
 
 def total_steps(trainer: Trainer) -> int:
@@ -20,6 +19,10 @@ def total_steps(trainer: Trainer) -> int:
         raise UserError(
             "ElsaCallback needs to know how long the run is, and this data has no length: set the Trainer's max_steps"
         )
+    accumulating = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    if accumulating and trainer.max_epochs not in (None, -1) and trainer.num_training_batches < math.inf:
+        each = [accumulating[-1].get_accumulate_grad_batches(epoch) for epoch in range(trainer.max_epochs)]
+        steps = float(sum(math.ceil(trainer.num_training_batches / batches) for batches in each))
     if trainer.max_steps != -1:  # which counts the steps of all optimizers together
         steps = min(steps, trainer.max_steps / max(1, len(trainer.optimizers)))
     return max(1, int(steps))
@@ -35,7 +38,7 @@ def is_stopping(trainer: Trainer) -> bool:
 
 def is_early(admm: ADMM) -> bool:
     """Say whether the mask is far from where it was to be fixed, but for a few steps that were skipped."""
-    return 0 < admm.step < 0.9 * admm.schedule.freeze_step(admm.total_steps)
+    return 0 < admm.step < admm.schedule.freeze_step(admm.total_steps) - slack(admm.total_steps)
 
 
 def is_last_step(trainer: Trainer) -> bool:
@@ -44,13 +47,3 @@ def is_last_step(trainer: Trainer) -> bool:
         return True
     last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
     return last_epoch and trainer.is_last_batch
-
-
-def global_step(checkpoint: str) -> int | None:
-    """Return the step of a checkpoint that this run wrote; None where there is no such file."""
-    path = Path(checkpoint)
-    file = path / WRITTEN_LAST if path.is_dir() else path
-    if not file.is_file():
-        return None
-    step: int = torch.load(file, map_location="meta", mmap=True, weights_only=False)["global_step"]
-    return step

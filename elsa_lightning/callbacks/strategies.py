@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import (
 from torch.optim import Optimizer
 
 from elsa_lightning.admm import ADMM
+from elsa_lightning.callbacks.saves import MethodHook
 from elsa_lightning.checkpoints import check_loadable_by_fsdp1, saved_state_keys
 from elsa_lightning.errors import UserError
 
@@ -48,21 +49,7 @@ def check_optimizer_of_fsdp(optimizer: Optimizer) -> None:
         )
 
 
-class StrategyHook:
-    """Methods of one strategy that are wrapped until :meth:`remove`."""
-
-    def __init__(self, strategy: Strategy, **methods: Callable[..., Any]) -> None:
-        self._strategy, self._names = strategy, list(methods)
-        for name, method in methods.items():
-            setattr(strategy, name, method)
-
-    def remove(self) -> None:
-        """Return to the strategy's own methods."""
-        for name in self._names:
-            self._strategy.__dict__.pop(name, None)
-
-
-def watch_fsdp(strategy: FSDPStrategy, before_saving: Callable[[], None]) -> StrategyHook:
+def watch_fsdp(strategy: FSDPStrategy, before_saving: Callable[[], None]) -> MethodHook:
     """See what is saved before FSDP1 gathers it, and that it can load what is to be loaded."""
     save, load = strategy.lightning_module_state_dict, strategy.load_checkpoint
 
@@ -74,7 +61,7 @@ def watch_fsdp(strategy: FSDPStrategy, before_saving: Callable[[], None]) -> Str
         check_loadable_by_fsdp1(Path(strategy.broadcast(checkpoint_path)))
         return load(checkpoint_path, *args, **kwargs)
 
-    return StrategyHook(strategy, lightning_module_state_dict=saving, load_checkpoint=loading)
+    return MethodHook(strategy, lightning_module_state_dict=saving, load_checkpoint=loading)
 
 
 def expect_what_is_loaded(
@@ -97,4 +84,4 @@ def expect_what_is_loaded(
             for p in unused:
                 p.requires_grad_(True)
 
-    hook = StrategyHook(strategy, load_checkpoint=expecting)
+    hook = MethodHook(strategy, load_checkpoint=expecting)

@@ -1,0 +1,105 @@
+"""What monitors a metric waits until the model is as sparse as was asked: before that the best one is the densest."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from elsa_lightning.errors import UserError
+from elsa_lightning.schedule import Schedule
+
+_NO_QUALITY = ("step", "epoch", "elsa")  # monitors of these keep the latest, or watch the method itself
+
+
+class Monitors:
+    """Keeps early stopping away, and lets no checkpoint be the best, until the mask is fixed.
+
+    Attributes:
+        count: Whether the mask is fixed, so that what they see is what the run is for.
+    """
+
+    def __init__(self) -> None:
+        self.count = False
+        self._away: list[Callback] = []
+        self._order: list[Callback] = []
+
+    def check(self, trainer: Trainer, schedule: Schedule) -> None:
+        """Raise UserError if a metric is monitored in a run that never fixes its mask before it ends."""
+        watching: list[EarlyStopping | ModelCheckpoint] = [*_stoppers(trainer), *_savers(trainer)]
+        if watching and schedule.frozen == 0:
+            raise UserError(
+                f"{type(watching[0]).__name__}(monitor={watching[0].monitor!r}) and ElsaCallback(frozen=0) do not go "
+                f"together: weights are compared that are not sparse yet. Set frozen above 0 (0.4 is the default), so "
+                f"that it counts from there, or monitor nothing (ModelCheckpoint(save_last=True))"
+            )
+
+    def begin(self, trainer: Trainer, count: bool) -> None:
+        """Send early stopping away, unless the mask is fixed already.
+
+        Args:
+            trainer: Of the run.
+            count: Whether it is.
+        """
+        self.count = count
+        if count:
+            return
+        self._away, self._order = list(_stoppers(trainer)), list(_callbacks(trainer))
+        trainer.callbacks = [c for c in self._order if c not in self._away]  # type: ignore[attr-defined]
+        if watching := [*self._away, *_savers(trainer)]:
+            names = ", ".join(f"{type(c).__name__}(monitor={c.monitor!r})" for c in watching)  # type: ignore[attr-defined]
+            rank_zero_info(f"Elsa: {names} count from when the mask is fixed; before, the best would be the densest")
+        if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
+            rank_zero_warn(
+                "Elsa: ReduceLROnPlateau takes the rising sparsity for a plateau and lowers the learning rate before "
+                "the model can recover; use a schedule of fixed length"
+            )
+
+    def open(self, trainer: Trainer) -> None:
+        """Let them count, with nothing remembered of before; its checkpoints are the first to be replaced."""
+        self.count = True
+        self._forget(trainer)
+        self.put_back(trainer)
+
+    def end(self, trainer: Trainer) -> None:
+        """See to it that a run that ends before it was sparse leaves no best checkpoint."""
+        if not self.count and any(saver.best_model_path for saver in _savers(trainer)):
+            self._forget(trainer)
+            rank_zero_warn(
+                "Elsa: the run ended before its mask was fixed, so no checkpoint is the best one (ckpt_path='best'); "
+                "'last' or a path has the run's latest weights"
+            )
+        self.put_back(trainer)
+
+    def put_back(self, trainer: Trainer) -> None:
+        """Return early stopping to its place."""
+        if self._away:
+            now = _callbacks(trainer)
+            former = [c for c in self._order if c in now or c in self._away]
+            trainer.callbacks = [*former, *(c for c in now if c not in former)]  # type: ignore[attr-defined]
+            self._away = []
+
+    @staticmethod
+    def _forget(trainer: Trainer) -> None:
+        for saver in _savers(trainer):
+            worst = torch.tensor(float("-inf" if saver.mode == "max" else "inf"))
+            saver.best_k_models = dict.fromkeys(saver.best_k_models, worst)
+            saver.kth_value, saver.best_model_path, saver.best_model_score = worst, "", None
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def _stoppers(trainer: Trainer) -> list[EarlyStopping]:
+    return [c for c in _callbacks(trainer) if isinstance(c, EarlyStopping) and _of_quality(c.monitor)]
+
+
+def _savers(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [c for c in _callbacks(trainer) if isinstance(c, ModelCheckpoint) and _of_quality(c.monitor)]
+
+
+def _of_quality(monitor: str | None) -> bool:
+    return monitor is not None and monitor.split("/")[0].rstrip("0123456789_") not in _NO_QUALITY
