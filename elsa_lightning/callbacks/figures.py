@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from elsa_lightning.admm import ADMM
 from elsa_lightning.callbacks.health import Health
 from elsa_lightning.errors import UserError
+from elsa_lightning.optim.rounding import hazard
 from elsa_lightning.report import mask_mosaic
 from elsa_lightning.watch import Stationarity, Update
 
@@ -57,8 +58,12 @@ class Figures:
             metrics["elsa/outranking"] = float(measured.outranking)
         if not all(math.isfinite(value) for value in values):
             raise UserError(
-                f"after {update.step} optimizer steps the constrained weights are no longer finite: the loss diverged. "
-                f"Lower the learning rate, clip gradients (gradient_clip_val) or lower penalty={admm.schedule.penalty}"
+                f"after {update.step} optimizer steps the constrained weights are no longer finite: "
+                + (
+                    hazard(admm.optimizer)
+                    or f"the loss diverged. Lower the learning rate, clip gradients (gradient_clip_val) or lower "
+                    f"penalty={admm.schedule.penalty}"
+                )
             )
         for warning in self._health.warnings(admm, values[0], values[2], values[3]):
             rank_zero_warn(warning)

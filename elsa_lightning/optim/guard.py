@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.sharded import Processes, local
+from elsa_lightning.optim.rounding import hazard
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +56,13 @@ class Guard:
         )
         if self.skipped >= _MOST:
             raise UserError(
-                f"{message} That makes {self.skipped} in a row: the data or the loss is broken, or the run has "
-                f"diverged. Lower the learning rate, clip gradients (gradient_clip_val), or look at the batch; the "
-                f"checkpoints made so far are sound"
+                f"{message} That makes {self.skipped} in a row: "
+                + (
+                    hazard(self.optimizer)
+                    or "the data or the loss is broken, or the run has diverged. Lower the learning rate, clip "
+                    "gradients (gradient_clip_val), or look at the batch"
+                )
+                + "; the checkpoints made so far are sound"
             )
         log.warning("Elsa: %s", message)
         return True

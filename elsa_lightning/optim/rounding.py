@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
+import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +16,53 @@ from elsa_lightning.layout.rows import Rows
 from elsa_lightning.layout.sharded import Part, local
 from elsa_lightning.optim.moments import dtype_name
 
-_ALIKE = {"Adagrad", "Adam", "Adamax", "AdamW", "Lion", "NAdam", "RAdam", "RMSprop", "SGD"}
-
 
 def moves_alike_everywhere(optimizer: Optimizer) -> bool:
     """Say whether a step depends on the gradients alone and not on where the weights are.
 
-    So it is for Adam and its kin, torch's or bitsandbytes', without weight decay.
+    So it is for Adam and its kin without weight decay. Others are told by what they do: two small parameters, one at 0,
+    get the same gradients from an optimizer of the same kind and settings.
     """
-    kinds = {re.sub(r"^Paged|(8|32)bit$", "", kind.__name__) for kind in type(optimizer).__mro__}
-    return bool(kinds & _ALIKE) and not any(group.get("weight_decay") for group in optimizer.param_groups)
+    groups = optimizer.param_groups
+    return not any(group.get("weight_decay") for group in groups) and all(_is_alike(optimizer, g) for g in groups)
+
+
+@torch.no_grad()
+def _is_alike(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    kind, device = type(optimizer), group["params"][0].device
+    known = inspect.signature(kind).parameters.keys() - {"params"}
+    options = {key: value for key, value in {**optimizer.defaults, **group}.items() if key in known}
+    numbers = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(4, 8, generator=numbers).to(device) for _ in range(3)]
+    steps = []
+    for start in (torch.zeros(4, 8, device=device), torch.linspace(-1, 2, 32, device=device).view(4, 8)):
+        p = nn.Parameter(start.clone())
+        try:
+            stepped = kind([p], **{**options, "lr": 0.01})
+            for gradient in gradients:
+                p.grad = gradient.clone()
+                stepped.step()
+        except Exception:  # anybody's code: what cannot be tried is not relied on
+            return False
+        steps.append(p.detach() - start)
+    one, other = steps
+    return bool(one.isfinite().all()) and torch.allclose(one, other, rtol=1e-2, atol=float(one.abs().max()) / 100)
+
+
+def hazard(optimizer: Optimizer) -> str | None:
+    """Return what of an optimizer's settings makes float16 weights NaN whatever the learning rate, or None."""
+    for group in optimizer.param_groups:
+        eps = group.get("eps")
+        if not isinstance(eps, float) or float(torch.tensor(eps, dtype=torch.float16)) > 0:
+            continue
+        for p in group["params"]:
+            moment = optimizer.state.get(p, {}).get("exp_avg_sq")
+            if p.dtype == torch.float16 and (moment is None or moment.dtype == torch.float16):
+                return (
+                    f"eps={eps:g} is 0 in float16, the dtype of the weights, so that a weight without gradient becomes "
+                    f"NaN: set eps=1e-4, or keep float32 weights (precision 16-mixed)"
+                )
+    return None
 
 
 class WeightRounding:
@@ -38,6 +76,7 @@ class WeightRounding:
 
     def __init__(self) -> None:
         self._before: dict[nn.Parameter, Tensor] = {}
+        self._alike: dict[tuple[Any, ...], bool] = {}
 
     @torch.no_grad()
     def set_aside(self, optimizer: Optimizer) -> str | None:
@@ -46,8 +85,8 @@ class WeightRounding:
         low = [p for group in optimizer.param_groups for p in group["params"] if p.dtype in half]
         if not low:
             return None
-        if low[0].dtype != torch.bfloat16 or not moves_alike_everywhere(optimizer):
-            return (
+        if low[0].dtype != torch.bfloat16 or not self._moves_alike(optimizer):
+            return hazard(optimizer) or (
                 f"The weights are {dtype_name(low[0].dtype)}, and steps of {type(optimizer).__name__} that are small "
                 f"beside them are lost to rounding. Use bfloat16 weights with an Adam or SGD without weight_decay, or "
                 f"keep float32 weights (precision bf16-mixed)."
@@ -58,6 +97,12 @@ class WeightRounding:
                 self._before[p] = x.clone()
                 x.zero_()
         return None
+
+    def _moves_alike(self, optimizer: Optimizer) -> bool:
+        key = tuple(group.get("weight_decay") for group in optimizer.param_groups)  # a schedule may change it
+        if key not in self._alike:
+            self._alike[key] = moves_alike_everywhere(optimizer)
+        return self._alike[key]
 
     @torch.no_grad()
     def put_back(

@@ -1,0 +1,127 @@
+"""Which optimizers may step from 0, told by what they do, and what float16 weights die of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from elsa_lightning import ADMM, Unstructured
+from elsa_lightning.optim.rounding import moves_alike_everywhere
+from tests.callbacks.tiny import Net, loader, make_trainer
+
+
+class ByNorm(torch.optim.SGD):
+    """Layer-wise rates (You et al., 2017) in a class that only derives from SGD."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.mul_(p.norm() / p.grad.norm())
+        return super().step(closure)
+
+
+class Plain(Optimizer):
+    """Sign descent under a name that nobody knows."""
+
+    def __init__(self, params: Any, lr: float = 1e-2) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad.sign(), alpha=group["lr"])
+        return loss
+
+
+class SGD(ByNorm):
+    """Of a name that would be trusted."""
+
+
+class Unmakeable(torch.optim.SGD):
+    """Asks for more than its settings say."""
+
+    def __init__(self, params: Any, secret: object, lr: float) -> None:
+        super().__init__(params, lr=lr)
+
+
+@pytest.mark.parametrize(
+    ("make", "alike"),
+    [
+        (lambda p: torch.optim.Adam(p, lr=0.0), True),  # at the start of a warm-up
+        (lambda p: torch.optim.AdamW(p, weight_decay=0.0), True),
+        (lambda p: torch.optim.AdamW(p), False),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), True),
+        (lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1), False),
+        (lambda p: torch.optim.RMSprop(p), True),
+        (lambda p: torch.optim.Adagrad(p), True),
+        (lambda p: torch.optim.NAdam(p), True),
+        (lambda p: torch.optim.Adafactor(p), False),  # its rate follows the weights
+        (lambda p: bitsandbytes.optim.Adam8bit(p), True),
+        (lambda p: bitsandbytes.optim.Lion8bit(p), True),
+        (lambda p: Plain(p), True),
+        (lambda p: ByNorm(p, lr=0.1), False),
+        (lambda p: SGD(p, lr=0.1), False),
+        (lambda p: Unmakeable(p, object(), lr=0.1), False),
+    ],
+)
+def test_an_optimizer_is_known_by_what_it_does(make: Any, alike: bool) -> None:
+    state = torch.get_rng_state()
+    optimizer = make([nn.Parameter(torch.randn(4, 4))])
+    before_it = repr(optimizer.state)
+    assert moves_alike_everywhere(optimizer) == alike
+    assert repr(optimizer.state) == before_it
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    moves_alike_everywhere(optimizer)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.set_rng_state(state)
+
+
+def test_bfloat16_weights_of_an_optimizer_that_looks_at_them_stay_finite() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 16, bias=False, dtype=torch.bfloat16)
+    optimizer = SGD(layer.parameters(), lr=0.01)
+    admm = ADMM(optimizer, {"weight": layer.weight}, Unstructured(0.5), total_steps=20)
+    for _ in range(20):
+        optimizer.zero_grad()
+        data = torch.randn(8, 16, dtype=torch.bfloat16)
+        (layer(data) - data.flip(-1)).square().mean().backward()
+        optimizer.step()
+    admm.finish()
+    assert layer.weight.isfinite().all()
+    assert int((layer.weight == 0).sum()) == 128
+
+
+class Half(Net):
+    """float16 weights, one of whose inputs is always 0, so that some have no gradient."""
+
+    def on_fit_start(self) -> None:
+        self.half()
+
+    def loss(self, batch: torch.Tensor) -> torch.Tensor:
+        batch = batch.clone()
+        batch[:, 0] = 0
+        return super().loss(batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=1e-4)
+
+
+def test_float16_weights_that_die_of_eps_are_told_so(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    from elsa_lightning import ElsaCallback
+
+    model = Half().half()
+    with pytest.raises(ValueError, match=r"eps=1e-08 is 0 in float16.*set eps=1e-4") as raised:
+        make_trainer(tmp_path, ElsaCallback(0.9), max_steps=40).fit(model, loader(batches=40))
+    assert "learning rate" not in str(raised.value)
+    assert "set eps=1e-4" in caplog.text  # before the first step, too
