@@ -26,13 +26,12 @@ class Monitors:
         self._order: list[Callback] = []
 
     def check(self, trainer: Trainer, schedule: Schedule) -> None:
-        """Raise UserError if a metric is monitored in a run that never fixes its mask before it ends."""
-        watching: list[EarlyStopping | ModelCheckpoint] = [*_stoppers(trainer), *_savers(trainer)]
-        if watching and schedule.frozen == 0:
+        """Raise UserError if early stopping would have nothing to look at: a run that fixes its mask as it ends."""
+        if schedule.frozen == 0 and (stoppers := _stoppers(trainer)):
             raise UserError(
-                f"{type(watching[0]).__name__}(monitor={watching[0].monitor!r}) and ElsaCallback(frozen=0) do not go "
-                f"together: weights are compared that are not sparse yet. Set frozen above 0 (0.4 is the default), so "
-                f"that it counts from there, or monitor nothing (ModelCheckpoint(save_last=True))"
+                f"{type(stoppers[0]).__name__}(monitor={stoppers[0].monitor!r}) and ElsaCallback(frozen=0) do not go "
+                f"together: until its end the run compares weights that are not sparse yet. Set frozen above 0 (0.4 is "
+                f"the default), so that early stopping counts from there, or leave it out"
             )
 
     def begin(self, trainer: Trainer, count: bool) -> None:

@@ -276,11 +276,19 @@ def test_a_run_that_ends_before_its_mask_is_fixed_has_no_best(tmp_path: Path) ->
         trainer.test(model, loader(shuffle=False), ckpt_path="best", verbose=False)
 
 
-@pytest.mark.parametrize("watching", [EarlyStopping("val_loss"), ModelCheckpoint(monitor="val_loss")])
-def test_a_monitor_without_a_frozen_phase_is_refused(watching: Callback, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, watching, ElsaCallback(0.9, frozen=0), max_epochs=2)
+def test_early_stopping_without_a_frozen_phase_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, EarlyStopping("val_loss"), ElsaCallback(0.9, frozen=0), max_epochs=2)
     with pytest.raises(UserError, match="frozen above 0"):
         trainer.fit(Densest(), loader(), loader(shuffle=False))
+
+
+def test_without_a_frozen_phase_the_last_is_the_best(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, monitor="val_loss")
+    make_trainer(tmp_path, saver, ElsaCallback(0.9, frozen=0), max_epochs=3).fit(
+        Densest(), loader(), loader(shuffle=False)
+    )
+    best = load(Path(saver.best_model_path))
+    assert all(zeros_of(best["state_dict"])[name] == CUT for name in WEIGHTS)
 
 
 def test_a_saver_that_keeps_the_latest_by_step_is_left_alone(tmp_path: Path) -> None:
