@@ -157,7 +157,7 @@ class ADMM:
     def masks(self) -> dict[str, Tensor]:
         """Return the current masks by parameter name, True where kept; empty before the first step.
 
-        Each is this process's part, ``(out, in)`` or ``(experts, out, in)``, of a flat slice ``(n,)``.
+        Each is this process's part in the parameter's shape, of a flat slice ``(n,)``.
         """
         return dict(self.each_mask())
 
@@ -455,7 +455,7 @@ class ADMM:
         )
 
     def _settings(self) -> dict[str, Any]:
-        names = sorted(f"{name}{tuple(tensor.part.shape)}" for name, tensor in self.tensors.items())
+        names = sorted(tensor.described for tensor in self.tensors.values())
         return {
             "constraint": repr(self.constraint),
             "prox": self.prox,

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.fsdp1 import DenseState
+from elsa_lightning.layout.kernels import matrix_shape
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype
 from elsa_lightning.layout.sharded import check_grain, local, parts_of, processes_of
 from elsa_lightning.optim.moments import set_up
@@ -42,7 +43,9 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
     ) -> None:  # fmt: skip
         self.optimizer, self.state_dtype = optimizer, state_dtype
         self.find_parts()
-        whole = {name: self.parts[p].shape if p in self.parts else p.shape for name, p in parameters.items()}
+        whole = {
+            name: self.parts[p].shape if p in self.parts else matrix_shape(p, p.shape) for name, p in parameters.items()
+        }
         constraint.check(whole)
         self._tensors = {name: self._constrain(name, p, constraint) for name, p in parameters.items()}
         self.places = {tensor.p: place for place, tensor in enumerate(self._tensors.values())}
@@ -114,7 +117,7 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
         """Yield the masks that there are, by name, in the shape of this process's part."""
         for name, tensor in self.items():
             if tensor.has(MASK):
-                yield name, tensor.mask(slice(0, tensor.layout.count)).view(local(tensor.p).shape)
+                yield name, tensor.layout.shaped(tensor.mask(slice(0, tensor.layout.count)), local(tensor.p))
 
     def expect(self, keys: Mapping[nn.Parameter, Collection[str]]) -> None:
         """Make room for a state that will be loaded by name, which finds nothing else.

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.fsdp1 import FlatSlice
+from elsa_lightning.layout.kernels import channels_last, lies_in_rows
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype, decode, encode, pack, unpack
 from elsa_lightning.layout.rows import Piece, Rows
 from elsa_lightning.layout.sharded import Part, laid_out_like, local
@@ -44,12 +45,19 @@ class ConstrainedTensor:
         self, name: str, p: nn.Parameter, part: Part, optimizer: Optimizer, state_dtype: StateDtype, grain: int = 1
     ) -> None:
         self.name, self.p, self.part, self.optimizer, self.state_dtype = name, p, part, optimizer, state_dtype
-        if not _in_rows(p):
+        x = local(p)
+        if not _in_rows(x, part):
             raise UserError(
-                f"{name} is a stack of matrices of shape {tuple(p.shape)} with strides {tuple(local(p).stride())}, and "
-                f"its rows are not below each other in memory: make it contiguous()"
+                f"{name} has shape {tuple(p.shape)} with strides {tuple(x.stride())}, and its rows are not below each "
+                f"other in memory: make it contiguous()"
             )
-        self.layout: Rows = (Rows if part.start is None else FlatSlice)(part, local(p), grain)
+        self.layout: Rows = (Rows if part.start is None else FlatSlice)(part, x, grain)
+        self._channels_last = self.layout.kernel and channels_last(x)
+
+    @property
+    def described(self) -> str:
+        """Name, shape and, where it is not the order of the shape, the order of the entries of a row."""
+        return f"{self.name}{tuple(self.part.shape)}" + " channels_last" * self._channels_last
 
     @property
     def state(self) -> dict[str, Any]:
@@ -71,14 +79,27 @@ class ConstrainedTensor:
         return self.layout.pieces()
 
     def x(self, rows: slice) -> Tensor:
-        """Return rows of the weights, in the same memory."""
-        return self.layout.take(self.p.detach(), rows)
+        """Return rows of the weights, in the same memory.
+
+        Raises:
+            ValueError: Somebody changed the order of a kernel's entries in memory, and the masks have the former one.
+        """
+        x = self.p.detach()
+        if self.layout.kernel and channels_last(local(x)) != self._channels_last:
+            if any(self.has(key) for key in KEYS):
+                raise ValueError(
+                    f"the memory format of {self.name} was changed after pruning had begun, and its mask has the "
+                    f"former one: call model.to(memory_format=...) before the optimizer's first step"
+                )
+            self._channels_last = not self._channels_last
+        return self.layout.take(x, rows)
 
     def grad(self, rows: slice) -> Tensor:
         """Return rows of the gradient, in the same memory."""
         assert self.p.grad is not None
-        if not _in_rows(self.p.grad):
-            self.p.grad = self.p.grad.contiguous()
+        grad = local(self.p.grad)
+        if not _in_rows(grad, self.part) or (self.layout.kernel and channels_last(grad) != self._channels_last):
+            self.p.grad = torch.empty_like(self.p).copy_(self.p.grad)  # which lies as the weights do
         return self.layout.take(self.p.grad, rows)
 
     def importance(self, rows: slice) -> Tensor | None:
@@ -178,7 +199,6 @@ class ConstrainedTensor:
                     self.set_removed(rows, piece.to(self.p.dtype))
 
 
-def _in_rows(t: Tensor) -> bool:
-    """Say whether the matrices of a stack can be seen as rows below each other, in the same memory."""
-    t = local(t)
-    return t.dim() < 3 or t.is_contiguous()
+def _in_rows(t: Tensor, part: Part) -> bool:
+    """Say whether kernels, or the matrices of a stack, can be seen as rows below each other, in the same memory."""
+    return lies_in_rows(t) if t.dim() > len(part.shape) else t.dim() < 3 or t.is_contiguous()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elsa_lightning.layout.sharded import Processes, exact_dtype, local
+from elsa_lightning.layout.sharded import Processes, exact_dtype
 from elsa_lightning.tensors import MASK, ConstrainedTensor
 
 MEASUREMENTS = 10  # of stationarity in a run: each takes a projection of its own
@@ -111,7 +111,7 @@ def occupancy(tensors: Sequence[ConstrainedTensor], processes: Processes) -> tup
     device = tensors[0].p.device
     counts = torch.zeros(len(masked), 4, dtype=exact_dtype(device), device=device)
     for index, tensor in enumerate(masked):
-        whole_rows = tensor.part.start is None and local(tensor.p).shape[-1] == tensor.part.shape[-1]
+        whole_rows = tensor.part.start is None and tensor.layout.shape[-1] == tensor.part.shape[-1]
         for rows, *_ in tensor.pieces() if tensor.part.counts else ():
             mask = tensor.mask(rows)
             empty = (~mask.any(dim=1)).sum() if whole_rows else mask.new_zeros(())

@@ -197,7 +197,7 @@ def test_a_transposed_matrix_is_pruned_like_any_other() -> None:
     assert torch.equal(p, whole) and kept(p) == 160
 
 
-def test_a_convolution_is_refused() -> None:
-    p = nn.Parameter(torch.randn(8, 4, 3, 3))
-    with pytest.raises(ValueError, match="convolution's kernels"):
+def test_kernels_whose_rows_are_nowhere_in_memory_are_refused() -> None:
+    p = nn.Parameter(torch.randn(8, 4, 3, 3).transpose(2, 3))
+    with pytest.raises(ValueError, match="its rows are not below each other in memory"):
         ADMM(torch.optim.Adam([p]), {"p": p}, Unstructured(0.5), total_steps=5)

@@ -29,10 +29,18 @@ def mark_slices(model: nn.Module) -> None:
     """Tell the parameters which part of them this process holds, for :func:`elsa_lightning.layout.sharded.part_of`.
 
     Under HYBRID_SHARD each replica counts within itself, so that all of them find the same.
+
+    Raises:
+        ValueError: Weights do not lie in memory in the order of their shape.
     """
     for unit in _units(model):
         flat = unit._handle.flat_param
         order = dist.get_rank(unit.process_group)
+        if not all(flat._contiguities):
+            raise ValueError(
+                "FSDP1 shards weights in the order of their memory, and some are channels_last: call "
+                "model.to(memory_format=torch.contiguous_format) before training; inputs can stay channels_last"
+            )
         for p, shape, place in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
             start = place.intra_param_start_idx if place.in_shard else 0
             setattr(p, SLICE, Part(shape, (), True, order, True, start))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from elsa_lightning.layout.kernels import as_kernel, as_matrix
 from elsa_lightning.layout.sharded import Part, local
 
 PIECE = 1 << 24  # entries worked on at once: enough to keep a device busy
@@ -28,7 +29,7 @@ class Piece(NamedTuple):
 
 
 class Rows:
-    """The part as local rows ``(rows, n)``.
+    """The part as local rows ``(rows, n)``; kernels ``(out, in, k, ...)`` whose part is a matrix have ``out`` of them.
 
     Args:
         part: Which part of the parameter this process holds.
@@ -38,7 +39,8 @@ class Rows:
 
     def __init__(self, part: Part, x: Tensor, grain: int = 1) -> None:
         self.part, self.grain = part, grain
-        self.shape, self.device = x.shape, x.device
+        self.kernel, self.device = x.dim() > len(part.shape), x.device
+        self.shape = as_matrix(x).shape if self.kernel else x.shape
         self.limit = PIECE_ON_CPU if x.device.type == "cpu" else PIECE
 
     @property
@@ -66,7 +68,13 @@ class Rows:
     def take(self, t: Tensor, rows: slice) -> Tensor:
         """Return rows of a tensor of this layout, in the same memory."""
         t = local(t)
+        if t.dim() > len(self.shape):
+            t = as_matrix(t)
         return t.view(math.prod(t.shape[:-1]), t.shape[-1])[rows]
+
+    def shaped(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Return all rows in the shape of the part."""
+        return as_kernel(rows, like) if self.kernel else rows.view(like.shape)
 
     def width(self, rows: slice) -> int:
         """Return the length of the rows."""

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from elsa_lightning.errors import UserError
+from elsa_lightning.layout.kernels import is_kernel, matrix_shape
 
 SLICE = "_elsa_slice"  # attribute of a parameter that FSDP1 shards: its Part
 GROUP = "_elsa_group"  # and the processes it is sharded over
@@ -31,7 +32,7 @@ class Part:
     """This process's part of a parameter; the whole of it where nothing is sharded.
 
     Attributes:
-        shape: Of the whole parameter, ``(out, in)`` or ``(experts, out, in)``.
+        shape: Of the whole parameter, ``(out, in)`` or ``(experts, out, in)``; see :meth:`as_matrix`.
         offsets: Index of the part's first entry in each dimension of the whole.
         counts: Whether this process counts the part: of several that hold the same entries one does.
         order: Place among the parts, which decides between equals.
@@ -45,6 +46,12 @@ class Part:
     order: int = 0
     sharded: bool = False
     start: int | None = None
+
+    def as_matrix(self, p: Tensor) -> Part:
+        """Return the part of a convolution's kernels as that of a matrix, unless shards cut its rows."""
+        if not is_kernel(p, self.shape) or _cuts_rows(p):
+            return self
+        return replace(self, shape=matrix_shape(p, self.shape), offsets=self.offsets and (self.offsets[0], 0))
 
     def noise(self, local: torch.Size, rows: slice, seed: int, device: torch.device) -> Tensor:
         """Return random int32 ``(rows, n)``, which depend on the seed and the place in the whole.
@@ -139,6 +146,12 @@ def processes_of(parameters: Iterable[nn.Parameter]) -> Processes:
     return Processes([largest.get_group(dim) for dim in range(largest.ndim)], int(largest.mesh.flatten()[0]))
 
 
+def _cuts_rows(kernel: Tensor) -> bool:
+    return isinstance(kernel, DTensor) and any(
+        place.is_shard() and not place.is_shard(0) for place in kernel.placements
+    )
+
+
 def _replicated(p: DTensor) -> bool:
     return all(isinstance(placement, Replicate) for placement in p.placements)
 
@@ -163,11 +176,11 @@ def part_of(p: Tensor, root: int = 0) -> Part:
 
 
 def parts_of(parameters: Iterable[nn.Parameter], processes: Processes) -> dict[nn.Parameter, Part]:
-    """Return the parts that this process holds of parameters that are counted together.
+    """Return the parts that this process holds of parameters that are counted together, as matrices or stacks of them.
 
     Where none is sharded each process counts for itself; else what all of them hold whole is counted by the first.
     """
-    parts = {p: part_of(p, processes.root) for p in parameters}
+    parts = {p: part_of(p, processes.root).as_matrix(p) for p in parameters}
     if not processes.groups:
         return {p: replace(part, counts=True) for p, part in parts.items()}
     first = dist.get_rank() == processes.root
@@ -214,12 +227,12 @@ def laid_out_like(p: Tensor, t: Tensor, n: int) -> Tensor:
 
     Args:
         p: The parameter.
-        t: Local entries, ``(..., k)`` with the leading dimensions of the local part of ``p``.
+        t: Local entries, ``(..., k)`` with the leading dimensions of the local part of ``p``; of kernels ``(out, k)``.
         n: Length of the last dimension of the whole.
     """
     if not isinstance(p, DTensor):
         return t
-    shape = torch.Size((*p.shape[:-1], n))
+    shape = torch.Size((*p.shape[: t.dim() - 1], n))
     stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
     return DTensor.from_local(t, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
 
@@ -235,7 +248,14 @@ def check_grain(name: str, p: Tensor, rows: int, columns: int) -> None:
     """
     if not isinstance(p, DTensor):
         return
-    for dim, together, what in ((p.dim() - 1, columns, "entries of a row"), (p.dim() - 2, rows, "rows")):
+    kernel = is_kernel(p, p.shape)
+    if kernel and _cuts_rows(p):
+        raise ValueError(
+            f"{name} has a convolution's kernels {tuple(p.shape)} that are sharded along another dimension than their "
+            f"first: shard them along dimension 0, as fully_shard does"
+        )
+    last = [] if kernel else [(p.dim() - 1, columns, "entries of a row")]
+    for dim, together, what in (*last, (0 if kernel else p.dim() - 2, rows, "rows")):
         placements = zip(p.device_mesh.shape, p.placements, strict=True)
         pieces = math.prod(size for size, place in placements if place.is_shard(dim))
         each: Any = -(-p.shape[dim] // pieces)  # shards are as even as this allows

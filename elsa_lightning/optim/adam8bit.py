@@ -10,6 +10,7 @@ from bitsandbytes import functional
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from elsa_lightning.layout.kernels import matrix_shape, rows_of
 from elsa_lightning.layout.sharded import check_grain, laid_out_like, local, part_of
 from elsa_lightning.optim.moments import BNB_BLOCK
 
@@ -64,8 +65,8 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
         self._make_room(p)
 
     def _make_room(self, p: nn.Parameter) -> None:
-        state, x = self.state[p], local(p)
-        blocks, all_blocks = -(-x.shape[-1] // BNB_BLOCK), -(-p.shape[-1] // BNB_BLOCK)
+        state, x = self.state[p], rows_of(p, local(p))
+        blocks, all_blocks = (-(-shape[-1] // BNB_BLOCK) for shape in (x.shape, matrix_shape(p, p.shape)))
 
         def room(each: int, dtype: torch.dtype) -> Tensor:
             empty = torch.zeros((*x.shape[:-1], each * blocks), dtype=dtype, device=x.device)
@@ -88,7 +89,9 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
         """Make a step of one parameter's local entries."""
         state = self.state[p]
         state["step"] += 1
-        x, grad = local(p), local(cast(Tensor, p.grad)).contiguous()
+        x, grad = local(p), local(cast(Tensor, p.grad))
+        if grad.stride() != x.stride():
+            grad = torch.empty_like(x).copy_(grad)
         if x.numel() == 0:
             return
         beta1, beta2 = group["betas"]
@@ -99,6 +102,7 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
                 0.0, group["weight_decay"], 1.0, None, max_unorm=0.0, skip_zeros=False,
             )  # fmt: skip
             return
+        x, grad = rows_of(p, x), rows_of(p, grad)
         filler = first.shape[-1] - x.shape[-1]
         weights, grad = (nn.functional.pad(t, (0, filler)) if filler else t for t in (x, grad))
         scales = [local(state[name]).view(-1) for name in ("absmax1", "absmax2")]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from elsa_lightning.layout.kernels import rows_of
 from elsa_lightning.layout.sharded import local
 
 _ROTATED = {"GG", "Q", "QL", "QR"}  # SOAP and Shampoo: their moments are of the gradient in another basis
@@ -25,13 +26,13 @@ def second_moment(optimizer: Optimizer, p: nn.Parameter, rows: slice | None = No
         optimizer: Any.
         p: One of its parameters.
         rows: Only these rows ``(rows, n)`` of the matrices below each other, or these entries ``(1, n)`` of a flat
-            slice; None for all, in the shape of the part.
+            slice; None for all, in the shape of the part, kernels as a matrix.
     """
     state = optimizer.state.get(p, {})
     kept = state.get("exp_avg_sq", state.get("state2"))
     if not isinstance(kept, Tensor) or _ROTATED & state.keys():
         return None
-    moment, x = local(kept), local(p)
+    moment, x = rows_of(p, local(kept)), rows_of(p, local(p))
     if moment.shape[:-1] != x.shape[:-1] or moment.shape[-1] < x.shape[-1]:
         return None
     n = x.shape[-1]

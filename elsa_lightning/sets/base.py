@@ -115,8 +115,8 @@ class Constraint(ABC):
         for name, shape in shapes.items():
             if len(shape) not in (2, 3):
                 raise UserError(
-                    f"{name} has shape {tuple(shape)}; a constrained tensor is a matrix or a stack of matrices, which "
-                    f"a convolution's kernels are not: leave it out of targets"
+                    f"{name} has shape {tuple(shape)}; a constrained tensor is a matrix or a stack of matrices (or a "
+                    f"convolution's kernels, sharded along their first dimension if at all): leave it out of targets"
                 )
 
     def relaxed(self, tightness: float) -> Self:
