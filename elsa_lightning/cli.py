@@ -49,7 +49,10 @@ class ElsaTrainer(Trainer):
         if gpu_memory is not None and gpu_memory <= 0:
             raise UserError(f"gpu_memory must be above 0 GiB, got {gpu_memory:g}")
         print(f"{model.name}, batches of {datamodule.batch_size} × {datamodule.seq_len} tokens on each device")
-        print(self.memory(model, datamodule).table(devices, gpu_memory))
+        planned = self.memory(model, datamodule)
+        if planned.warning:
+            print(planned.warning)
+        print(planned.table(devices, gpu_memory))
 
     def memory(self, model: CausalLM, datamodule: CalibrationData) -> Plan:
         """Return the memory plan of this Trainer's run."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from elsa_lightning.layout.kernels import matrix_shape
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype
 from elsa_lightning.layout.rows import PIECE
 from elsa_lightning.optim.moments import dtype_name
@@ -33,6 +34,7 @@ class Plan:
         largest_block: Bytes of weights and gradients of the largest block, which sharding gathers.
         transient: Bytes that come and go at each step and projection, estimated.
         activations: Bytes of activations and logits, estimated.
+        warning: That less of the model is constrained than one may think, or None.
     """
 
     parameters: int
@@ -41,6 +43,7 @@ class Plan:
     largest_block: int
     transient: int
     activations: int
+    warning: str | None = None
 
     def total(self, shards: int = 1) -> int:
         """Return the bytes on each device, with everything but activations sharded over so many."""
@@ -111,7 +114,8 @@ def plan(
     """
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
-    chosen = select(model, targets, ignore).parameters.values() if state_dtype is not None else ()
+    selection = select(model, targets, ignore, quiet=True) if state_dtype is not None else None
+    chosen = selection.parameters.values() if selection is not None else ()
     width = dtype.itemsize
 
     @cache
@@ -138,10 +142,12 @@ def plan(
     exact = {
         f"weights ({dtype_name(dtype)})": total * width,
         "gradients": total * width,
-        "optimizer state": sum(moments(p.shape) for p in parameters),
+        "optimizer state": sum(moments(matrix_shape(p, p.shape)) for p in parameters),
     }
     if state_dtype is not None:
-        exact[f"Elsa's state ({state_dtype}, mask)"] = sum(elsa_bytes(p.shape, state_dtype) for p in chosen)
+        exact[f"Elsa's state ({state_dtype}, mask)"] = sum(
+            elsa_bytes(matrix_shape(p, p.shape), state_dtype) for p in chosen
+        )
     if teacher:
         exact["dense model (bfloat16)"] = 2 * total
     largest = max((p.numel() for p in chosen), default=0)
@@ -154,6 +160,7 @@ def plan(
         largest_block=_largest_block(model) * 2 * width,
         transient=max(rounding * (dtype == torch.bfloat16), projecting) + 2 * total * autocast,
         activations=_activations(model, tokens, 2 if autocast else width, checkpointing, teacher),
+        warning=None if selection is None else selection.warning(),
     )
 
 

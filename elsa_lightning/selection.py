@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from elsa_lightning.errors import UserError
+from elsa_lightning.anatomy import Anatomy, examine, shape_of
+from elsa_lightning.coverage import advice
 from elsa_lightning.layout.fsdp1 import mark_slices, settle
-from elsa_lightning.layout.sharded import clean, local, part_of, parts_of, processes_of
+from elsa_lightning.layout.sharded import local, parts_of, processes_of
 
 ALL_LINEAR = "all-linear"
 
@@ -23,16 +26,26 @@ class Selection:
     Attributes:
         parameters: Constrained parameters by name.
         total: Elements of all parameters, shared ones counted once.
-        exempt: Elements of embeddings, the LM head and what ``ignore`` names: dense by intent.
-        head: Name of a layer that was taken for the head by its shape, where the model does not say which it is.
-        left_out: Elements by name of matrices that are dense though nobody said so.
+        dense: Elements by reason of what is dense by intent.
+        left_out: Elements by name of matrices that are dense though nobody said so, and could be constrained.
+        frozen: Elements by name of matrices that are not trained (``requires_grad`` False), and so stay dense.
+        computed: Likewise of what a parametrization computes a weight from.
+        heads: Dense weights that were taken for an output layer's by their ``name`` or ``shape``.
+        guessed: Elements of those taken by their shape.
+        targets: What was to be constrained.
+        names: Of all parameters.
     """
 
     parameters: dict[str, nn.Parameter]
     total: int
-    exempt: int
+    dense: dict[str, int]
     left_out: dict[str, int]
-    head: str | None = None
+    frozen: dict[str, int] = field(default_factory=dict)
+    computed: dict[str, int] = field(default_factory=dict)
+    heads: dict[str, str] = field(default_factory=dict)
+    guessed: int = 0
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+    names: Collection[str] = ()
 
     @property
     def constrained(self) -> int:
@@ -40,12 +53,16 @@ class Selection:
         return sum(_size(p) for p in self.parameters.values())
 
     def summary(self) -> str:
-        """Return one line for the log: how much is constrained."""
+        """Return one line for the log: how much is constrained, and what is dense by intent."""
         share = self.constrained / max(self.total, 1)
+        dense = ", ".join(f"{reason} {size:,}" for reason, size in self.dense.items() if size)
+        heads = ", ".join(f"{name} (by its {told})" for name, told in self.heads.items())
+        more = ", ".join(f"'{re.escape(name)}$'" for name in self.heads)
         return (
             f"{len(self.parameters)} tensors constrained: {self.constrained:,} of {self.total:,} parameters "
-            f"({share:.1%}); embeddings, LM head and ignored: {self.exempt:,} dense"
-            + (f"; taken for the head by its shape: {self.head}" if self.head else "")
+            f"({share:.1%})"
+            + (f"; dense: {dense}" if dense else "")
+            + (f"; taken for the output layer: {heads}; to prune it too add {more} to targets" if heads else "")
         )
 
     def warning(self, tolerated: float = 0.1) -> str | None:
@@ -54,88 +71,135 @@ class Selection:
         Args:
             tolerated: Share of the matrices that may be left out silently.
         """
-        left_out = sum(self.left_out.values())
-        if left_out <= tolerated * (left_out + self.constrained):
-            return None
-        groups: dict[str, int] = {}
-        for name, size in self.left_out.items():
-            group = re.sub(r"\d+", "*", name)
-            groups[group] = groups.get(group, 0) + size
-        largest = sorted(groups.items(), key=lambda item: -item[1])[:5]
-        names = "\n".join(f"    {group}  ({size:,} parameters)" for group, size in largest)
-        worth = [_pattern(group) for group, size in largest if size >= tolerated * left_out]  # no router, say
-        targets = [f"'{pattern}'" for pattern in (ALL_LINEAR, *worth)]
-        return (
-            f"LOW COVERAGE: {left_out:,} of the {left_out + self.constrained:,} parameters in matrices are NOT "
-            f"constrained and stay dense. The largest:\n{names}\n  Constrain them by name, for example "
-            f"targets=[{', '.join(targets)}], or list them in ignore to say that dense is meant. Frozen ones "
-            f"(requires_grad False) are never constrained: nothing would train what is left of them."
-        )
+        return "\n".join(advice(self, tolerated)) or None
 
 
-def _pattern(group: str) -> str:
-    return re.sub(r"(\\\*)+", r"\\d+", re.escape(group)) + "$"
-
-
-def select(model: nn.Module, targets: Sequence[str] = (ALL_LINEAR,), ignore: Sequence[str] = ()) -> Selection:
-    """Choose the parameters to constrain.
+def select(
+    model: nn.Module,
+    targets: Sequence[str] = (ALL_LINEAR,),
+    ignore: Sequence[str] = (),
+    *,
+    trained: Iterable[nn.Parameter] | None = None,
+    quiet: bool = False,
+) -> Selection:
+    """Choose the parameters to constrain; ``docs/what_is_pruned.md`` lists them.
 
     Args:
         model: Any module.
-        targets: What to constrain. ``"all-linear"`` means the weight of every ``nn.Linear`` and Hugging Face
-            ``Conv1D`` except the LM head (tied to the embedding or not); anything else is a regular expression
-            searched for in the parameter names.
+        targets: What to constrain. ``"all-linear"`` means every weight that multiplies (linear layers, convolutions,
+            attention, recurrent layers, experts) but embeddings, output layers, adapters and depthwise convolutions;
+            anything else is a regular expression searched for in the parameter names.
         ignore: Regular expressions of parameter names to leave dense, stronger than ``targets``.
+        trained: The parameters of the optimizer whose weights are pruned, where the model has several optimizers; the
+            others' are left alone. None takes all.
+        quiet: Do not warn of low coverage, because the caller does.
 
     Raises:
-        ValueError: A pattern is no regular expression or matches nothing, or nothing is left to constrain.
+        ValueError: A pattern is no regular expression or matches nothing or no matrix, or nothing is left to constrain.
     """
-    names = {clean(name): p for name, p in model.named_parameters()}
-    heads, guess = _embeddings_and_heads(model)
+    found = examine(model)
+    names = found.parameters
+    exempt = found.embeddings | found.heads | found.adapters | found.depthwise
     matched: set[str] = set()
     for target in targets:
         if target == ALL_LINEAR:
-            linear = _linear_weights(model) - heads
-            matched |= {name for name, p in names.items() if id(p) in linear}
+            matched |= found.multiply - exempt
         else:
-            matched |= _search("targets", target, names)
+            named = _search("targets", target, names)
+            matched |= named if named <= found.adapters else named - found.adapters  # meant, or met by chance
     ignored: set[str] = set().union(*(_search("ignore", pattern, names) for pattern in ignore))
     matched -= ignored
-    chosen = {name: p for name, p in names.items() if name in matched and p.requires_grad}
+    ours = None if trained is None else {id(p) for p in trained}
+    others = set() if ours is None else {name for name, p in names.items() if id(p) not in ours}
+    chosen = {n: p for n, p in names.items() if n in matched and p.requires_grad and n not in others}
     if not chosen:
-        raise UserError(
-            f"nothing to constrain: targets={list(targets)} and ignore={list(ignore)} select none of the model's "
-            f"{len(names)} parameters that are trained; '{ALL_LINEAR}' needs nn.Linear or Conv1D layers, other models "
-            f"need name patterns, and frozen parameters (requires_grad False) need to be trained"
-        )
-    kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
-    if convolutions := [name for name, p in chosen.items() if id(p) in kernels]:
-        raise UserError(
-            f"targets select {convolutions[0]!r}, a convolution's kernels, which are no matrices: leave it out"
-        )
-    if vectors := [name for name, p in chosen.items() if len(part_of(p).shape) < 2]:
-        raise UserError(
-            f"targets select {vectors[0]!r}, which is no matrix (shape {tuple(part_of(chosen[vectors[0]]).shape)}); "
-            f"norms and biases stay dense: make the pattern more specific, for example 'proj.*weight'"
-        )
-    exempt = {name for name, p in names.items() if id(p) in heads or name in ignored} - chosen.keys()
-    return Selection(
+        raise UserError(_nothing(targets, ignore, found, others))
+    for name in chosen:
+        _check(name, found)
+    dense, groups = _dense(found, chosen, ignored, others)
+    heads = {name: told for name, told in found.taken.items() if name not in ignored | others | chosen.keys()}
+    selection = Selection(
         parameters=chosen,
         total=sum(_size(p) for p in names.values()),
-        exempt=sum(_size(names[name]) for name in exempt),
-        left_out={
-            n: _size(p) for n, p in names.items()
-            if len(part_of(p).shape) > 1 and n not in chosen and n not in exempt
-        },
-        head=guess,
-    )  # fmt: skip
+        dense=dense,
+        left_out=groups["left out"],
+        frozen=groups["frozen"],
+        computed=groups["computed"],
+        heads=heads,
+        guessed=sum(_size(names[name]) for name, told in heads.items() if told == "shape"),
+        targets=tuple(targets),
+        names=names.keys(),
+    )
+    if not quiet and (warning := selection.warning()):
+        warnings.warn(warning, stacklevel=2)
+    return selection
+
+
+def _dense(
+    found: Anatomy, chosen: Mapping[str, nn.Parameter], ignored: set[str], others: set[str]
+) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """Return the elements of what is dense by intent, by reason, and of the other matrices, by kind and name."""
+    reasons = {
+        "ignored": ignored,
+        "other optimizers'": others,
+        "embeddings and output layers": found.embeddings | found.heads,
+        "adapters": found.adapters,
+        "depthwise kernels": found.depthwise,
+    }
+    size = {name: _size(p) for name, p in found.parameters.items()}
+    dense = dict.fromkeys(reasons, 0)
+    groups: dict[str, dict[str, int]] = {"left out": {}, "frozen": {}, "computed": {}}
+    matrices = set(found.matrices())
+    for name, p in found.parameters.items():
+        reason = next((reason for reason, members in reasons.items() if name in members), None)
+        if name in chosen:
+            continue
+        if reason is not None:
+            dense[reason] += size[name]
+        elif name in matrices:
+            kind = "computed" if name in found.computed else "left out" if p.requires_grad else "frozen"
+            groups[kind][name] = size[name]
+    return dense, groups
+
+
+def _check(name: str, found: Anatomy) -> None:
+    """Raise ValueError if a parameter that targets select cannot be constrained."""
+    if name in found.computed:
+        raise UserError(
+            f"targets select {name!r}, from which a parametrization (such as weight_norm) computes "
+            f"{found.computed[name]!r}: zeros there are none in the weight, or break it. Remove the parametrization "
+            f"(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm), or leave it out"
+        )
+    if name in found.vectors:
+        raise UserError(
+            f"targets select {name!r}, which is no matrix (shape {tuple(shape_of(found.parameters[name]))}); "
+            f"norms and biases stay dense: make the pattern more specific, for example 'proj.*weight'"
+        )
+
+
+def _nothing(targets: Sequence[str], ignore: Sequence[str], found: Anatomy, others: set[str]) -> str:
+    message = (
+        f"nothing to constrain: targets={list(targets)} and ignore={list(ignore)} select none of the model's "
+        f"{len(found.parameters)} parameters that are trained; '{ALL_LINEAR}' needs linear, convolutional, attention "
+        f"or recurrent layers, other models need name patterns, and frozen parameters (requires_grad False) need to be "
+        f"trained"
+    )
+    if others:
+        message += f"; {len(others)} of them are not among the optimizer's"
+    if found.adapters:
+        message += "; adapters (LoRA) are not pruned, and the layers they are added to are trained once unfrozen"
+    if found.taken:
+        message += f"; {', '.join(found.taken)} is taken for the output layer, which a pattern of its name would select"
+    if found.computed:
+        message += f"; {next(iter(found.computed.values()))} is computed by a parametrization, which must be removed"
+    return message
 
 
 def _size(p: nn.Parameter) -> int:
-    return part_of(p).shape.numel()
+    return shape_of(p).numel()
 
 
-def _search(argument: str, pattern: str, names: dict[str, nn.Parameter]) -> set[str]:
+def _search(argument: str, pattern: str, names: Collection[str]) -> set[str]:
     try:
         found = {name for name in names if re.search(pattern, name)}
     except re.error as error:
@@ -146,49 +210,16 @@ def _search(argument: str, pattern: str, names: dict[str, nn.Parameter]) -> set[
     return found
 
 
-def _linear_weights(model: nn.Module) -> set[int]:
-    """Return the ids of the weights of Linear layers."""
-    return {
-        id(module.weight)
-        for module in model.modules()
-        # transformers' Conv1D is recognised by name, so that transformers is not imported for it
-        if isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
-    }
+def count_zeros(model: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> tuple[int, int]:
+    """Return (zeros, elements) of weights, over all processes.
 
-
-def _embeddings_and_heads(model: nn.Module) -> tuple[set[int], str | None]:
-    """Return the ids of the parameters of embeddings and output layers, and the name of one that is a guess.
-
-    Hugging Face models name their output layer. Elsewhere the one Linear of an embedding's shape is taken for it; where
-    several have that shape they are hidden layers.
+    Args:
+        model: Where they are.
+        parameters: Which of them; None takes those that ``all-linear`` means.
     """
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    found = {id(module.weight) for module in embeddings}
-    hugging_face = False
-    for module in model.modules():
-        output = getattr(module, "get_output_embeddings", None)
-        if callable(output):
-            hugging_face = True
-            head = output()
-            if isinstance(head, nn.Module):
-                found |= {id(p) for p in head.parameters()}
-    if hugging_face:
-        return found, None
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for size, width in sorted({(e.num_embeddings, e.embedding_dim) for e in embeddings}, reverse=True):
-        alike = [name for name, module in linear.items() if (module.out_features, module.in_features) == (size, width)]
-        if len(alike) == 1:
-            head_layer = linear[alike[0]]
-            guess = None if id(head_layer.weight) in found else clean(alike[0])  # tied to the embedding: no guess
-            return found | {id(p) for p in head_layer.parameters()}, guess
-    return found, None
-
-
-def count_zeros(model: nn.Module) -> tuple[int, int]:
-    """Return (zeros, elements) of the weights that ``all-linear`` means, over all processes."""
     settle(model)
     mark_slices(model)
-    parameters = select(model).parameters.values()
+    parameters = select(model, quiet=True).parameters.values() if parameters is None else list(parameters)
     processes = processes_of(parameters)
     parts = parts_of(parameters, processes)
     zeros = sum(int((local(p) == 0).sum()) for p, part in parts.items() if part.counts)

@@ -60,10 +60,10 @@ class ElsaCallback(Callback):
         ramp: Fraction of all steps over which the sparsity rises to its target, from 70 % or from less if that is all.
         frozen: Fraction of all steps, the last ones, in which the mask is fixed and the zeros are exact.
         state_dtype: What the method's own number a weight is kept in: ``float32``, ``bfloat16`` or ``float8_e4m3fn``.
-        targets: What to constrain: ``all-linear`` (every Linear and Conv1D weight but the LM head), or regular
-            expressions of parameter names, or both.
+        targets: What to constrain: ``all-linear`` (every weight that multiplies but embeddings, output layers,
+            adapters and depthwise convolutions), or regular expressions of parameter names, or both.
         ignore: Regular expressions of parameter names that stay dense.
-        optimizer_index: Which optimizer's parameters, for a module with several.
+        optimizer_index: Which optimizer's parameters, for a module with several; those of the others stay dense.
 
     Raises:
         ValueError: An argument is out of range.
@@ -151,7 +151,9 @@ class ElsaCallback(Callback):
         if isinstance(strategy, FSDPStrategy):
             check_optimizer_of_fsdp(optimizer)
             mark_slices(strategy.model or pl_module)
-        selection = select(pl_module, self.targets, self.ignore)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        several = len(trainer.optimizers) > 1  # alone it must have all, or somebody forgot some
+        selection = select(pl_module, self.targets, self.ignore, trained=trained if several else None, quiet=True)
         self._take_hooks_off()
         self._running = False  # a learning-rate finder may train before the run begins
         # before ADMM's, so that it knows
@@ -190,7 +192,7 @@ class ElsaCallback(Callback):
         if self.optimizer_index is None and len(optimizers) > 1:
             raise UserError(
                 f"the module has {len(optimizers)} optimizers ({names}); say whose weights to prune with "
-                f"optimizer_index, and restrict targets to them"
+                f"optimizer_index"
             )
         index = self.optimizer_index or 0
         if not 0 <= index < len(optimizers):

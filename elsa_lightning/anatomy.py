@@ -1,0 +1,197 @@
+"""What the parameters of a model are: weights that multiply, embeddings, output layers, adapters, and the rest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from elsa_lightning.layout.kernels import mark_kernel, matrix_shape
+from elsa_lightning.layout.sharded import clean, part_of
+
+_HEAD = re.compile(r"(aux_|lm_)?heads?(_\w+)?|(aux_)?classifier|classification_head|score|qa_outputs|logits")
+_LAST_HEAD = re.compile(rf"fc|{_HEAD.pattern}")  # where nothing but other heads comes after it
+_ADAPTER = re.compile(r"(^|\.)lora_\w+")
+_ADDED = re.compile(r"bias|emb|(^|[._])pos|position|token|norm", re.IGNORECASE)  # names of what does not multiply
+_EXPERTS = re.compile(r"experts?|moe", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parameters of a model by what they do, under names without those of wrappers.
+
+    Attributes:
+        parameters: All by name, shared ones once.
+        multiply: The weights that ``all-linear`` means, before anything is exempt.
+        embeddings: Of embeddings, and layers tied to them.
+        heads: Weights and biases of output layers.
+        taken: Of these, weights that the model itself does not declare, with what told: ``name`` or ``shape``.
+        depthwise: Kernels with one input channel each.
+        adapters: What LoRA and its kin add to frozen layers.
+        computed: What a parametrization such as weight_norm computes a weight from, with the weight's name.
+        vectors: What is no matrix: norms, biases, whatever their shape.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    multiply: set[str] = field(default_factory=set)
+    embeddings: set[str] = field(default_factory=set)
+    heads: set[str] = field(default_factory=set)
+    taken: dict[str, str] = field(default_factory=dict)
+    depthwise: set[str] = field(default_factory=set)
+    adapters: set[str] = field(default_factory=set)
+    computed: dict[str, str] = field(default_factory=dict)
+    vectors: set[str] = field(default_factory=set)
+
+    def matrices(self) -> Iterator[str]:
+        """Yield what multiplies or may do so: all but vectors, tables and what is added."""
+        for name, p in self.parameters.items():
+            shape = shape_of(p)
+            broadcast = len(shape) > 2 and shape[0] == 1
+            if name in self.multiply or not (name in self.vectors or broadcast or _ADDED.search(name)):
+                yield name
+
+
+def shape_of(p: nn.Parameter) -> torch.Size:
+    """Return the shape of the whole parameter, a convolution's kernels as a matrix."""
+    return matrix_shape(p, part_of(p).shape)
+
+
+def examine(model: nn.Module) -> Anatomy:
+    """Find out what the parameters of a model are.
+
+    Raises:
+        ValueError: Some have no shape yet.
+    """
+    parameters = {clean(name): p for name, p in model.named_parameters()}
+    if lazy := [name for name, p in parameters.items() if isinstance(p, nn.UninitializedParameter)]:
+        raise ValueError(f"{lazy[0]} has no shape yet (a lazy module): send one batch through the model first")
+    names = {id(p): name for name, p in parameters.items()}
+    found = Anatomy(parameters)
+    norms: set[str] = set()
+    for path, module in model.named_modules():
+        weights = list(_weights(module))
+        found.multiply.update(names[id(p)] for _, p in weights if id(p) in names)
+        if isinstance(module, nn.modules.conv._ConvNd):
+            for _, p in weights:
+                mark_kernel(p)
+            if module.groups == module.in_channels > 1:
+                found.depthwise.update(names[id(p)] for _, p in weights)
+        own = {names[id(p)] for p in module.parameters(recurse=False)}
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            found.embeddings.update(own)
+        if "Norm" in type(module).__name__:
+            norms |= own
+        found.adapters.update(_adapters(module, clean(path), parameters))
+        found.computed.update(_computed(module, clean(path), parameters))
+    found.adapters.update(name for name in parameters if _ADAPTER.search(name))
+    found.vectors.update(
+        name
+        for name, p in parameters.items()
+        if name in norms or len(shape_of(p)) < 2 or (name not in found.multiply and _is_vector(p))
+    )
+    _find_heads(model, names, found)
+    return found
+
+
+def _is_vector(p: nn.Parameter) -> bool:
+    shape = shape_of(p)
+    return shape.numel() == max(shape)
+
+
+def _weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield names and parameters of a module's own that multiply its input."""
+    for name in _weight_names(module):
+        p = getattr(module, name, None)
+        if isinstance(p, nn.Parameter):
+            yield name, p
+
+
+def _weight_names(module: nn.Module) -> list[str]:
+    if isinstance(module, (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)):
+        return ["weight"]
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers', which is not imported for it
+        return ["weight"]
+    if isinstance(module, nn.MultiheadAttention):
+        return ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    if isinstance(module, nn.RNNBase):
+        return [name for name in module._flat_weights_names if name.startswith("weight_")]
+    if isinstance(module, nn.RNNCellBase):
+        return ["weight_ih", "weight_hh"]
+    if _EXPERTS.search(type(module).__name__):  # fused: (experts, out, in)
+        return [
+            name for name, p in module.named_parameters(recurse=False)
+            if len(part_of(p).shape) == 3 and part_of(p).shape[0] > 1 and not _ADDED.search(name)
+        ]  # fmt: skip
+    return []
+
+
+def _adapters(module: nn.Module, path: str, parameters: dict[str, nn.Parameter]) -> Iterator[str]:
+    """Yield what PEFT added to a layer, which says so itself."""
+    for attribute in getattr(module, "adapter_layer_names", ()):
+        start = f"{path}.{attribute}"
+        yield from (name for name in parameters if name == start or name.startswith(f"{start}."))
+
+
+def _computed(module: nn.Module, path: str, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, str]]:
+    """Yield parameters that weights of a module are computed from, and these weights."""
+    prefix = f"{path}." if path else ""
+    parametrized: Any = getattr(module, "parametrizations", {})
+    for tensor in parametrized if isinstance(parametrized, nn.ModuleDict) else ():
+        start = f"{prefix}parametrizations.{tensor}."
+        yield from ((name, prefix + tensor) for name in parameters if name.startswith(start))
+    for weight in _weight_names(module):  # by a hook: weight_g and weight_v, weight_orig
+        if weight not in module._parameters:
+            for name, _ in module.named_parameters(recurse=False):
+                if name.startswith(f"{weight}_"):
+                    yield prefix + name, prefix + weight
+
+
+def _find_heads(model: nn.Module, names: dict[int, str], found: Anatomy) -> None:
+    """Add output layers: those that the model declares, else those that names or shapes tell."""
+    hugging_face = False
+    for module in model.modules():
+        for declare in ("get_output_embeddings", "get_classifier"):  # Hugging Face's and timm's
+            if not callable(getattr(module, declare, None)):
+                continue
+            hugging_face |= declare == "get_output_embeddings"
+            layers = getattr(module, declare)()
+            for layer in layers if isinstance(layers, (tuple, list)) else [layers]:
+                if isinstance(layer, nn.Module):
+                    found.heads.update(names[id(p)] for p in layer.parameters())
+    tables = {tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Embedding)}
+    known = found.heads | found.embeddings
+    free = {id(found.parameters[name]) for name in found.multiply - known if found.parameters[name].requires_grad}
+    for layer, told in _heads(model, free, set() if hugging_face else tables):
+        weights = {names[id(p)] for _, p in _weights(layer)} - known
+        found.taken.update(dict.fromkeys(weights, told))
+        found.heads.update(names[id(p)] for p in layer.parameters(recurse=False) if names[id(p)] not in known)
+
+
+def _heads(module: nn.Module, weights: set[int], tables: set[tuple[int, ...]]) -> Iterator[tuple[nn.Module, str]]:
+    """Yield layers at a model's end that have a head's name, or the shape of an embedding, and what told.
+
+    It looks into the last child that has weights, again and again, and never into numbered ones, which are hidden.
+    """
+    children = [(name, c) for name, c in module.named_children() if any(id(p) in weights for p in c.parameters())]
+    last, any_found = True, False
+    for name, child in reversed(children):
+        last = last and bool(_LAST_HEAD.fullmatch(name))
+        if (_LAST_HEAD if last else _HEAD).fullmatch(name):
+            any_found = True
+            several = isinstance(child, (nn.ModuleList, nn.ModuleDict))
+            for one in child.children() if several else [child]:
+                layers = [m for m in one.modules() if any(id(p) in weights for _, p in _weights(m))]
+                yield from ((layer, "name") for layer in layers[-1:])
+    if any_found or not children:
+        return
+    name, child = children[-1]
+    if re.search(r"\d$", name):
+        return
+    shape = tuple(child.weight.shape) if isinstance(child, nn.Linear) else ()
+    if shape in tables and len(set(shape)) > 1:
+        yield child, "shape"
+    yield from _heads(child, weights, tables)
