@@ -19,7 +19,7 @@ from elsa_lightning.layout.kernels import channels_last, lies_in_rows
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype, decode, encode, pack, unpack
 from elsa_lightning.layout.rows import Piece, Rows
 from elsa_lightning.layout.sharded import Part, laid_out_like, local
-from elsa_lightning.optim.moments import second_moment
+from elsa_lightning.optim.moments import lays_out_anew, second_moment
 
 SPLIT = "elsa_split"  # s = z − u; with weights that stay on the set −u alone
 SCALE = SPLIT + "_scale"  # of float8 blocks
@@ -53,6 +53,12 @@ class ConstrainedTensor:
             )
         self.layout: Rows = (Rows if part.start is None else FlatSlice)(part, x, grain)
         self._channels_last = self.layout.kernel and channels_last(x)
+        if self._channels_last and lays_out_anew(optimizer):
+            raise ValueError(
+                f"{name} is channels_last, and {type(optimizer).__name__} of bitsandbytes lays weights out anew: call "
+                f"model.to(memory_format=torch.contiguous_format), inputs can stay channels_last; or take "
+                f"elsa_lightning.optim.adam8bit.Adam8bit"
+            )
 
     @property
     def described(self) -> str:
@@ -86,12 +92,10 @@ class ConstrainedTensor:
         """
         x = self.p.detach()
         if self.layout.kernel and channels_last(local(x)) != self._channels_last:
-            if any(self.has(key) for key in KEYS):
-                raise ValueError(
-                    f"the memory format of {self.name} was changed after pruning had begun, and its mask has the "
-                    f"former one: call model.to(memory_format=...) before the optimizer's first step"
-                )
-            self._channels_last = not self._channels_last
+            raise ValueError(
+                f"the memory format of {self.name} was changed after pruning had begun, and its mask has the former "
+                f"one: call model.to(memory_format=...) before"
+            )
         return self.layout.take(x, rows)
 
     def grad(self, rows: slice) -> Tensor:

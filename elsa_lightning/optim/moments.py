@@ -63,6 +63,12 @@ def _dequantized(codes: Tensor, scales: Tensor, table: Tensor, rows: slice | Non
     return numbers[before : before + stop - start].view(codes.shape if rows is None else (-1, n))
 
 
+def lays_out_anew(optimizer: Optimizer) -> bool:
+    """Say whether an optimizer makes weights contiguous at its step, as bitsandbytes' do."""
+    update = getattr(type(optimizer), "update_step", None)
+    return getattr(update, "__module__", "").startswith("bitsandbytes")
+
+
 def set_up(optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> None:
     """Let an optimizer create its state of some parameters by a step on zero gradients that moves nothing."""
     if optimizer.state:
