@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from elsa_lightning.errors import UserError
 from elsa_lightning.anatomy import Anatomy, examine, shape_of
 from elsa_lightning.coverage import advice
+from elsa_lightning.errors import UserError
 from elsa_lightning.layout.fsdp1 import mark_slices, settle
 from elsa_lightning.layout.sharded import local, parts_of, processes_of
 

@@ -54,7 +54,7 @@ class ConstrainedTensor:
         self.layout: Rows = (Rows if part.start is None else FlatSlice)(part, x, grain)
         self._channels_last = self.layout.kernel and channels_last(x)
         if self._channels_last and lays_out_anew(optimizer):
-            raise ValueError(
+            raise UserError(
                 f"{name} is channels_last, and {type(optimizer).__name__} of bitsandbytes lays weights out anew: call "
                 f"model.to(memory_format=torch.contiguous_format), inputs can stay channels_last; or take "
                 f"elsa_lightning.optim.adam8bit.Adam8bit"
@@ -92,7 +92,7 @@ class ConstrainedTensor:
         """
         x = self.p.detach()
         if self.layout.kernel and channels_last(local(x)) != self._channels_last:
-            raise ValueError(
+            raise UserError(
                 f"the memory format of {self.name} was changed after pruning had begun, and its mask has the former "
                 f"one: call model.to(memory_format=...) before"
             )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from elsa_lightning.errors import UserError
 from elsa_lightning.layout.rows import Piece, Rows
 from elsa_lightning.layout.sharded import GROUP, SLICE, Part, local, part_of
 
@@ -37,7 +38,7 @@ def mark_slices(model: nn.Module) -> None:
         flat = unit._handle.flat_param
         order = dist.get_rank(unit.process_group)
         if not all(flat._contiguities):
-            raise ValueError(
+            raise UserError(
                 "FSDP1 shards weights in the order of their memory, and some are channels_last: call "
                 "model.to(memory_format=torch.contiguous_format) before training; inputs can stay channels_last"
             )

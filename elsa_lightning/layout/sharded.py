@@ -250,7 +250,7 @@ def check_grain(name: str, p: Tensor, rows: int, columns: int) -> None:
         return
     kernel = is_kernel(p, p.shape)
     if kernel and _cuts_rows(p):
-        raise ValueError(
+        raise UserError(
             f"{name} has a convolution's kernels {tuple(p.shape)} that are sharded along another dimension than their "
             f"first: shard them along dimension 0, as fully_shard does"
         )
