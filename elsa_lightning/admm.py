@@ -399,6 +399,7 @@ class ADMM:
             "phase": self.phase,
             "suspended_from": self._suspended_from if self.suspended else self.phase,
             "calls": self._calls,
+            "copies": {tensor.name: keys for tensor, keys in self._copies.items()},
             "form": self.form.state_dict(),
             "total_steps": self.total_steps,
             "settings": self._settings(),
@@ -435,7 +436,8 @@ class ADMM:
         self.form.load_state_dict(state_dict["form"], self.tensors.device)
         self.resume()
         if self.frozen:
-            self._begin_frozen(self.phase)
+            self._waiting = self._without_mask()
+            self._copies = {self.tensors[name]: keys for name, keys in state_dict["copies"].items()}
         if state_dict["total_steps"] != self.total_steps:
             self._change_length(state_dict["total_steps"])
 

@@ -73,7 +73,7 @@ def verdict(last: Update | None, measured: Stationarity | None) -> str:
 
 def slack(total: int) -> int:
     """Return how many steps a run may be off its schedule without a word: some are skipped."""
-    return max(2, total // 50)
+    return max(1, total // 50)
 
 
 def off_schedule(step: int, freeze: int, total: int) -> str | None:
