@@ -83,7 +83,7 @@ def test_checkpoints_of_the_step_that_turned_out_the_last_have_the_zeros(
     hook, stoppers = copy.deepcopy(STOPPERS[stopper])
     checkpoint = ModelCheckpoint(tmp_path, "{step}", auto_insert_metric_name=False, **SAVERS[saver])
     frozen = 0.5 if "early stopping" in stopper else 0.0  # it counts from when the mask is fixed
-    fixed = round((1 - frozen) * 10 * BATCHES)
+    full = round(0.4 * 10 * BATCHES)  # the end of the ramp, from where on the weights lie on the set
     elsa = ElsaCallback(sparsity=0.9, interval=3, frozen=frozen)
     callbacks = [*stoppers, elsa] if before else [elsa, *stoppers]
     model = StopInModule()
@@ -96,7 +96,7 @@ def test_checkpoints_of_the_step_that_turned_out_the_last_have_the_zeros(
     last = {file.name: s for file, s in saved.items() if s["global_step"] == trainer.global_step}
     for name, content in last.items():
         assert zeros(content["state_dict"]) == EXACT, name
-    earlier = [s for s in saved.values() if s["global_step"] < min(trainer.global_step, fixed)]
+    earlier = [s for s in saved.values() if s["global_step"] < min(trainer.global_step, full)]
     assert all(zeros(s["state_dict"]) != EXACT for s in earlier)  # the run itself is left alone
     if stopper != "a request in the middle of an epoch" or "step" in saver:
         assert last
