@@ -6,21 +6,20 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from elsa_lightning.admm import ADMM
-from elsa_lightning.callbacks.ends import is_early, is_last_step, is_stopping, total_steps
+from elsa_lightning.callbacks.ends import is_early, is_last_step, is_stopping, total_steps, unfinished
 from elsa_lightning.callbacks.figures import Figures
 from elsa_lightning.callbacks.monitors import Monitors
 from elsa_lightning.callbacks.rng import random_states, restore_random_states
 from elsa_lightning.callbacks.saves import BeforeSaving, MethodHook, Saves
 from elsa_lightning.callbacks.strategies import (
     check_optimizer_of_fsdp,
-    check_strategy,
+    check_trainer,
+    choose_optimizer,
     expect_what_is_loaded,
     watch_fsdp,
 )
@@ -120,34 +119,24 @@ class ElsaCallback(Callback):
         self._loaded, self._fits = None, stage == "fit"  # a checkpoint is restored after this
         if not self._fits:
             return
-        check_strategy(trainer.strategy)
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
-            if isinstance(callback, (ModelPruning, WeightAveraging, StochasticWeightAveraging)):
-                raise UserError(
-                    f"ElsaCallback and {type(callback).__name__} both rewrite the weights, and the zeros would be "
-                    f"lost; remove {type(callback).__name__} from the callbacks"
-                )
-        if trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
-            raise UserError(
-                "ElsaCallback needs to know how long the run is, to schedule its penalty: set the Trainer's max_steps "
-                "or max_epochs (max_time may end it earlier)"
-            )
+        check_trainer(trainer)
         self._monitors = Monitors()
         self._monitors.check(trainer, self.schedule)
         # first, so that the zeros are there for every callback that saves or exports when training ends
-        trainer.callbacks = [self, *(c for c in callbacks if c is not self)]  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the parameters and attach to their optimizer, whose state is restored after this."""
         self._begin()
-        optimizer, strategy = self._optimizer(trainer.optimizers), trainer.strategy
+        optimizer, strategy = choose_optimizer(trainer.optimizers, self.optimizer_index), trainer.strategy
         others = [c for c in trainer.callbacks if isinstance(c, ElsaCallback) and c is not self]  # type: ignore[attr-defined]
         if any((other.optimizer_index or 0) == (self.optimizer_index or 0) for other in others):
             raise UserError(
                 "two ElsaCallbacks constrain the weights of one optimizer: give each its own optimizer_index, or join "
                 "them (targets, constraint)"
             )
+        if others:
+            self._figures = Figures(f"elsa_{self.optimizer_index or 0}")
         if isinstance(strategy, FSDPStrategy):
             check_optimizer_of_fsdp(optimizer)
             mark_slices(strategy.model or pl_module)
@@ -182,22 +171,6 @@ class ElsaCallback(Callback):
         rank_zero_info(f"{self.constraint}: {selection.summary()}")
         if warning := selection.warning():
             rank_zero_warn(warning)
-
-    def _optimizer(self, optimizers: list[Optimizer]) -> Optimizer:
-        names = ", ".join(f"{i}: {type(o).__name__}" for i, o in enumerate(optimizers))
-        if not optimizers:
-            raise UserError(
-                "the module has no optimizer (configure_optimizers returns none): nothing trains its weights"
-            )
-        if self.optimizer_index is None and len(optimizers) > 1:
-            raise UserError(
-                f"the module has {len(optimizers)} optimizers ({names}); say whose weights to prune with "
-                f"optimizer_index"
-            )
-        index = self.optimizer_index or 0
-        if not 0 <= index < len(optimizers):
-            raise UserError(f"optimizer_index is {index}, and the module's optimizers are {names}")
-        return optimizers[index]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the state of a checkpoint, now that model, optimizer and loops have theirs."""
@@ -315,7 +288,7 @@ class ElsaCallback(Callback):
             self._finish(trainer, resumable=True)
             assert self._saves is not None
             self._saves.renew()  # made before the run was known to end with them
-            self._say_unfinished()
+            rank_zero_warn(unfinished(self.admm, self._short))
             if trainer.checkpoint_callbacks and not self._saves.is_latest_there():
                 rank_zero_warn(
                     "Elsa: no checkpoint of this last step was saved; those there are of earlier steps, at a lower "
@@ -339,21 +312,9 @@ class ElsaCallback(Callback):
                 rank_zero_warn("Elsa is unfinished; ckpt_path resumes the run from its last checkpoint.")
             else:
                 self._finish(trainer, resumable=True)
-                self._say_unfinished()
+                rank_zero_warn(unfinished(self.admm, self._short))
         self._monitors.put_back(trainer)
         self._take_hooks_off()
-
-    def _say_unfinished(self) -> None:
-        assert self.admm is not None
-        rank_zero_warn(
-            f"Elsa is unfinished: {self.admm.step} of {self.admm.total_steps} optimizer steps. The zeros are exact at "
-            f"the full sparsity, but the model had no time to recover; ckpt_path resumes the run where it was."
-            + (
-                " It ends here as planned, in fewer than Lightning counts (manual optimization, several optimizers, "
-                "data that ends): set max_steps to what it makes."
-            )
-            * self._short
-        )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look at the zeros for the last time, after every other hook, and take ours off."""

@@ -47,3 +47,28 @@ def is_last_step(trainer: Trainer) -> bool:
         return True
     last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
     return last_epoch and trainer.is_last_batch
+
+
+def unfinished(admm: ADMM, planned: bool) -> str:
+    """Return what to say of a run that ended before its schedule.
+
+    Args:
+        admm: Of the run, suspended.
+        planned: Whether it ended when Lightning was to end it.
+    """
+    fixed = admm.schedule.freeze_step(admm.total_steps)
+    recovered = (
+        f"the kept weights had {admm.step - fixed} steps on the fixed mask"
+        if admm.schedule.frozen > 0 and admm.step >= fixed
+        else "the model had no time to recover"
+    )
+    message = (
+        f"Elsa is unfinished: {admm.step} of {admm.total_steps} optimizer steps. The zeros are exact at the full "
+        f"sparsity, and {recovered}; ckpt_path resumes the run where it was."
+    )
+    if planned:
+        message += (
+            " It ends here as planned, in fewer than Lightning counts (manual optimization, several optimizers, data "
+            "that ends): set max_steps to what it makes."
+        )
+    return message

@@ -21,9 +21,14 @@ _MOSAICS = 10  # pictures of the masks in a run
 
 
 class Figures:
-    """Logs each update once."""
+    """Logs each update once.
 
-    def __init__(self) -> None:
+    Args:
+        prefix: Of the names; several callbacks of one Trainer have each their own.
+    """
+
+    def __init__(self, prefix: str = "elsa") -> None:
+        self.prefix = prefix
         self._logged: Update | None = None
         self._measured: Stationarity | None = None
         self._mosaics = 0
@@ -50,12 +55,12 @@ class Figures:
             [update.primal_residual, update.dual_residual, update.mask_flips, update.sparsity]
         ).tolist()  # the one transfer to the host, once every interval
         names = ("primal_residual", "dual_residual", "mask_flips", "sparsity")
-        metrics = {f"elsa/{name}": value for name, value in zip(names, values, strict=True)}
-        metrics["elsa/penalty"] = update.penalty
+        metrics = {f"{self.prefix}/{name}": value for name, value in zip(names, values, strict=True)}
+        metrics[f"{self.prefix}/penalty"] = update.penalty
         if (measured := admm.last_stationarity) is not None and measured is not self._measured:
             self._measured = measured
-            metrics["elsa/stationarity"] = float(measured.distance)
-            metrics["elsa/outranking"] = float(measured.outranking)
+            metrics[f"{self.prefix}/stationarity"] = float(measured.distance)
+            metrics[f"{self.prefix}/outranking"] = float(measured.outranking)
         if not all(math.isfinite(value) for value in values):
             raise UserError(
                 f"after {update.step} optimizer steps the constrained weights are no longer finite: "
@@ -70,7 +75,7 @@ class Figures:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         # for progress bar and monitors; log_every_n_steps would drop most of these from the logger
-        shown = {"elsa/primal_residual", "elsa/sparsity"}
+        shown = {f"{self.prefix}/primal_residual", f"{self.prefix}/sparsity"}
         for name, value in metrics.items():
             pl_module.log(name, value, prog_bar=name in shown, logger=False)
         self._draw(trainer, admm)
@@ -83,7 +88,7 @@ class Figures:
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_image(
-                        "elsa/masks",
+                        f"{self.prefix}/masks",
                         mask_mosaic(mask for _, mask in admm.each_mask()),
                         trainer.global_step,
                         dataformats="HW",

@@ -1,4 +1,4 @@
-"""What the strategies that shard a model need before it is saved or loaded."""
+"""What a Trainer must be like, and what strategies that shard a model need before it is saved or loaded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -21,6 +22,41 @@ from elsa_lightning.admm import ADMM
 from elsa_lightning.callbacks.saves import MethodHook
 from elsa_lightning.checkpoints import check_loadable_by_fsdp1, saved_state_keys
 from elsa_lightning.errors import UserError
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raise UserError if weights cannot be constrained under a Trainer."""
+    check_strategy(trainer.strategy)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, (ModelPruning, WeightAveraging, StochasticWeightAveraging)):
+            raise UserError(
+                f"ElsaCallback and {type(callback).__name__} both rewrite the weights, and the zeros would be lost; "
+                f"remove {type(callback).__name__} from the callbacks"
+            )
+    if trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
+        raise UserError(
+            "ElsaCallback needs to know how long the run is, to schedule its penalty: set the Trainer's max_steps or "
+            "max_epochs (max_time may end it earlier)"
+        )
+
+
+def choose_optimizer(optimizers: list[Optimizer], index: int | None) -> Optimizer:
+    """Return the optimizer whose parameters are constrained.
+
+    Raises:
+        UserError: There is none, or none of that index, or several and no index.
+    """
+    names = ", ".join(f"{i}: {type(o).__name__}" for i, o in enumerate(optimizers))
+    if not optimizers:
+        raise UserError("the module has no optimizer (configure_optimizers returns none): nothing trains its weights")
+    if index is None and len(optimizers) > 1:
+        raise UserError(
+            f"the module has {len(optimizers)} optimizers ({names}); say whose weights to prune with optimizer_index, "
+            f"and restrict targets to them"
+        )
+    if not 0 <= (index or 0) < len(optimizers):
+        raise UserError(f"optimizer_index is {index}, and the module's optimizers are {names}")
+    return optimizers[index or 0]
 
 
 def check_strategy(strategy: Strategy) -> None:

@@ -452,7 +452,11 @@ def test_each_optimizer_has_its_callback_and_both_resume(tmp_path: Path) -> None
     def run(folder: Path, resume: Path | None = None) -> Gan:
         seed_everything(3, verbose=False)
         model = Gan()
-        make_trainer(folder, *both(), every_step(folder), max_epochs=4).fit(model, loader(), ckpt_path=resume)
+        trainer = make_trainer(folder, *both(), every_step(folder), max_epochs=4)
+        trainer.fit(model, loader(), ckpt_path=resume)
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        assert logged["elsa_0/sparsity"] == pytest.approx(0.9, abs=1e-3)
+        assert logged["elsa_1/sparsity"] == pytest.approx(0.5, abs=1e-3)
         return model
 
     model = run(tmp_path / "a")
