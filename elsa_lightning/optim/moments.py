@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from elsa_lightning.layout.kernels import rows_of
 from elsa_lightning.layout.sharded import local
 
 _ROTATED = {"GG", "Q", "QL", "QR"}  # SOAP and Shampoo: their moments are of the gradient in another basis
+# of torch's optimizers, those of bitsandbytes with two states, RMSprop and Adadelta, Adagrad, vectors of Adafactor
+_KEPT = ("exp_avg_sq", "state2", "square_avg", "sum", "variance")
+_FACTORS = (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col"))  # torch's Adafactor; transformers'
 BNB_BLOCK = 256  # entries that share a scale in bitsandbytes
 
 
 def second_moment(optimizer: Optimizer, p: nn.Parameter, rows: slice | None = None) -> Tensor | None:
     """Return the diagonal empirical Fisher estimate F̂ of this process's part of a parameter, or None.
 
-    torch's Adam family keeps it as ``exp_avg_sq``, bitsandbytes as ``state2``, in 8 bits for large tensors.
-    The bias correction is a constant per tensor and changes no ranking within it. Moments of the gradient in another
+    It is whatever the optimizer's own step divides by, squared: a running mean of squared gradients (the Adam family,
+    RMSprop, Adadelta), their sum (Adagrad), the product of their means over rows and columns (Adafactor, where nothing
+    is sharded) or the square of their running maximum (Adamax); in 8 or 4 bits with bitsandbytes and torchao.
+    A factor per tensor, such as the bias correction, changes no ranking within it. Moments of the gradient in another
     basis than the weights' (SOAP) say nothing about single weights.
 
     Args:
@@ -28,39 +35,97 @@ def second_moment(optimizer: Optimizer, p: nn.Parameter, rows: slice | None = No
         rows: Only these rows ``(rows, n)`` of the matrices below each other, or these entries ``(1, n)`` of a flat
             slice; None for all, in the shape of the part, kernels as a matrix.
     """
-    state = optimizer.state.get(p, {})
-    kept = state.get("exp_avg_sq", state.get("state2"))
-    if not isinstance(kept, Tensor) or _ROTATED & state.keys():
+    state, x = optimizer.state.get(p, {}), rows_of(p, local(p))
+    if _ROTATED & state.keys():
         return None
-    moment, x = rows_of(p, local(kept)), rows_of(p, local(p))
+    for row, column in _FACTORS:
+        if isinstance(state.get(row), Tensor) and isinstance(state.get(column), Tensor):
+            if x.dim() == local(p).dim():
+                return _product(state[row], state[column], x, rows)
+            whole = _product(state[row], state[column], local(p), None)  # of kernels factored over their last two axes
+            laid_out = None if whole is None else torch.empty_like(local(p), dtype=whole.dtype).copy_(whole)
+            return None if laid_out is None else _rows_of(rows_of(p, laid_out), x, rows)
+    if isinstance(largest := state.get("exp_inf"), Tensor):
+        return None if largest.shape != p.shape else _rows_of(rows_of(p, local(largest)), x, rows).square()
+    name = next((key for key in _KEPT if isinstance(state.get(key), Tensor)), None)
+    if name is None and getattr(optimizer, "optimizer_name", None) in ("adagrad", "rmsprop"):  # bitsandbytes'
+        name = "state1"
+    if name is None or name not in state or (name == "sum" and not _has_stepped(state)):
+        return None
+    moment = rows_of(p, local(state[name]))
     if moment.shape[:-1] != x.shape[:-1] or moment.shape[-1] < x.shape[-1]:
         return None
-    n = x.shape[-1]
-    if rows is not None and x.dim() == 1:
-        n = rows.stop - rows.start
+    if hasattr(moment, "block_size"):
+        return _of_blocks(moment, moment.block_size, rows, lambda first, last: _torchao_blocks(moment, first, last))
     if not moment.is_floating_point():
-        moment = _dequantized(moment, local(state["absmax2"]), state["qmap2"], rows)
-    elif rows is not None:
-        moment = moment[None, rows] if x.dim() == 1 else moment.reshape(-1, moment.shape[-1])[rows]
-    return moment[..., :n]
+        index = name.removeprefix("state")
+        scales, table = local(state[f"absmax{index}"]).flatten(), state[f"qmap{index}"].to(moment.device)
+        numbers = _of_blocks(
+            moment, BNB_BLOCK, rows, lambda first, last: _bnb_blocks(moment, scales, table, first, last)
+        )
+        return numbers[..., : numbers.shape[-1] if rows is not None and x.dim() == 1 else x.shape[-1]]
+    return _rows_of(moment, x, rows)
 
 
-def _dequantized(codes: Tensor, scales: Tensor, table: Tensor, rows: slice | None) -> Tensor:
+def _has_stepped(state: dict[str, Any]) -> bool:
+    """Say whether an optimizer that makes its state beforehand (Adagrad) has counted a step on the CPU."""
+    step = state.get("step", 1)
+    return bool(step != 0) if not isinstance(step, Tensor) or step.device.type == "cpu" else True
+
+
+def _rows_of(moment: Tensor, x: Tensor, rows: slice | None) -> Tensor:
+    """Return rows of a moment without what pads them beyond those of the weights."""
+    if rows is None:
+        return moment[..., : x.shape[-1]]
+    return moment[None, rows] if x.dim() == 1 else moment.reshape(-1, moment.shape[-1])[rows, : x.shape[-1]]
+
+
+def _product(row: Tensor, column: Tensor, x: Tensor, rows: slice | None) -> Tensor | None:
+    """Return the moment that Adafactor keeps as means over columns and over rows, of each matrix of a stack."""
+    if isinstance(row, DTensor) or x.dim() < 2:  # the mean over all rows would take another process's
+        return None
+    if row.dim() == x.dim():
+        row, column = row.squeeze(-1), column.squeeze(-2)
+    if row.shape != x.shape[:-1] or column.shape != (*x.shape[:-2], x.shape[-1]):
+        return None
+    row = row / row.mean(dim=-1, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)
+    if rows is None:
+        return row[..., None] * column[..., None, :]
+    matrix = torch.arange(rows.start, rows.stop, device=row.device) // row.shape[-1]
+    return row.flatten()[rows, None] * column.reshape(-1, column.shape[-1])[matrix]
+
+
+def _of_blocks(kept: Tensor, block: int, rows: slice | None, blocks: Callable[[int, int], Tensor]) -> Tensor:
     """Return the numbers of some rows; blocks run through rows, or along them where a row is whole blocks."""
-    from bitsandbytes.functional import dequantize_blockwise
-
-    n = codes.shape[-1]
-    start, stop = (0, codes.numel()) if rows is None else (rows.start * n, rows.stop * n)
-    if rows is not None and codes.dim() == 1:
+    n = kept.shape[-1]
+    start, stop = (0, kept.numel()) if rows is None else (rows.start * n, rows.stop * n)
+    if rows is not None and kept.dim() == 1:
         n = rows.stop - rows.start
         start, stop = rows.start, rows.stop
-    first, last = start // BNB_BLOCK, -(-stop // BNB_BLOCK)
+    first, last = start // block, -(-stop // block)
+    before = start - first * block
+    return blocks(first, last)[before : before + stop - start].view(kept.shape if rows is None else (-1, n))
+
+
+def _bnb_blocks(codes: Tensor, scales: Tensor, table: Tensor, first: int, last: int) -> Tensor:
+    from bitsandbytes.functional import dequantize_blockwise
+
     block = codes.flatten()[first * BNB_BLOCK : last * BNB_BLOCK]
-    numbers: Tensor = dequantize_blockwise(
-        block, absmax=scales.flatten()[first:last], code=table.to(codes.device), blocksize=BNB_BLOCK
-    )
-    before = start - first * BNB_BLOCK
-    return numbers[before : before + stop - start].view(codes.shape if rows is None else (-1, n))
+    numbers: Tensor = dequantize_blockwise(block, absmax=scales[first:last], code=table, blocksize=BNB_BLOCK)
+    return numbers
+
+
+def _torchao_blocks(kept: Any, first: int, last: int) -> Tensor:
+    """Return numbers of one of torchao's tensors: its own arithmetic on a smaller one of its kind."""
+    names, context = kept.__tensor_flatten__()
+    tensors = {name: getattr(kept, name) for name in names}
+    bytes_a_block = kept.codes.numel() // kept.scale.numel()
+    tensors["codes"] = kept.codes.flatten()[first * bytes_a_block : last * bytes_a_block]
+    tensors["scale"] = kept.scale[first:last]
+    shape = ((last - first) * kept.block_size,)
+    context = [shape if isinstance(value, (tuple, list)) else value for value in context]  # 4 bits: of the numbers
+    numbers: Tensor = type(kept).__tensor_unflatten__(tensors, context).dequantize()
+    return numbers.flatten()
 
 
 def lays_out_anew(optimizer: Optimizer) -> bool:

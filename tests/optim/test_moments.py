@@ -1,11 +1,14 @@
 """The second moment that each optimizer keeps."""
 
+from typing import Any
+
 import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.functional import create_dynamic_map
 from torch import nn
 
+from elsa_lightning import ADMM, Unstructured
 from elsa_lightning.optim.adam8bit import Adam8bit
 from elsa_lightning.optim.moments import second_moment
 
@@ -100,3 +103,144 @@ def test_our_8_bit_adam_takes_moments_as_float32_and_finds_their_codes_again() -
     for key in ("state1", "state2", "absmax1", "absmax2"):
         mine, theirs = before[key], after[key]
         assert torch.equal(mine[:, : p.shape[1]], theirs[:, : p.shape[1]]), key
+
+
+def gradients(shape: tuple[int, ...], steps: int = 3) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator) for _ in range(steps)]
+
+
+def of_rmsprop(shape: tuple[int, ...]) -> torch.Tensor:
+    mean = torch.zeros(shape)
+    for g in gradients(shape):
+        mean = 0.99 * mean + 0.01 * g.square()
+    return mean
+
+
+def of_adadelta(shape: tuple[int, ...]) -> torch.Tensor:
+    mean = torch.zeros(shape)
+    for g in gradients(shape):
+        mean = 0.9 * mean + 0.1 * g.square()
+    return mean
+
+
+def of_adamax(shape: tuple[int, ...]) -> torch.Tensor:
+    largest = torch.zeros(shape)
+    for g in gradients(shape):
+        largest = torch.maximum(0.999 * largest, g.abs())
+    return largest.square()
+
+
+def of_adagrad(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.stack([g.square() for g in gradients(shape)]).sum(0)
+
+
+CLOSED_FORMS = {
+    torch.optim.RMSprop: of_rmsprop,
+    torch.optim.Adadelta: of_adadelta,
+    torch.optim.Adamax: of_adamax,
+    torch.optim.Adagrad: of_adagrad,
+    bitsandbytes.optim.Adagrad: of_adagrad,
+    bitsandbytes.optim.RMSprop: of_rmsprop,
+}
+
+
+@pytest.mark.parametrize("kind", CLOSED_FORMS, ids=lambda kind: f"{kind.__module__.split('.')[0]}-{kind.__name__}")
+def test_squared_gradients_are_found_whatever_an_optimizer_calls_them(kind: type) -> None:
+    p, optimizer = stepped(kind)
+    torch.testing.assert_close(second_moment(optimizer, p), CLOSED_FORMS[kind]((128, 64)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [bitsandbytes.optim.Adagrad8bit, bitsandbytes.optim.RMSprop8bit])
+def test_one_state_in_8_bits_is_dequantised(kind: type) -> None:
+    p, optimizer = stepped(kind)
+    assert optimizer.state[p]["state1"].dtype == torch.uint8
+    exact = (of_adagrad if "Adagrad" in kind.__name__ else of_rmsprop)((128, 64))
+    ours = second_moment(optimizer, p)
+    assert ours is not None and float((ours - exact).norm() / exact.norm()) < 0.1
+
+
+@pytest.mark.parametrize("kind", [bitsandbytes.optim.Lion, bitsandbytes.optim.SGD])
+def test_a_momentum_is_not_taken_for_a_second_moment(kind: type) -> None:
+    p, optimizer = stepped(kind, **({"momentum": 0.9} if kind is bitsandbytes.optim.SGD else {}))
+    assert "state1" in optimizer.state[p] and second_moment(optimizer, p) is None
+
+
+def adafactors() -> list[type]:
+    from transformers.optimization import Adafactor
+
+    return [torch.optim.Adafactor, Adafactor]
+
+
+def adafactor(kind: type, shape: tuple[int, ...], steps: int = 3) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+    p = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    options = {} if kind is torch.optim.Adafactor else {"relative_step": False, "scale_parameter": False}
+    optimizer = kind([p], lr=1e-3, **options)
+    for g in gradients(shape, steps):
+        p.grad = g
+        optimizer.step()
+    return p, optimizer
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (3, 12, 8)])
+@pytest.mark.parametrize("kind", adafactors(), ids=lambda kind: kind.__module__.split(".")[0])
+def test_factored_moments_are_the_product_of_their_means(kind: type, shape: tuple[int, ...]) -> None:
+    p, optimizer = adafactor(kind, shape, steps=1)  # of one step both are that step's own
+    square = gradients(shape, 1)[0].square()
+    rows, columns = square.mean(-1, keepdim=True), square.mean(-2, keepdim=True)
+    expected = rows * columns / rows.mean(-2, keepdim=True)
+    moment = second_moment(optimizer, p)
+    assert moment is not None
+    ratio = moment / expected
+    assert float(ratio.std() / ratio.mean()) < 1e-4  # but for one factor a tensor
+    some = second_moment(optimizer, p, slice(5, 11))
+    assert some is not None and torch.equal(some, moment.reshape(-1, shape[-1])[5:11])
+
+
+@pytest.mark.parametrize("kind", adafactors(), ids=lambda kind: kind.__module__.split(".")[0])
+def test_vectors_of_an_adafactor_have_all_of_their_moment(kind: type) -> None:
+    p, optimizer = adafactor(kind, (40,))
+    moment = second_moment(optimizer, p)
+    assert moment is not None and moment.shape == p.shape and bool((moment > 0).all())
+
+
+def test_sums_that_an_optimizer_makes_beforehand_say_nothing_yet() -> None:
+    p = nn.Parameter(torch.ones(2, 2))
+    assert second_moment(torch.optim.Adagrad([p], initial_accumulator_value=0.1), p) is None
+
+
+@pytest.mark.parametrize(("kind", "error"), [("AdamW8bit", 0.05), ("AdamWFp8", 0.05), ("AdamW4bit", 0.3)])
+def test_numbers_of_torchao_are_dequantised(kind: str, error: float) -> None:
+    torchao_optim = pytest.importorskip("torchao.optim")
+    with torch.compiler.set_stance("force_eager"):
+        p, optimizer = stepped(getattr(torchao_optim, kind))
+    exact = second_moment(*reversed(stepped(torch.optim.AdamW)))
+    whole = second_moment(optimizer, p)
+    assert whole is not None and exact is not None and type(whole) is torch.Tensor
+    assert float((whole - exact).norm() / exact.norm()) < error
+    assert torch.equal(whole, optimizer.state[p]["exp_avg_sq"].dequantize())
+    for rows in (slice(0, 128), slice(3, 4), slice(5, 99)):
+        some = second_moment(optimizer, p, rows)
+        assert some is not None and torch.equal(some, whole[rows])
+
+
+@pytest.mark.parametrize("kind", ["RMSprop", "Adagrad", "Adamax", "Adafactor", "torchao"])
+@pytest.mark.parametrize("prox", ["linearized", "published"])
+def test_a_run_prunes_with_any_of_them_and_blames_no_missing_moment(
+    kind: str, prox: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    p = nn.Parameter(torch.randn(128, 64, generator=torch.Generator().manual_seed(0)))
+    if kind == "torchao":
+        optimizer = pytest.importorskip("torchao.optim").AdamW8bit([p], lr=1e-2)
+    else:
+        optimizer = getattr(torch.optim, kind)([p], lr=1e-2)
+    admm = ADMM(optimizer, {"p": p}, Unstructured(0.9), total_steps=12, prox=prox)
+    target = torch.randn(128, 64, generator=torch.Generator().manual_seed(2))
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(12):
+            optimizer.zero_grad()
+            (p - target).square().sum().backward()
+            optimizer.step()
+    admm.finish()
+    assert int((p != 0).sum()) == round(0.1 * p.numel())
+    assert "second moment" not in caplog.text
