@@ -32,7 +32,7 @@ from elsa_lightning.layout.lowbit import StateDtype, check_state_dtype
 from elsa_lightning.layout.rows import Rows
 from elsa_lightning.layout.sharded import Processes, local
 from elsa_lightning.optim.guard import Guard
-from elsa_lightning.optim.hooks import StepHooks
+from elsa_lightning.optim.hooks import StepHooks, innermost
 from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.optim.rounding import WeightRounding
 from elsa_lightning.schedule import Schedule
@@ -65,7 +65,8 @@ class ADMM:
         last_stationarity: How far from a stationary point the weights were when that was measured last.
 
     Args:
-        optimizer: Any torch optimizer. One without a second moment is projected by magnitude.
+        optimizer: Any torch optimizer, or accelerate's or Fabric's wrapper of one. One without a second moment is
+            projected by magnitude.
         parameters: What to constrain, by name; see :func:`elsa_lightning.selection.select`. They may be DTensors,
             sharded in any way that keeps 8 entries of a row together (32 with ``state_dtype`` float8), or the flat
             slices of FSDP1, once :func:`elsa_lightning.layout.fsdp1.mark_slices` has seen the model.
@@ -102,6 +103,7 @@ class ADMM:
             raise UserError(f"total_steps must be 1 or more optimizer steps, got {total_steps}")
         if not parameters:
             raise UserError("parameters is empty: there is nothing to constrain")
+        optimizer = innermost(optimizer)
         self.optimizer, self.constraint, self.total_steps = optimizer, constraint, total_steps
         self.form, schedule = make_form(prox), schedule or Schedule()
         self.schedule = replace(schedule, penalty=self.form.penalty) if schedule.penalty is None else schedule
@@ -184,6 +186,7 @@ class ADMM:
             self.tensors.find_parts()  # somebody added a group
         if self.paused:
             return
+        self._check_scalars()
         if self._guard.skips(self.step, loss):
             return
         scale = getattr(self.optimizer, "grad_scale", None)
@@ -328,6 +331,7 @@ class ADMM:
             return self.hold()
         if resumable and (self.suspended or self.step == 0):
             return None
+        self._check_scalars()
         self.resume()
         said = watch.off_schedule(self.step, self.schedule.freeze_step(self.total_steps), self.total_steps)
         if said is not None and not resumable and self.step > 0:
@@ -431,6 +435,7 @@ class ADMM:
                 f"the checkpoint counts {state_dict['step']} ADMM steps but the optimizer's state has no masks; load "
                 f"the optimizer's state first, from a checkpoint that has it (no save_weights_only)"
             )
+        self._hooks.vouch()
         self.step, self.penalty, self._calls = (state_dict[key] for key in ("step", "penalty", "calls"))
         self.phase, self._suspended_from = state_dict["phase"], state_dict["suspended_from"]
         self.form.load_state_dict(state_dict["form"], self.tensors.device)
@@ -440,6 +445,18 @@ class ADMM:
             self._copies = {self.tensors[name]: keys for name, keys in state_dict["copies"].items()}
         if state_dict["total_steps"] != self.total_steps:
             self._change_length(state_dict["total_steps"])
+
+    def _check_scalars(self) -> None:
+        """Raise ValueError if the optimizer's state is of a run that was loaded without its scalars."""
+        if self.phase != "setting up":
+            return
+        if self._hooks.loaded:
+            raise ValueError(
+                "the optimizer's state that was loaded holds the masks of a run, and the step of its schedule is "
+                "missing: save admm.state_dict() beside optimizer.state_dict(), and give it to admm.load_state_dict "
+                "after the optimizer's; a new run from these weights takes a new optimizer"
+            )
+        self._hooks.vouch()
 
     def _change_length(self, former: int) -> None:
         """Say what another length means, and open the mask again where the schedule now asks for it."""

@@ -132,7 +132,9 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
             tensor.allocate(*names)
 
     def take_over(self) -> None:
-        """Turn loaded state that was saved under FSDP1 into ours, and see that every process knows of the same."""
+        """Turn loaded state that was cast, or saved under FSDP1, into ours, and see that every process knows of the same."""
+        for tensor in self.values():
+            tensor.cast_back()
         self._dense.take()
         tensors = list(self.values())
         for key in KEYS if self.flat else ():

@@ -19,7 +19,7 @@ from elsa_lightning.layout.kernels import channels_last, lies_in_rows
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype, decode, encode, pack, unpack
 from elsa_lightning.layout.rows import Piece, Rows
 from elsa_lightning.layout.sharded import Part, laid_out_like, local
-from elsa_lightning.optim.moments import lays_out_anew, second_moment
+from elsa_lightning.optim.moments import dtype_name, lays_out_anew, second_moment
 
 SPLIT = "elsa_split"  # s = z − u; with weights that stay on the set −u alone
 SCALE = SPLIT + "_scale"  # of float8 blocks
@@ -159,20 +159,45 @@ class ConstrainedTensor:
 
     def allocate(self, *keys: str) -> None:
         """Make room for tensors of ours in the optimizer's state, where there is none yet."""
+        for key in keys:
+            if self.has(key) or (key == SCALE and self.state_dtype != "float8_e4m3fn"):
+                continue
+            each, dtype = self._kinds[key]
+            empty = torch.zeros(self.layout.room(each), dtype=dtype, device=self.layout.device)
+            self.optimizer.state[self.p][key] = laid_out_like(self.p, empty, -(-self.part.shape[-1] // each))
+
+    @property
+    def _kinds(self) -> dict[str, tuple[int, torch.dtype]]:
+        """How many entries of a row share one number of ours, and its dtype."""
         wide = torch.promote_types(self.p.dtype, torch.float32)
         dtypes = {"float32": wide, "bfloat16": torch.bfloat16, "float8_e4m3fn": torch.uint8}
-        kinds = {
+        return {
             SPLIT: (1, dtypes[self.state_dtype]),
             SCALE: (BLOCK, torch.int8),
             MASK: (8, torch.uint8),
             REMOVED: (1, self.p.dtype),
         }
-        for key in keys:
-            if self.has(key) or (key == SCALE and self.state_dtype != "float8_e4m3fn"):
-                continue
-            each, dtype = kinds[key]
-            empty = torch.zeros(self.layout.room(each), dtype=dtype, device=self.layout.device)
-            self.optimizer.state[self.p][key] = laid_out_like(self.p, empty, -(-self.part.shape[-1] // each))
+
+    def cast_back(self) -> None:
+        """Undo what torch makes of our tensors where they are loaded before we are attached: the parameter's dtype.
+
+        Raises:
+            ValueError: That rounded numbers.
+        """
+        if self.part.start is not None or not self.has(MASK):
+            return
+        packed = self.layout.room(8)
+        if tuple(local(self.state[MASK]).shape) != tuple(packed) or packed[-1] == local(self.p).shape[-1]:
+            return  # one number an entry, as FSDP1 saves it
+        for key in [key for key in KEYS if self.has(key)]:
+            stored, dtype = self.state[key], self._kinds[key][1]
+            if dtype.is_floating_point and torch.promote_types(stored.dtype, dtype) != stored.dtype:
+                raise ValueError(
+                    f"the optimizer's state was loaded before ADMM was attached to it, which rounded {key} of "
+                    f"{self.name} to {dtype_name(stored.dtype)}, the weights' dtype: attach ADMM first and load then, "
+                    f"or keep the state in that dtype (state_dtype)"
+                )
+            self.state[key] = stored.to(dtype)
 
     def release(self, *keys: str) -> None:
         """Drop tensors of ours from the optimizer's state."""

@@ -208,8 +208,8 @@ def _part_of_dtensor(p: DTensor, root: int) -> Part:
 
 
 def clean(name: str) -> str:
-    """Return a parameter's name as it was before FSDP1 or activation checkpointing wrapped its modules."""
-    return re.sub(r"_(fsdp_wrapped|checkpoint_wrapped)_module\.", "", name)
+    """Return a parameter's name as it was before FSDP1, activation checkpointing or torch.compile wrapped its modules."""
+    return re.sub(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.", "", name)
 
 
 def local(t: Tensor) -> Tensor:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Collection
 from types import FrameType
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+
+_KNOWN: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()  # whether tensors of ours are
+
+
+def innermost(optimizer: Any) -> Optimizer:
+    """Return the torch optimizer that accelerate, Fabric or Lightning wrapped, whose hooks fire."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer) and inner is not optimizer:
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch optimizer, or one that wraps it, got {type(optimizer).__name__}")
+    return optimizer
 
 
 class StepHooks:
@@ -34,15 +46,29 @@ class StepHooks:
         self.keys, self.before, self.after, self.interrupted = keys, before, after, interrupted
         self._steps: list[FrameType] = []  # whose step is going on, outermost first
         self._stash: dict[nn.Parameter, dict[str, Any]] = {}
+        if optimizer not in _KNOWN:  # and then for good: somebody may load between two runs
+            optimizer.register_load_state_dict_post_hook(_forget)
+            _KNOWN[optimizer] = False
         # bitsandbytes loads state by itself and casts what is not named here
         if hasattr(optimizer, "non_castable_tensor_keys"):
             optimizer.non_castable_tensor_keys |= set(keys)
+        self._optimizer = optimizer
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_load_state_dict_pre_hook(self._before_load),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
+
+    @property
+    def loaded(self) -> bool:
+        """Whether tensors of ours came into the state by loading, maybe before this was attached, and none vouches."""
+        known = _KNOWN[self._optimizer]
+        return not known and any(key in state for state in self._optimizer.state.values() for key in self.keys)
+
+    def vouch(self) -> None:
+        """Say that what is in the state now is of a run in this process, or of one that it goes on with."""
+        _KNOWN[self._optimizer] = True
 
     def remove(self) -> None:
         """Take the hooks off the optimizer."""
@@ -111,6 +137,10 @@ class StepHooks:
             if ours:
                 optimizer.state[p].update({key: value.to(p.device, copy=True) for key, value in ours.items()})
         self._stash = {}
+
+
+def _forget(optimizer: Optimizer) -> None:
+    _KNOWN[optimizer] = False
 
 
 def _is_inside(frame: FrameType | None, outer: FrameType) -> bool:
