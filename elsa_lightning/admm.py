@@ -451,7 +451,7 @@ class ADMM:
         if self.phase != "setting up":
             return
         if self._hooks.loaded:
-            raise ValueError(
+            raise UserError(
                 "the optimizer's state that was loaded holds the masks of a run, and the step of its schedule is "
                 "missing: save admm.state_dict() beside optimizer.state_dict(), and give it to admm.load_state_dict "
                 "after the optimizer's; a new run from these weights takes a new optimizer"

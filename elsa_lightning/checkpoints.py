@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from elsa_lightning.errors import UserError
+from elsa_lightning.layout.sharded import clean
 from elsa_lightning.tensors import MASK
 
 WRITTEN_LAST = "meta.pt"  # of a distributed checkpoint, by Lightning; what is no tensor
@@ -62,14 +63,14 @@ def saved_state_keys(path: Path, model: nn.Module, optimizer: Optimizer, index: 
     checkpoint = torch.load(path, map_location="meta", mmap=True, weights_only=True)
     states: dict[Any, dict[str, Any]] = checkpoint["optimizer_states"][index]["state"]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    by_name = dict(model.named_parameters())
-    return {trained[k] if isinstance(k, int) else by_name[k]: set(state) for k, state in states.items()}
+    by_name = {clean(name): p for name, p in model.named_parameters()}
+    return {trained[k] if isinstance(k, int) else by_name[clean(k)]: set(state) for k, state in states.items()}
 
 
 def _of_flat_names(names: Iterable[str], model: nn.Module, prefix: str) -> Keys:
     keys: Keys = {}
-    by_name = dict(model.named_parameters())
-    for name in names:
+    by_name = {clean(name): p for name, p in model.named_parameters()}
+    for name in map(clean, names):
         parameter, _, key = name.removeprefix(prefix).rpartition(".")
         if name.startswith(prefix) and parameter in by_name:
             keys.setdefault(by_name[parameter], set()).add(key)

@@ -132,7 +132,7 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
             tensor.allocate(*names)
 
     def take_over(self) -> None:
-        """Turn loaded state that was cast, or saved under FSDP1, into ours, and see that every process knows of the same."""
+        """Turn loaded state into ours, cast or saved under FSDP1, and see that every process knows of the same."""
         for tensor in self.values():
             tensor.cast_back()
         self._dense.take()

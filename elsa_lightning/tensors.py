@@ -18,7 +18,7 @@ from elsa_lightning.layout.fsdp1 import FlatSlice
 from elsa_lightning.layout.kernels import channels_last, lies_in_rows
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype, decode, encode, pack, unpack
 from elsa_lightning.layout.rows import Piece, Rows
-from elsa_lightning.layout.sharded import Part, laid_out_like, local
+from elsa_lightning.layout.sharded import Part, clean, laid_out_like, local
 from elsa_lightning.optim.moments import dtype_name, lays_out_anew, second_moment
 
 SPLIT = "elsa_split"  # s = z − u; with weights that stay on the set −u alone
@@ -63,7 +63,7 @@ class ConstrainedTensor:
     @property
     def described(self) -> str:
         """Name, shape and, where it is not the order of the shape, the order of the entries of a row."""
-        return f"{self.name}{tuple(self.part.shape)}" + " channels_last" * self._channels_last
+        return f"{clean(self.name)}{tuple(self.part.shape)}" + " channels_last" * self._channels_last
 
     @property
     def state(self) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class ConstrainedTensor:
         for key in [key for key in KEYS if self.has(key)]:
             stored, dtype = self.state[key], self._kinds[key][1]
             if dtype.is_floating_point and torch.promote_types(stored.dtype, dtype) != stored.dtype:
-                raise ValueError(
+                raise UserError(
                     f"the optimizer's state was loaded before ADMM was attached to it, which rounded {key} of "
                     f"{self.name} to {dtype_name(stored.dtype)}, the weights' dtype: attach ADMM first and load then, "
                     f"or keep the state in that dtype (state_dtype)"

@@ -27,6 +27,7 @@ from elsa_lightning.errors import UserError
 from elsa_lightning.forms import Prox, make_form
 from elsa_lightning.layout.fsdp1 import mark_slices, settle
 from elsa_lightning.layout.lowbit import StateDtype, check_state_dtype
+from elsa_lightning.layout.sharded import match_names
 from elsa_lightning.schedule import PenaltySchedule, Schedule
 from elsa_lightning.selection import ALL_LINEAR, select
 from elsa_lightning.sets import Constraint, Unstructured
@@ -102,6 +103,7 @@ class ElsaCallback(Callback):
         self._saves: Saves | None = None
         self._running = False
         self._monitors = Monitors()
+        self._names: RemovableHandle | None = None
         self._fits = True
         self._loaded: dict[str, Any] | None = None
         self._begin()
@@ -117,6 +119,7 @@ class ElsaCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a Trainer that cannot work, before any data or model is loaded."""
         self._loaded, self._fits = None, stage == "fit"  # a checkpoint is restored after this
+        self._names = pl_module.register_load_state_dict_pre_hook(match_names)  # type: ignore[no-untyped-call]
         if not self._fits:
             return
         check_trainer(trainer)
@@ -318,6 +321,8 @@ class ElsaCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look at the zeros for the last time, after every other hook, and take ours off."""
+        if self._names is not None:
+            self._names.remove()
         if self.admm is not None and stage == "fit":
             if not self.admm.sharded:  # whose processes have parted
                 self._hold(trainer)

@@ -208,8 +208,22 @@ def _part_of_dtensor(p: DTensor, root: int) -> Part:
 
 
 def clean(name: str) -> str:
-    """Return a parameter's name as it was before FSDP1, activation checkpointing or torch.compile wrapped its modules."""
+    """Return a parameter's name before FSDP1, activation checkpointing or torch.compile wrapped its modules."""
     return re.sub(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.", "", name)
+
+
+def match_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Rename what is about to be loaded where only wrappers differ: saved compiled and loaded not, or the reverse.
+
+    Register it with ``register_load_state_dict_pre_hook``.
+    """
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    ours = {prefix + clean(name): prefix + name for name, _ in tensors}
+    expected = set(ours.values())
+    for key in [key for key in state_dict if key not in expected]:
+        name = ours.get(prefix + clean(key.removeprefix(prefix)))
+        if key.startswith(prefix) and name is not None and name not in state_dict:
+            state_dict[name] = state_dict.pop(key)
 
 
 def local(t: Tensor) -> Tensor:

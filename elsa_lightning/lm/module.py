@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from elsa_lightning.errors import UnavailableError, UserError
+from elsa_lightning.layout.sharded import match_names
 from elsa_lightning.lm import EMBEDDED_MODEL, model_path
 from elsa_lightning.lm.perplexity import TokenPerplexity
 from elsa_lightning.lm.sharded import block_policy, build_sharded, fill
@@ -26,7 +28,21 @@ from elsa_lightning.selection import count_zeros
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Batch = Tensor | dict[str, Tensor]
+Batch = Tensor | Mapping[str, Tensor]
+
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    """Return what a model takes."""
+    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        found = f"a mapping of {sorted(inputs)}" if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(
+            f"CausalLM takes token ids (batch, seq_len), or a mapping with them as input_ids, and got {found}"
+            + (f" of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else "")
+            + ": change the data's collate_fn"
+        )
+    return inputs
 
 
 class CausalLM(LightningModule):
@@ -37,8 +53,8 @@ class CausalLM(LightningModule):
     printed at the end. With ``ModelParallelStrategy`` (FSDP2) it is sharded by its blocks, and no process ever holds
     it whole; with ``FSDPStrategy`` (FSDP1) too, once every process has loaded it.
 
-    Batches are token ids ``(batch, seq_len)``, or a dict with ``input_ids`` and optionally
-    ``attention_mask`` and ``labels`` (-100 is not scored).
+    Batches are token ids ``(batch, seq_len)``, or a mapping with ``input_ids`` and optionally
+    ``attention_mask`` and ``labels`` (-100 is not scored), as Hugging Face collators make them.
 
     Args:
         name: Hub name (``facebook/opt-125m``) or folder of the model; ``pydocs-2m`` is the small one that
@@ -101,6 +117,7 @@ class CausalLM(LightningModule):
         self.dense_perplexity: float | None = None
         self.final_perplexity: float | None = None
         self._table: str | None = None
+        self.register_load_state_dict_pre_hook(match_names)  # type: ignore[no-untyped-call]
 
     def configure_model(self) -> None:
         """Load the model; Lightning calls this once the strategy and precision are known."""
@@ -170,10 +187,10 @@ class CausalLM(LightningModule):
         """Return the model's output (``loss``, ``logits``) and the labels of a batch; padding is not scored.
 
         Raises:
-            ValueError: The sequences are longer than the model can take.
+            ValueError: The batch is neither token ids nor a mapping with them, or longer than the model can take.
         """
+        inputs = _inputs(batch)
         assert self.model is not None
-        inputs = dict(batch) if isinstance(batch, dict) else {"input_ids": batch}
         ids = inputs["input_ids"]
         self.check_length(self.model.config, ids.shape[1])
         if "labels" not in inputs:
@@ -202,7 +219,7 @@ class CausalLM(LightningModule):
 
     def _distance_to_dense(self, batch: Batch, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean cross-entropy of the logits against the dense model's distribution, at scored tokens."""
-        inputs = {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, dict) else {"input_ids": batch}
+        inputs = {key: value for key, value in _inputs(batch).items() if key != "labels"}
         with torch.no_grad():
             targets = self._teacher[0](**inputs, use_cache=False).logits[:, :-1].float().softmax(dim=-1)
         scored = (labels[:, 1:] != -100).flatten()
