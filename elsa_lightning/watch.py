@@ -55,6 +55,18 @@ class Stationarity:
     outranking: Tensor
 
 
+def figures(update: Update, measured: Stationarity | None) -> dict[str, float]:
+    """Return what to log of an update, by name, and of a measurement if there is a new one."""
+    names = ("primal_residual", "dual_residual", "mask_flips", "sparsity")
+    values = torch.stack([getattr(update, name) for name in names]).tolist()  # one transfer to the host
+    found = dict(zip(names, values, strict=True))
+    found["penalty"] = update.penalty
+    if measured is not None:
+        found["stationarity"] = float(measured.distance)
+        found["outranking"] = float(measured.outranking)
+    return found
+
+
 def verdict(last: Update | None, measured: Stationarity | None) -> str:
     """Return in words whether a run had converged when its mask was fixed."""
     if last is None:

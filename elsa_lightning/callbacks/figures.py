@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from elsa_lightning.admm import ADMM
-from elsa_lightning.callbacks.health import Health
+from elsa_lightning.callbacks.health import Health, diverged
 from elsa_lightning.errors import UserError
-from elsa_lightning.optim.rounding import hazard
 from elsa_lightning.report import mask_mosaic
-from elsa_lightning.watch import Stationarity, Update
+from elsa_lightning.watch import Stationarity, Update, figures
 
 _MOSAICS = 10  # pictures of the masks in a run
 
@@ -51,27 +49,13 @@ class Figures:
         if update is None or update is self._logged:
             return
         self._logged = update
-        values = torch.stack(
-            [update.primal_residual, update.dual_residual, update.mask_flips, update.sparsity]
-        ).tolist()  # the one transfer to the host, once every interval
-        names = ("primal_residual", "dual_residual", "mask_flips", "sparsity")
-        metrics = {f"{self.prefix}/{name}": value for name, value in zip(names, values, strict=True)}
-        metrics[f"{self.prefix}/penalty"] = update.penalty
-        if (measured := admm.last_stationarity) is not None and measured is not self._measured:
-            self._measured = measured
-            metrics[f"{self.prefix}/stationarity"] = float(measured.distance)
-            metrics[f"{self.prefix}/outranking"] = float(measured.outranking)
-        if not all(math.isfinite(value) for value in values):
-            raise UserError(
-                f"after {update.step} optimizer steps the constrained weights are no longer finite: "
-                + (
-                    hazard(admm.optimizer)
-                    or f"the loss diverged. Lower the learning rate, clip gradients (gradient_clip_val) or lower "
-                    f"penalty={admm.schedule.penalty}"
-                )
-            )
-        for warning in self._health.warnings(admm, values[0], values[2], values[3]):
+        measured, self._measured = self._measured, admm.last_stationarity
+        found = figures(update, None if self._measured is measured else self._measured)
+        if not all(math.isfinite(value) for value in found.values()):
+            raise UserError(diverged(admm, "clip gradients (gradient_clip_val)"))
+        for warning in self._health.warnings(admm, found["primal_residual"], found["mask_flips"], found["sparsity"]):
             rank_zero_warn(warning)
+        metrics = {f"{self.prefix}/{name}": value for name, value in found.items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         # for progress bar and monitors; log_every_n_steps would drop most of these from the logger

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from elsa_lightning.admm import ADMM
+from elsa_lightning.optim.rounding import hazard
 
 _LATE = 0.75  # of the ADMM phase: from here on it should be closing
 _RESIDUAL = 0.2  # ‖x − z‖/‖x‖ that the final projection would cut off
@@ -96,3 +97,17 @@ class Health:
 
 def _list(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def diverged(admm: ADMM, clip: str) -> str:
+    """Return what to say of a run whose weights are no longer finite.
+
+    Args:
+        admm: Of the run.
+        clip: How gradients are clipped there.
+    """
+    step = 0 if admm.last_update is None else admm.last_update.step
+    cause = hazard(admm.optimizer) or (
+        f"the loss diverged. Lower the learning rate, {clip} or lower penalty={admm.schedule.penalty:g}"
+    )
+    return f"after {step} optimizer steps the constrained weights are no longer finite: {cause}"
