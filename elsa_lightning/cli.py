@@ -11,15 +11,19 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from elsa_lightning.callbacks.elsa import ElsaCallback
+from elsa_lightning.callbacks.export import SaveHuggingFace
+from elsa_lightning.callbacks.progress import LineProgress
 from elsa_lightning.errors import UserError
 from elsa_lightning.lm.data import CalibrationData
 from elsa_lightning.lm.module import CausalLM
+from elsa_lightning.options import OneLineParser
 from elsa_lightning.plan import Plan, plan
 
 _KNOWN_CHECKPOINTS = ("last", "best", "hpc", "registry")  # which Lightning finds by itself
@@ -34,13 +38,13 @@ class ElsaTrainer(Trainer):
         return next((c for c in self.callbacks if isinstance(c, ElsaCallback)), None)  # type: ignore[attr-defined]
 
     def plan(
-        self, model: CausalLM, datamodule: CalibrationData, devices: int = 1, gpu_memory: float | None = None
+        self, model: CausalLM, datamodule: LightningDataModule, devices: int = 1, gpu_memory: float | None = None
     ) -> None:
         """Print the memory that fit would take, and load nothing.
 
         Args:
             model: What would be pruned; only its configuration is read.
-            datamodule: The batches.
+            datamodule: The batches; of others than CalibrationData the size is not known, nor what activations take.
             devices: GPUs that FSDP would shard over.
             gpu_memory: GiB of each of them, to be told whether the run fits.
         """
@@ -48,18 +52,24 @@ class ElsaTrainer(Trainer):
             raise UserError(f"devices must be 1 or more, got {devices}")
         if gpu_memory is not None and gpu_memory <= 0:
             raise UserError(f"gpu_memory must be above 0 GiB, got {gpu_memory:g}")
-        print(f"{model.name}, batches of {datamodule.batch_size} × {datamodule.seq_len} tokens on each device")
+        size = (
+            f"{datamodule.batch_size} × {datamodule.seq_len}" if isinstance(datamodule, CalibrationData) else "unknown"
+        )
+        print(f"{model.name}, batches of {size} tokens on each device")
         planned = self.memory(model, datamodule)
         if planned.warning:
             print(planned.warning)
         print(planned.table(devices, gpu_memory))
 
-    def memory(self, model: CausalLM, datamodule: CalibrationData) -> Plan:
+    def memory(self, model: CausalLM, datamodule: LightningDataModule) -> Plan:
         """Return the memory plan of this Trainer's run."""
         precision = str(self.precision)
         elsa = self.elsa
         meta = model.on_meta()
-        model.check_length(meta.config, datamodule.seq_len)
+        tokens = 0
+        if isinstance(datamodule, CalibrationData):
+            model.check_length(meta.config, datamodule.seq_len)
+            tokens = datamodule.batch_size * datamodule.seq_len
         half = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
         return plan(
             nn.ModuleDict({"model": meta}),  # names as in the module
@@ -70,13 +80,17 @@ class ElsaTrainer(Trainer):
             ignore=elsa.ignore if elsa else (),
             state_dtype=elsa.state_dtype if elsa else None,
             teacher=model.distillation > 0,
-            tokens=datamodule.batch_size * datamodule.seq_len,
+            tokens=tokens,
             checkpointing=model.gradient_checkpointing,
         )
 
 
 class ElsaCLI(LightningCLI):
-    """LightningCLI for a :class:`CausalLM` on :class:`CalibrationData`; the tokenizer follows the model."""
+    """LightningCLI for a :class:`CausalLM`; the callback has options of its own, ``--elsa.*``.
+
+    Without a class of data modules any may be given, and :class:`CalibrationData` is the default. The tokenizer follows
+    the model.
+    """
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -84,17 +98,42 @@ class ElsaCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link the data's tokenizer to the model's name."""
-        parser.link_arguments("model.name", "data.tokenizer")
+        """Add the callback's arguments, and link the data's tokenizer to the model's name."""
+        parser.add_class_arguments(ElsaCallback, "elsa", instantiate=False, sub_configs=True)
+        if self.subclass_mode_data:
+            parser.set_defaults({"data": {"class_path": "elsa_lightning.CalibrationData"}})
+        parser.link_arguments("model.name", "data.init_args.tokenizer" if self.subclass_mode_data else "data.tokenizer")
 
     def _parse_ckpt_path(self) -> None:
         """Let the command line decide about the model of a resumed run, not the checkpoint."""
         if self.config.get("subcommand") != "fit":
             super()._parse_ckpt_path()
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse a run without an end, of which Lightning would make 1000 epochs."""
+        trainer = self._get(self.config, "trainer")
+        ends = trainer.max_steps != -1 or trainer.max_epochs is not None or trainer.max_time is not None
+        if self.subcommand == "fit" and not ends and not trainer.fast_dev_run:
+            raise UserError(
+                "nothing says how long to train: give --config configs/elsa.yaml, which prunes the embedded model to "
+                "90 % in 1000 steps, or --elsa.sparsity 0.9 and --trainer.max_steps 1000"
+            )
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         if self.subcommand == "plan":  # for any machine, made on this one
             config |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
+        listed = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
+        elsa, defaults = self._get(self.config_init, "elsa"), self._parser(self.subcommand).get_defaults().elsa
+        if given := [name for name, value in elsa.items() if value != defaults[name]]:
+            if any(isinstance(callback, ElsaCallback) for callback in listed):
+                raise UserError(
+                    f"elsa.{given[0]} asks for an ElsaCallback beside the one under trainer.callbacks: set that one's "
+                    f"arguments with --trainer.callbacks.{given[0]}, or move them to 'elsa:' in the configuration"
+                )
+            callbacks = [*callbacks, ElsaCallback(**elsa)]
+        barred = config["enable_progress_bar"] is False or any(isinstance(c, ProgressBar) for c in listed)
+        if not barred and not sys.stdout.isatty():
+            callbacks = [*callbacks, LineProgress()]
         return super()._instantiate_trainer(config, callbacks)
 
     def after_predict(self) -> None:
@@ -113,6 +152,25 @@ class ElsaCLI(LightningCLI):
         temporary.replace(file)
         print(f"{len(losses)} sequences, mean {sum(losses) / len(losses):.4f} nats a token: {file}")
 
+    def after_fit(self) -> None:
+        """Say what to do with the folder that the run wrote."""
+        trainer: Any = self.trainer
+        saved = next((c for c in trainer.callbacks if isinstance(c, SaveHuggingFace)), None)
+        logs = Path(trainer.log_dir or trainer.default_root_dir)  # asked for on every process, which is a broadcast
+        if saved is None or not trainer.is_global_zero:
+            return
+        folder, config = Path(saved.dirpath or logs / "hf").expanduser(), logs / "config.yaml"
+        if folder.exists() and config.exists():
+            again = f"--config {config}" + (" --ckpt_path null" if self.config.fit.ckpt_path else "")
+            sparsity = "--trainer.callbacks.sparsity" if self.config.fit.elsa.sparsity is None else "--elsa.sparsity"
+            print(
+                f"\nWhat to do next:\n"
+                f"  elsa test {again} --model.name {folder}   # its perplexity on the test text\n"
+                f"  elsa fit {again} {sparsity} 0.95   # another sparsity\n"
+                f"  elsa fit {again} --model.name MODEL --data.name TEXT   # your model and your text\n"
+                f"  AutoModelForCausalLM.from_pretrained({str(folder)!r})   # in Python, from transformers"
+            )
+
     def before_fit(self) -> None:
         """Say what memory the run takes; a model or optimizer that cannot be tried beforehand runs all the same."""
         assert isinstance(self.trainer, ElsaTrainer)
@@ -120,7 +178,7 @@ class ElsaCLI(LightningCLI):
         if resumed and resumed not in _KNOWN_CHECKPOINTS and ":" not in resumed and not Path(resumed).exists():
             raise UserError(f"ckpt_path {resumed!r} does not exist; give a .ckpt of an earlier run")
         if self.model.pretrained and self.trainer.elsa is None:
-            rank_zero_warn("there is no ElsaCallback, and nothing is pruned; configs/elsa.yaml has one")
+            rank_zero_warn("nothing is pruned: give --elsa.sparsity 0.9, or --config configs/elsa.yaml, which has it")
         try:
             planned = self.trainer.memory(self.model, self.datamodule)
         except Exception as error:
@@ -152,14 +210,20 @@ def main(args: list[str] | None = None) -> None:
     """
     if args is None:  # LightningCLI reads sys.argv, and warns of both
         sys.argv[1:] = [_shipped(argument) for argument in sys.argv[1:]]
+    arguments = sys.argv[1:] if args is None else args
     try:
         ElsaCLI(
             CausalLM,
-            CalibrationData,
+            CalibrationData if {"-h", "--help"} & {*arguments} else None,  # of one class the help shows the options
             trainer_class=ElsaTrainer,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "elsa", "description": "Prune Hugging Face language models with Elsa."},
+            parser_kwargs={
+                "prog": "elsa",
+                "description": "Prune Hugging Face language models with Elsa.",
+                "allow_abbrev": False,
+            },
+            parser_class=OneLineParser,
             auto_configure_optimizers=False,  # CausalLM's own optimizer and schedule are not to be bypassed
             args=None if args is None else [_shipped(argument) for argument in args],
         )

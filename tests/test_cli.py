@@ -9,12 +9,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from transformers import AutoModelForCausalLM
 
 import elsa_lightning
+from elsa_lightning import ElsaCallback, Unstructured
+from elsa_lightning.callbacks.progress import LineProgress
 from elsa_lightning.cli import main
 from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.selection import select
@@ -34,14 +38,18 @@ def test_fit_prunes_and_writes_a_model_that_every_command_takes(
         "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false",
     ]
-    main(["fit", "--config", "configs/elsa.yaml", "--trainer.max_steps=12", "--trainer.callbacks.sparsity=0.75",
+    main(["fit", "--config", "configs/elsa.yaml", "--trainer.max_steps=12", "--elsa.sparsity=0.75",
           *common, *quiet])  # fmt: skip
     (folder,) = tmp_path.rglob("hf")
+    following = re.findall(r"^  elsa (test .*?)   #", capsys.readouterr().out, re.M)
     model = AutoModelForCausalLM.from_pretrained(folder)
     for p in select(model).parameters.values():
         assert int((p == 0).sum()) == round(0.75 * p.numel())
     assert int((model.get_input_embeddings().weight == 0).sum()) == 0
     capsys.readouterr()
+    (test,) = following  # what the run says to do next
+    main([*test.split(), *quiet])
+    assert "test/perplexity" in capsys.readouterr().out
     for command in ("validate", "test"):
         main([command, f"--model.name={folder}", *common[1:], "--trainer.logger=false", *quiet])
         printed = capsys.readouterr().out
@@ -69,14 +77,14 @@ def test_shipped_configurations_are_found_from_anywhere(
     ("mistake", "message"),
     [
         (
-            "--trainer.callbacks.sparsity=90",
+            "--elsa.sparsity=90",
             "sparsity must be a fraction of zeros in [0, 1), got 90.0; for 90 %",
         ),
         ("--ckpt_path=./no.ckpt", "ckpt_path './no.ckpt' does not exist; give a .ckpt of an earlier run"),
         ("--data.name=./nowhere", "data.name './nowhere' is not 'pydocs'"),
         ("--model.name=./nowhere", "model name './nowhere' is a path that does not exist"),
         ("--data.seq_len=4096", "the data has sequences of 4096 tokens, and 'pydocs-2m' takes at most 512"),
-        ("--trainer.callbacks.ignore=[mpl]", "ignore: 'mpl' matches no parameter"),
+        ("--elsa.ignore=[mpl]", "ignore: 'mpl' matches no parameter"),
         ("--trainer.accelerator=gpu", "No supported gpu backend found"),
     ],
 )
@@ -101,7 +109,7 @@ def test_the_command_line_decides_about_a_resumed_model_and_the_difference_is_to
     tiny_llama: str, token_cache: str, tmp_path: Path
 ) -> None:
     """Here the model moved to another folder; patterns with the module's whole names work on the way."""
-    run = [*small_run(tiny_llama, token_cache, tmp_path), r"--trainer.callbacks.targets=[^model\.model\.layers.*proj]"]
+    run = [*small_run(tiny_llama, token_cache, tmp_path), r"--elsa.targets=[^model\.model\.layers.*proj]"]
     main(run)
     moved = shutil.copytree(tiny_llama, tmp_path / "moved")
     again = [f"--model.name={moved}", "--trainer.max_steps=3", f"--ckpt_path={next(tmp_path.rglob('last.ckpt'))}"]
@@ -136,12 +144,115 @@ def test_a_checkpoint_of_weights_alone_is_refused(
     assert "ckpt_path holds weights only" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("--trainer.max_stps=3", "unrecognized argument: --trainer.max_stps; did you mean --trainer.max_steps?"),
+        ("--trainer.max_step=3", "unrecognized argument: --trainer.max_step; did you mean --trainer.max_steps?"),
+        ("--elsa.sparsty=0.7", "unrecognized argument: --elsa.sparsty; did you mean --elsa.sparsity?"),
+        ("--sparsity=0.7", "unrecognized argument: --sparsity; did you mean --elsa.sparsity?"),
+        ("--model_name=x", "unrecognized argument: --model_name; did you mean --model.name?"),
+        ("--data.seqlen=7", "unrecognized argument: data.seqlen; did you mean --data.seq_len?"),
+        ("--trainer.callbacks.sparsity=0.7", "trainer.callbacks.sparsity; did you mean --elsa.sparsity?"),
+        ("--model.optimizer.lrr=1", "unrecognized argument: model.optimizer.lrr"),
+        ("--data.seq_len=long", "data.seq_len: Expected a <class 'int'>. Got value: long"),
+        ("--trainer.max_steps=long", "trainer.max_steps: Expected a <class 'int'>. Got value: long"),
+        ("--config=nowhere.yaml", "File does not exist: "),
+        ("--config={}/wrong.yaml", "unrecognized argument: trainer.max_stps; did you mean --trainer.max_steps?"),
+        ("more", "unrecognized argument: more"),
+    ],
+)
+def test_what_cannot_be_parsed_is_told_in_one_line(
+    given: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wrong.yaml").write_text("trainer: {max_stps: 3}")
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config=configs/elsa.yaml", given.format(tmp_path)])
+    printed = capsys.readouterr().err
+    last = printed.splitlines()[-1]
+    assert end.value.code == 2 and "usage" not in printed
+    assert last.startswith("elsa: error: ") and told in last
+
+
+def test_a_run_without_an_end_is_refused_with_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
+    """Lightning would train for 1000 epochs, and nothing would be pruned."""
+    with pytest.raises(SystemExit):
+        main(["fit"])
+    assert "nothing says how long to train: give --config configs/elsa.yaml" in capsys.readouterr().err
+
+
+class Stop(Callback):
+    """Ends a run before it begins, and remembers its callbacks."""
+
+    seen: ClassVar[list[Callback]] = []
+
+    def setup(self, trainer: Trainer, *args: object, **kwargs: object) -> None:
+        Stop.seen = list(trainer.callbacks)  # type: ignore[attr-defined]
+        raise UserError("stop here")
+
+
+def callbacks_of(*arguments: str) -> list[ElsaCallback]:
+    with pytest.raises(SystemExit):
+        main(["fit", "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.max_steps=4",
+              *arguments, "--trainer.callbacks+=tests.test_cli.Stop"])  # fmt: skip
+    return [callback for callback in Stop.seen if isinstance(callback, ElsaCallback)]
+
+
+def test_the_callback_has_options_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (alone,) = callbacks_of("--elsa.sparsity=0.7", "--elsa.ignore=[down_proj]")
+    assert alone.constraint == Unstructured(0.7) and alone.ignore == ["down_proj"]
+    (over,) = callbacks_of("--config=configs/elsa_l.yaml", "--elsa.sparsity=0.7")
+    assert over.constraint == Unstructured(0.7) and over.state_dtype == "float8_e4m3fn"
+    (listed,) = callbacks_of("--config=callbacks/elsa_l.yaml", "--trainer.callbacks.sparsity=0.7")
+    assert listed.constraint == Unstructured(0.7) and listed.state_dtype == "float8_e4m3fn"
+    scope = "--elsa.constraint={class_path: elsa_lightning.Unstructured, init_args: {sparsity: 0.8, scope: model}}"
+    (whole,) = callbacks_of(scope)
+    assert whole.constraint == Unstructured(0.8, scope="model")
+    Stop.seen = []
+    assert callbacks_of() == []  # a dense model may be trained, if its length is given
+    capsys.readouterr()
+    assert callbacks_of("--config=callbacks/elsa.yaml", "--elsa.ramp=0.2") == []
+    assert "elsa.ramp asks for an ElsaCallback beside the one under trainer.callbacks" in capsys.readouterr().err
+    assert callbacks_of("--elsa.ramp=0.2") == []
+    assert "give sparsity (a fraction, such as 0.9) or constraint" in capsys.readouterr().err
+
+
+def test_a_printed_configuration_means_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for config in ("configs/elsa_l.yaml", "callbacks/elsa_l.yaml"):
+        with pytest.raises(SystemExit):
+            main(["fit", f"--config={config}", "--print_config"])
+        (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+        (callback,) = callbacks_of(f"--config={tmp_path / 'printed.yaml'}")
+        assert callback.constraint == Unstructured(0.9) and callback.state_dtype == "float8_e4m3fn"
+
+
+def test_a_log_shows_progress_in_lines(
+    tiny_llama: str,
+    token_cache: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("elsa_lightning.cli.LineProgress", lambda: LineProgress(seconds=0))
+    main(small_run(tiny_llama, token_cache, tmp_path))
+    printed = capsys.readouterr().out
+    assert re.search(r"^step 1 of 2, train/loss \d.*about 0 min left$", printed, re.M)
+    assert re.search(r"^step 2 of 2, ", printed, re.M) and "\r" not in printed
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["fit", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
-    for words in ("--model.gradient_checkpointing", "Recompute activations", "--data.seq_len", "Tokens a sequence"):
+    for words in (
+        "--elsa.sparsity",
+        "Fraction of zeros",
+        "--model.gradient_checkpointing",
+        "Recompute activations",
+        "--data.seq_len",
+        "Tokens a sequence",
+    ):
         assert words in printed
 
 

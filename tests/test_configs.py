@@ -51,9 +51,9 @@ def test_builds_with_an_integer_seed_and_a_known_length(config: Path) -> None:
     assert any(isinstance(c, ModelCheckpoint) and c.save_last for c in cli.trainer.callbacks)
 
 
-@pytest.mark.parametrize("config", [c for c in CONFIGS if "ElsaCallback" in c.read_text()], ids=name)
+@pytest.mark.parametrize("config", [c for c in CONFIGS if "elsa:" in c.read_text()], ids=name)
 def test_sparsity_can_be_overridden_on_the_command_line(config: Path) -> None:
-    assert elsa(built(config, "--trainer.callbacks.sparsity=0.35")).constraint == Unstructured(0.35)
+    assert elsa(built(config, "--elsa.sparsity=0.35")).constraint == Unstructured(0.35)
 
 
 @pytest.mark.parametrize("config", [ROOT / f"configs/{n}.yaml" for n in ("elsa", "elsa_l", "pretrain")], ids=name)

@@ -279,8 +279,8 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
             self.admm.hold()
             log.warning(
                 "Elsa: %d weights that the mask does not keep were moved after their zeros were made exact (by a "
-                "checkpoint that was loaded, averaged weights, an optimizer that swaps them) and are 0 again. Have that "
-                "done before the run ends.", moved,
+                "checkpoint that was loaded, averaged weights, an optimizer that swaps them) and are 0 again. Do "
+                "that before the run ends.", moved,
             )  # fmt: skip
         self._detach()
         if not state.is_world_process_zero:

@@ -1,0 +1,69 @@
+"""What the command line says of an argument that cannot be read: one line, with what was probably meant."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterable
+from difflib import SequenceMatcher
+from typing import NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from elsa_lightning.lm.data import CalibrationData
+
+_UNKNOWN = re.compile(
+    r"unrecognized arguments: (\S+)|(?:Option|Key) '([^']+)' is not (?:accepted|expected)|not accept option '([^']+)'"
+)
+_INVALID = re.compile(r'Parser key "([^"]+)":\s+(Expected .*? Got value: .*)')
+_ALIKE, _ALIKE_AS_A_WHOLE = 0.75, 0.9  # shares of the letters, in order
+
+
+class OneLineParser(LightningArgumentParser):
+    """Lightning's parser, whose errors are one line in place of the usage of all options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and exit with status 2; ``JSONARGPARSE_DEBUG`` and callers from code get the exception."""
+        if not self.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG"):
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        program = parser.prog.replace(" [options]", "")
+        sys.stderr.write(f"elsa: error: {explain(message, parser._option_string_actions)} (see {program} --help)\n")
+        sys.exit(2)
+
+
+def explain(message: str, options: Iterable[str]) -> str:
+    """Return a parser's message in one line, and for an unknown argument the nearest of the known ones.
+
+    Args:
+        message: What jsonargparse says.
+        options: Every option, such as ``--trainer.max_steps``.
+    """
+    place = re.search(r'Parser key "([^"]+)"', message)
+    unknown = _UNKNOWN.search(message)
+    if unknown is None:
+        if (invalid := _INVALID.search(message)) and place:  # the innermost of several tries
+            name = invalid[1] if invalid.start() == place.start() else f"{place[1]}.{invalid[1]}"
+            return f"{name}: {invalid[2]}"
+        return " ".join(message.split())
+    word = next(filter(None, unknown.groups())).partition("=")[0]
+    given = f"{place[1]}.{word}" if place and unknown[2] and not word.startswith(place[1]) else word
+    data = (f"--data.{name}" for name in inspect.signature(CalibrationData).parameters)
+    near = _nearest(given, {*options, *data})
+    return f"unrecognized argument: {given}" + (f"; did you mean {near}?" if near else "")
+
+
+def _nearest(word: str, options: set[str]) -> str | None:
+    """Return the option most like a word, as a whole and in its last part, or None if none is like it."""
+
+    def likeness(option: str) -> tuple[float, float]:
+        whole, last = (
+            SequenceMatcher(None, a.lstrip("-"), b.lstrip("-")).ratio()
+            for a, b in ((word, option), (word.rpartition(".")[2], option.rpartition(".")[2]))
+        )
+        return (last, whole) if last >= _ALIKE else (0.0, whole if whole >= _ALIKE_AS_A_WHOLE else 0.0)
+
+    best = max(sorted(options), key=likeness)
+    return best if any(likeness(best)) else None
