@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -227,12 +228,22 @@ def main(args: list[str] | None = None) -> None:
             auto_configure_optimizers=False,  # CausalLM's own optimizer and schedule are not to be bypassed
             args=None if args is None else [_shipped(argument) for argument in args],
         )
+        _end_processes()
     except Exception as error:
         explanation = _explanation(error)
         if explanation is None or os.environ.get("JSONARGPARSE_DEBUG"):
             raise
         print(f"elsa: error: {explanation}", file=sys.stderr)
         raise SystemExit(1) from error
+    except SystemExit:  # of SaveOnTerminate, on every process
+        _end_processes()
+        raise
+
+
+def _end_processes() -> None:
+    """End the process group: its threads would abort a process whose interpreter is gone, which counts as a failure."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _explanation(error: BaseException | None) -> BaseException | None:
