@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from elsa_lightning.errors import UserError
-from elsa_lightning.layout.kernels import mark_kernel, matrix_shape
+from elsa_lightning.layout.kernels import mark_kernel, mark_transposed, matrix_shape
 from elsa_lightning.layout.sharded import clean, part_of
 
 _HEAD = re.compile(r"(aux_|lm_)?heads?(_\w+)?|(aux_)?classifier|classification_head|score|qa_outputs|logits")
@@ -81,6 +81,9 @@ def examine(model: nn.Module) -> Anatomy:
                 mark_kernel(p)
             if module.groups == module.in_channels > 1:
                 found.depthwise.update(names[id(p)] for _, p in weights)
+        if _is_transposed(module):
+            for _, p in weights:
+                mark_transposed(p)
         own = {names[id(p)] for p in module.parameters(recurse=False)}
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             found.embeddings.update(own)
@@ -114,7 +117,7 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def _weight_names(module: nn.Module) -> list[str]:
     if isinstance(module, (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)):
         return ["weight"]
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers', which is not imported for it
+    if _is_conv1d(module):
         return ["weight"]
     if isinstance(module, nn.MultiheadAttention):
         return ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
@@ -128,6 +131,15 @@ def _weight_names(module: nn.Module) -> list[str]:
             if len(part_of(p).shape) == 3 and part_of(p).shape[0] > 1 and not _ADDED.search(name)
         ]  # fmt: skip
     return []
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # transformers', which is not imported for it
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Say whether weights are stored (in, out)."""
+    return _is_conv1d(module) or (isinstance(module, nn.modules.conv._ConvNd) and module.transposed)
 
 
 def _adapters(module: nn.Module, path: str, parameters: dict[str, nn.Parameter]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.fsdp1 import DenseState
-from elsa_lightning.layout.kernels import matrix_shape
+from elsa_lightning.layout.kernels import is_transposed, matrix_shape
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype
 from elsa_lightning.layout.sharded import check_grain, local, parts_of, processes_of
 from elsa_lightning.optim.moments import set_up
@@ -68,7 +68,10 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
                 f"{name} is constrained but {type(self.optimizer).__name__} does not train it; give the optimizer that "
                 f"does, or leave the parameter out"
             )
-        rows, columns = constraint.grain
+        rows, columns = constraint.grain_of(name)
+        if is_transposed(p):
+            rows, columns = columns, rows
+        rows, columns = rows or part.shape[-2], columns or part.shape[-1]
         if part.start is not None and rows * columns > 1:
             raise UserError(
                 f"{name}: {type(constraint).__name__} keeps {rows} × {columns} entries together, and flat slices "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from elsa_lightning.coverage import advice
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.fsdp1 import mark_slices, settle
 from elsa_lightning.layout.sharded import local, parts_of, processes_of
+from elsa_lightning.sets.base import Constraint
 
 ALL_LINEAR = "all-linear"
 
@@ -51,6 +52,18 @@ class Selection:
     def constrained(self) -> int:
         """Elements of the constrained parameters."""
         return sum(_size(p) for p in self.parameters.values())
+
+    def within(self, constraint: Constraint) -> Selection:
+        """Return what of it a set can zero; the rest needs no constraint.
+
+        Raises:
+            UserError: That is nothing.
+        """
+        inside = {name: p for name, p in self.parameters.items() if constraint.covers(name)}
+        if not inside:
+            raise UserError(f"{constraint} constrains none of the weights that targets select: {list(self.targets)}")
+        outside = sum(_size(p) for name, p in self.parameters.items() if name not in inside)
+        return replace(self, parameters=inside, dense={**self.dense, "outside of the set": outside})
 
     def summary(self) -> str:
         """Return one line for the log: how much is constrained, and what is dense by intent."""

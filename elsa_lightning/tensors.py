@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.fsdp1 import FlatSlice
-from elsa_lightning.layout.kernels import channels_last, lies_in_rows
+from elsa_lightning.layout.kernels import channels_last, is_transposed, lies_in_rows
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype, decode, encode, pack, unpack
 from elsa_lightning.layout.rows import Piece, Rows
 from elsa_lightning.layout.sharded import Part, clean, laid_out_like, local
 from elsa_lightning.optim.moments import dtype_name, lays_out_anew, second_moment
+from elsa_lightning.sets.base import Point
 
 SPLIT = "elsa_split"  # s = z − u; with weights that stay on the set −u alone
 SCALE = SPLIT + "_scale"  # of float8 blocks
@@ -51,7 +52,7 @@ class ConstrainedTensor:
                 f"{name} has shape {tuple(p.shape)} with strides {tuple(x.stride())}, and its rows are not below each "
                 f"other in memory: make it contiguous()"
             )
-        self.layout: Rows = (Rows if part.start is None else FlatSlice)(part, x, grain)
+        self.layout: Rows = (Rows if part.start is None else FlatSlice)(part, x, grain, is_transposed(p))
         self._channels_last = self.layout.kernel and channels_last(x)
         if self._channels_last and lays_out_anew(optimizer):
             raise UserError(
@@ -70,6 +71,17 @@ class ConstrainedTensor:
         """The optimizer's state of it, empty before the first step; looking creates none."""
         state: dict[str, Any] = self.optimizer.state.get(self.p, {})
         return state
+
+    def point(self, index: int, piece: Piece, v: Tensor, importance: Tensor | None = None) -> Point:
+        """Return some rows as a set sees them.
+
+        Args:
+            index: Of this tensor among the points.
+            piece: Which rows.
+            v: Their x + u.
+            importance: Their F̂.
+        """
+        return Point(v, importance, index, self.name, piece, self.layout)
 
     @property
     def stepped(self) -> bool:

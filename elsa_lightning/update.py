@@ -34,6 +34,7 @@ class LivePoints(Points):
         self.tensors, self.value, self.importance, self.processes = list(tensors), value, importance, processes
         self.names = [tensor.name for tensor in tensors]
         self.shapes = [tensor.part.shape for tensor in tensors]
+        self.transposed = [tensor.layout.transposed for tensor in tensors]
         self.parts, self.device = processes.size, tensors[0].p.device
 
     def __iter__(self) -> Iterator[Point]:
@@ -41,7 +42,7 @@ class LivePoints(Points):
         for index, tensor in enumerate(self.tensors):
             for piece in tensor.pieces():
                 rows = piece.rows
-                yield Point(self.value(tensor, rows), self.importance(tensor, rows), index, piece, tensor.layout)
+                yield tensor.point(index, piece, self.value(tensor, rows), self.importance(tensor, rows))
 
     def add(self, t: Tensor) -> Tensor:
         """Return the sum over the processes."""
@@ -98,7 +99,7 @@ def update(
             if fresh[index]:
                 tensor.allocate(SPLIT, SCALE, MASK)
             mask = tensor.unpacked(packed[index], rows)
-            z = project(constraint, v, mask, Point(v, None, index, piece, tensor.layout))
+            z = project(constraint, v, mask, tensor.point(index, piece, v))
             tensor.set_mask(rows, mask)
             form.settle(tensor, rows, v, mask, z, factors[places[index]].to(v.dtype), seed(tensor))
         if fresh[index]:
@@ -126,7 +127,7 @@ def _count(
         for piece in tensor.pieces() if tensor.part.counts else ():
             rows = piece.rows
             v, x, mask = points.value(tensor, rows), tensor.x(rows), tensor.unpacked(packed[index], rows)
-            z = project(constraint, v, mask, Point(v, None, index, piece, tensor.layout))
+            z = project(constraint, v, mask, tensor.point(index, piece, v))
             former = torch.ones_like(mask) if fresh else tensor.mask(rows)
             before = (x.to(v.dtype) if fresh else form.former_z(tensor, rows)).masked_fill(~former, 0)
             numbers = [
@@ -181,7 +182,7 @@ def stationarity(
         for piece in tensor.pieces() if tensor.part.counts else ():
             rows = piece.rows
             y, mask = forward(tensor, rows), tensor.unpacked(packed[index], rows)
-            z = project(constraint, y, mask, Point(y, None, index, piece, tensor.layout))
+            z = project(constraint, y, mask, tensor.point(index, piece, y))
             x = tensor.x(rows).float()
             numbers = [(x - z).square().sum(), x.square().sum(), (mask & ~tensor.mask(rows)).sum()]
             found += torch.stack([number.to(found.dtype) for number in numbers])
@@ -278,7 +279,7 @@ def cut(
         rows = piece.rows
         x = tensor.x(rows)
         mask = tensor.mask(rows) if packed is None else tensor.unpacked(packed, rows)
-        z = project(constraint, x, mask, Point(x, None, place, piece, tensor.layout))
+        z = project(constraint, x, mask, tensor.point(place, piece, x))
         if resumable:
             tensor.set_removed(rows, torch.where(x == z, 0, x))
         elif keeps:

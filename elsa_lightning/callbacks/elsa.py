@@ -146,6 +146,8 @@ class ElsaCallback(Callback):
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         several = len(trainer.optimizers) > 1  # alone it must have all, or somebody forgot some
         selection = select(pl_module, self.targets, self.ignore, trained=trained if several else None, quiet=True)
+        constraint = self.constraint.fitted(pl_module)
+        selection = selection.within(constraint)
         self._take_hooks_off()
         self._running = False  # a learning-rate finder may train before the run begins
         # before ADMM's, so that it knows
@@ -153,7 +155,7 @@ class ElsaCallback(Callback):
         self.admm = ADMM(
             optimizer,
             selection.parameters,
-            self.constraint,
+            constraint,
             total_steps=1,  # until on_train_start: asked now, Lightning would lose the place of stateful loaders
             schedule=self.schedule,
             prox=self.prox,
@@ -171,7 +173,7 @@ class ElsaCallback(Callback):
         self._hooks.append(self._saves)
         if isinstance(strategy, ModelParallelStrategy):
             expect_what_is_loaded(strategy, pl_module, self.admm, self.optimizer_index or 0)
-        rank_zero_info(f"{self.constraint}: {selection.summary()}")
+        rank_zero_info(f"{constraint}: {selection.summary()}")
         if warning := selection.warning():
             rank_zero_warn(warning)
 

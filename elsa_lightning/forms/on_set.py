@@ -12,7 +12,7 @@ from elsa_lightning.errors import UserError
 from elsa_lightning.forms.base import Form, Step, Sums, relative_rates
 from elsa_lightning.layout.sharded import exact_dtype
 from elsa_lightning.schedule import Schedule
-from elsa_lightning.sets.base import Constraint, Point, project
+from elsa_lightning.sets.base import Constraint, project
 from elsa_lightning.tensors import ConstrainedTensor
 
 _STEPS = 4096  # what is derived from sums is rounded, so that it does not depend on the order of summation
@@ -45,7 +45,7 @@ class OnSet(Form):
                 x.mul_(mask)
                 if step.constraint.fixes_values:
                     v = x - split
-                    z = project(step.constraint, v, mask, Point(v, None, index, piece, tensor.layout))
+                    z = project(step.constraint, v, mask, tensor.point(index, piece, v))
                     split = torch.where(mask, z - v, split)
                     x.copy_(z)
                 tensor.set_split(rows, split, seed)

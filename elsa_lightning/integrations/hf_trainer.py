@@ -132,14 +132,15 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
         self._control = control
         model: nn.Module = kwargs["model"]
         _check_model(model)
-        selection = select(model, self.targets, self.ignore)
+        constraint = self.constraint.fitted(model)
+        selection = select(model, self.targets, self.ignore, quiet=True).within(constraint)
         saved = self._saved(state)
         self._first_step = saved["first_step"] if saved else state.global_step
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.admm = ADMM(
             innermost(kwargs["optimizer"]),
             selection.parameters,
-            self.constraint,
+            constraint,
             total_steps=max(1, state.max_steps - self._first_step),
             schedule=self.schedule,
             prox=self.prox,
@@ -160,7 +161,7 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
         self._count_from_here(state)
         self._hook = model.register_state_dict_pre_hook(self._before_saving)  # type: ignore[no-untyped-call]
         if state.is_world_process_zero:
-            log.info("%s: %s", self.constraint, selection.summary())
+            log.info("%s: %s", constraint, selection.summary())
             if warning := selection.warning():
                 log.warning(warning)
 

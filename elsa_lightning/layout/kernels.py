@@ -11,12 +11,23 @@ import math
 import torch
 from torch import Tensor
 
+_TRANSPOSED = "_elsa_transposed"  # attribute of a parameter that is stored (in, out)
 _MARK = "_elsa_kernel"  # attribute of a parameter of three dimensions, which else is a stack of matrices
 
 
 def mark_kernel(p: Tensor) -> None:
     """Tell a parameter that it holds a convolution's kernels, which in one dimension its shape does not say."""
     setattr(p, _MARK, True)
+
+
+def mark_transposed(p: Tensor) -> None:
+    """Tell a parameter that its rows are inputs, as those of GPT-2's Conv1D and of transposed convolutions are."""
+    setattr(p, _TRANSPOSED, True)
+
+
+def is_transposed(p: Tensor) -> bool:
+    """Say whether a parameter is stored ``(in, out)``, as far as :func:`mark_transposed` was told."""
+    return getattr(p, _TRANSPOSED, False)
 
 
 def is_kernel(p: Tensor, shape: torch.Size) -> bool:

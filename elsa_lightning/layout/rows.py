@@ -35,10 +35,11 @@ class Rows:
         part: Which part of the parameter this process holds.
         x: Its local entries.
         grain: Rows that no piece cuts, counted from the first row of a matrix.
+        transposed: Whether the weights are ``(in, out)``.
     """
 
-    def __init__(self, part: Part, x: Tensor, grain: int = 1) -> None:
-        self.part, self.grain = part, grain
+    def __init__(self, part: Part, x: Tensor, grain: int = 1, transposed: bool = False) -> None:
+        self.part, self.grain, self.transposed = part, grain, transposed
         self.kernel, self.device = x.dim() > len(part.shape), x.device
         self.shape = as_matrix(x).shape if self.kernel else x.shape
         self.limit = PIECE_ON_CPU if x.device.type == "cpu" else PIECE

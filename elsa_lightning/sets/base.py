@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.rows import Piece, Rows
@@ -27,7 +27,8 @@ class Point:
     Attributes:
         v: x + u, ``(rows, in)``: rows of one matrix, or some matrices of a stack below each other.
         importance: F̂ of the shape of ``v``, or None where the optimizer keeps no second moment.
-        tensor: Index of the tensor among all.
+        tensor: Index of the tensor among the points.
+        name: Of the tensor.
         piece: Which rows these are.
         layout: Where they lie in the whole.
     """
@@ -35,8 +36,14 @@ class Point:
     v: Tensor
     importance: Tensor | None
     tensor: int
+    name: str
     piece: Piece
     layout: Rows
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weights are stored ``(in, out)``, as by GPT-2's Conv1D."""
+        return self.layout.transposed
 
     @property
     def part(self) -> Part:
@@ -56,12 +63,14 @@ class Points(ABC):
     Attributes:
         names: Of the tensors.
         shapes: Of the whole tensors, ``(out, in)`` or ``(experts, out, in)``.
+        transposed: Whether they are stored ``(in, out)``.
         parts: Largest number of parts that a tensor is sharded into.
         device: Where the entries are.
     """
 
     names: Sequence[str]
     shapes: Sequence[torch.Size]
+    transposed: Sequence[bool]
     parts: int = 1
     device: torch.device
 
@@ -80,21 +89,28 @@ class WholePoints(Points):
     Args:
         tensors: v and F̂ (or None) of each.
         names: Of the tensors; None numbers them.
+        transposed: Whether they are stored ``(in, out)``; None for none.
     """
 
-    def __init__(self, tensors: Sequence[tuple[Tensor, Tensor | None]], names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[tuple[Tensor, Tensor | None]],
+        names: Sequence[str] | None = None,
+        transposed: Sequence[bool] | None = None,
+    ) -> None:
         self.tensors = tensors
         self.names = names or [str(index) for index in range(len(tensors))]
         self.shapes = [v.shape for v, _ in tensors]
+        self.transposed = transposed or [False] * len(tensors)
         self.device = tensors[0][0].device
 
     def __iter__(self) -> Iterator[Point]:
         """Yield each tensor at once."""
         for index, (v, importance) in enumerate(self.tensors):
-            layout = Rows(whole(v), v)
+            layout = Rows(whole(v), v, transposed=self.transposed[index])
             piece = Piece(slice(0, layout.count), 0, math.prod(v.shape[:-2]))
             rows = None if importance is None else importance.flatten(0, -2)
-            yield Point(v.flatten(0, -2), rows, index, piece, layout)
+            yield Point(v.flatten(0, -2), rows, index, self.names[index], piece, layout)
 
 
 class Constraint(ABC):
@@ -103,7 +119,8 @@ class Constraint(ABC):
     A new set is a frozen dataclass with these methods; ``docs/architecture.md`` has the smallest one.
 
     Attributes:
-        grain: Rows × columns, from each multiple on, that no piece and no shard may cut.
+        grain: Rows × columns of ``(out, in)``, from each multiple on, that no piece and no shard may cut; 0 for all
+            there are. Of weights that are stored transposed it is turned.
         fixes_values: Whether kept entries cannot take any value, so that :meth:`values` changes them.
     """
 
@@ -118,6 +135,22 @@ class Constraint(ABC):
                     f"{name} has shape {tuple(shape)}; a constrained tensor is a matrix or a stack of matrices (or a "
                     f"convolution's kernels, sharded along their first dimension if at all): leave it out of targets"
                 )
+
+    def grain_of(self, name: str) -> tuple[int, int]:
+        """Return the grain of a tensor, where it is not the same for all."""
+        return self.grain
+
+    def covers(self, name: str) -> bool:
+        """Say whether a tensor of this name can ever have zeros in this set; one that cannot is left alone."""
+        return True
+
+    def fitted(self, model: nn.Module) -> Self:
+        """Return the set with what it must know of a model; asked once, before training.
+
+        Raises:
+            UserError: The set cannot be had of this model.
+        """
+        return self
 
     def relaxed(self, tightness: float) -> Self:
         """Return the looser set on the way to this one, where a ramp begins at 0; this set at 1."""
