@@ -12,17 +12,20 @@ if TYPE_CHECKING:
     from elsa_lightning.callbacks import ElsaCallback
     from elsa_lightning.lm.data import CalibrationData
     from elsa_lightning.lm.module import CausalLM
-    from elsa_lightning.sets.unstructured import Unstructured
+    from elsa_lightning.sets import NM, Block, ByPattern, Unstructured
 
 __version__ = "0.1.0"
-__all__ = ["ADMM", "CalibrationData", "CausalLM", "ElsaCallback", "Unstructured"]
+__all__ = ["ADMM", "NM", "Block", "ByPattern", "CalibrationData", "CausalLM", "ElsaCallback", "Unstructured"]
 
 _HOMES = {
     "ADMM": "admm",
+    "Block": "sets",
+    "ByPattern": "sets",
     "CalibrationData": "lm.data",
     "CausalLM": "lm.module",
     "ElsaCallback": "callbacks",
-    "Unstructured": "sets.unstructured",
+    "NM": "sets",
+    "Unstructured": "sets",
 }
 
 

@@ -104,12 +104,13 @@ class ADMM:
         if not parameters:
             raise UserError("parameters is empty: there is nothing to constrain")
         optimizer = innermost(optimizer)
-        self.optimizer, self.constraint, self.total_steps = optimizer, constraint, total_steps
+        self.optimizer, self.total_steps = optimizer, total_steps
         self.form, schedule = make_form(prox), schedule or Schedule()
         self.schedule = replace(schedule, penalty=self.form.penalty) if schedule.penalty is None else schedule
         self.form.check(self.schedule, constraint)
         self.state_dtype = check_state_dtype(state_dtype)
         self.tensors = ConstrainedTensors(optimizer, parameters, constraint, self.state_dtype)
+        self.constraint = self.tensors.constraint
         self.step = 0
         self.penalty = 0.0
         self.phase: Phase = "setting up"

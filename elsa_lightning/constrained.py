@@ -26,6 +26,7 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
         parts: Which part of each of the optimizer's parameters this process holds.
         flat: Whether some are flat slices (FSDP1).
         places: Of each constrained parameter among all.
+        constraint: The set, for these tensors.
 
     Args:
         optimizer: Who trains them.
@@ -46,7 +47,8 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
         whole = {
             name: self.parts[p].shape if p in self.parts else matrix_shape(p, p.shape) for name, p in parameters.items()
         }
-        constraint.check(whole)
+        constraint.check(whole, [name for name, p in parameters.items() if is_transposed(p)])
+        self.constraint = constraint = constraint.sized(whole)
         self._tensors = {name: self._constrain(name, p, constraint) for name, p in parameters.items()}
         self.places = {tensor.p: place for place, tensor in enumerate(self._tensors.values())}
         by_parameter = {tensor.p: tensor for tensor in self._tensors.values()}

@@ -44,6 +44,10 @@ class LivePoints(Points):
                 rows = piece.rows
                 yield tensor.point(index, piece, self.value(tensor, rows), self.importance(tensor, rows))
 
+    def only(self, indices: Sequence[int]) -> LivePoints:
+        """Return some of the tensors."""
+        return LivePoints([self.tensors[i] for i in indices], self.value, self.importance, self.processes)
+
     def add(self, t: Tensor) -> Tensor:
         """Return the sum over the processes."""
         return self.processes.add(t)
@@ -51,12 +55,14 @@ class LivePoints(Points):
 
 def decide(constraint: Constraint, points: LivePoints) -> list[Tensor]:
     """Return the packed mask of each tensor; nothing of the tensors changes before all are there."""
-    masks = constraint.support(points)
     packed = [tensor.room_for_mask() for tensor in points.tensors]
-    for tensor, bits in zip(points.tensors, packed, strict=True):
-        for rows, *_ in tensor.pieces():
-            tensor.set_mask(rows, next(masks).view(tensor.x(rows).shape), bits)
-    next(masks, None)  # lets every process get to the end
+    for member, indices in constraint.members(points.names):
+        masks = member.support(points.only(indices))
+        for index in indices:
+            tensor = points.tensors[index]
+            for rows, *_ in tensor.pieces():
+                tensor.set_mask(rows, next(masks).view(tensor.x(rows).shape), packed[index])
+        next(masks, None)  # lets every process get to the end
     return packed
 
 

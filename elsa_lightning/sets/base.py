@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -78,6 +78,10 @@ class Points(ABC):
     def __iter__(self) -> Iterator[Point]:
         """Yield the local rows, tensor by tensor."""
 
+    @abstractmethod
+    def only(self, indices: Sequence[int]) -> Points:
+        """Return some of the tensors."""
+
     def add(self, t: Tensor) -> Tensor:
         """Return the sum of ``t`` over all processes."""
         return t
@@ -112,6 +116,11 @@ class WholePoints(Points):
             rows = None if importance is None else importance.flatten(0, -2)
             yield Point(v.flatten(0, -2), rows, index, self.names[index], piece, layout)
 
+    def only(self, indices: Sequence[int]) -> WholePoints:
+        """Return some of the tensors."""
+        chosen = ([of[i] for i in indices] for of in (self.tensors, self.names, self.transposed))
+        return WholePoints(*chosen)  # type: ignore[arg-type]
+
 
 class Constraint(ABC):
     """A set S over all constrained tensors together: a value, which YAML can build.
@@ -127,8 +136,13 @@ class Constraint(ABC):
     grain: tuple[int, int] = (1, 1)
     fixes_values: bool = False
 
-    def check(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Raise ValueError, naming the tensor, if tensors of these names and shapes cannot be in the set."""
+    def check(self, shapes: Mapping[str, torch.Size], transposed: Collection[str] = ()) -> None:
+        """Raise UserError, naming the tensor, if tensors of these names and shapes cannot be in the set.
+
+        Args:
+            shapes: Of the whole tensors, by name.
+            transposed: Names of those that are stored ``(in, out)``.
+        """
         for name, shape in shapes.items():
             if len(shape) not in (2, 3):
                 raise UserError(
@@ -151,6 +165,14 @@ class Constraint(ABC):
             UserError: The set cannot be had of this model.
         """
         return self
+
+    def sized(self, shapes: Mapping[str, torch.Size]) -> Self:
+        """Return the set for tensors of these names and shapes, where it is said in absolute numbers."""
+        return self
+
+    def members(self, names: Sequence[str]) -> list[tuple[Constraint, list[int]]]:
+        """Return the sets it is made of, each with the indices of its tensors, where these decide by themselves."""
+        return [(self, list(range(len(names))))]
 
     def relaxed(self, tightness: float) -> Self:
         """Return the looser set on the way to this one, where a ramp begins at 0; this set at 1."""

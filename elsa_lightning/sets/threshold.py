@@ -58,15 +58,15 @@ def largest(
         add: Sums a tensor over all processes.
         parts: Largest number of parts of a matrix.
     """
-    score, places, equals = _kth_largest(lambda: ((s, _bits(s.score), None) for s in scores()), pools, kept, add)
+    score, places, equals = _kth_largest(lambda: ((s, order_bits(s.score), None) for s in scores()), pools, kept, add)
     if bool((equals == places).all()):
         for s in scores():
-            yield _bits(s.score) >= score[pools[s.rows], None]
+            yield order_bits(s.score) >= score[pools[s.rows], None]
         return
 
     def tied() -> Iterator[tuple[Scores, Tensor, Tensor]]:
         for s in scores():
-            yield s, _bits(s.tiebreak), _bits(s.score) == score[pools[s.rows], None]
+            yield s, order_bits(s.tiebreak), order_bits(s.score) == score[pools[s.rows], None]
 
     tiebreak, places, _ = _kth_largest(tied, pools, places, add)
     found = torch.zeros(len(pools), parts, dtype=torch.int64, device=kept.device)
@@ -83,14 +83,25 @@ def largest(
         last = ties & (bits == tiebreak[mine])
         order = last.cumsum(dim=1) + given[s.rows, None]
         yield (
-            (_bits(s.score) > score[mine])
+            (order_bits(s.score) > score[mine])
             | (ties & (bits > tiebreak[mine]))
             | (last & (order <= free[s.rows, s.order, None]))
         )
         given[s.rows] += last.sum(dim=1)
 
 
-def _bits(key: Tensor) -> Tensor:
+def largest_of_rows(score: Tensor, tiebreak: Tensor, kept: int) -> Tensor:
+    """Return a mask of exactly ``kept`` largest entries of each row ``(..., n)``, all of which is at hand.
+
+    Equal scores go to the larger tiebreak, then to the earlier entry.
+    """
+    order = order_bits(tiebreak).argsort(dim=-1, descending=True, stable=True)
+    by_score = order_bits(score).gather(-1, order).argsort(dim=-1, descending=True, stable=True)
+    best = order.gather(-1, by_score[..., :kept])
+    return torch.zeros(score.shape, dtype=torch.bool, device=score.device).scatter_(-1, best, True)
+
+
+def order_bits(key: Tensor) -> Tensor:
     """Return non-negative floats as integers of the same order; NaN comes above all."""
     return key.abs().view(torch.int32)  # abs for NaN's sign
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -60,9 +60,9 @@ class Tied(Constraint):
             ValueError: They have none.
         """
 
-    def check(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Raise ValueError if a tie names tensors that are not constrained, or keeps more than it has."""
-        super().check(shapes)
+    def check(self, shapes: Mapping[str, torch.Size], transposed: Collection[str] = ()) -> None:
+        """Raise UserError if a tie names tensors that are not constrained, or keeps more than it has."""
+        super().check(shapes, transposed)
         for tie in self.ties(shapes):
             if not 0 < tie.kept <= tie.units:
                 raise UserError(f"{tie.members[0].name}: {tie.kept} of {tie.units} units cannot be kept")

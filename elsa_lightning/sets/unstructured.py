@@ -1,10 +1,11 @@
-"""Single entries: a number of them, in each tensor or in all together, may be non-zero."""
+"""Single entries: a number of them, in each row, in each tensor or in all together, may be non-zero."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -13,12 +14,12 @@ from torch import Tensor
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.sharded import exact_dtype
 from elsa_lightning.sets.base import Constraint, Points, distance
-from elsa_lightning.sets.threshold import Scores, largest
+from elsa_lightning.sets.threshold import Scores, largest, largest_of_rows
 
 AT_ONCE = 0.7  # sparsity that a ramp begins with: so much is cut by the first projection, and may return
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Unstructured(Constraint):
     """(1 − sparsity) · n entries that may be non-zero, to the nearest.
 
@@ -28,42 +29,97 @@ class Unstructured(Constraint):
     Args:
         sparsity: Fraction of zeros, 0 ≤ sparsity < 1. At least one entry survives.
         scope: ``tensor``: the fraction holds in each tensor of n entries (in each expert of a fused tensor).
-            ``model``: in all of them together; tensors share the budget by F̂ v² relative to the tensor's mean.
+            ``row``: for the inputs of each output, of n entries. ``model``: in all tensors together; they share the
+            budget by F̂ v² relative to the tensor's mean.
+        keep: How many weights survive in all, instead of ``sparsity``: 30e6, say.
+        floor: With scope ``model``: the least share of a tensor that survives, so that none is emptied.
+        ceiling: With scope ``model``: the largest share.
+        depth: With scope ``tensor``: how much more than ``sparsity`` the last block is pruned and less the first, in
+            between along a line; the fraction of all together stays. A tensor's block is the first number in its name.
 
     Raises:
-        ValueError: A value is out of range.
+        UserError: A value is out of range.
     """
 
-    sparsity: float
-    scope: Literal["tensor", "model"] = "tensor"
+    sparsity: float | None = None
+    scope: Literal["tensor", "row", "model"] = "tensor"
+    keep: float | None = None
+    floor: float = 0.0
+    ceiling: float = 1.0
+    depth: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
+        if (self.sparsity is None) == (self.keep is None):
+            raise UserError(
+                f"give sparsity (a fraction of zeros, such as 0.9) or keep (weights that survive, such as 30e6), one "
+                f"of the two; got sparsity={self.sparsity}, keep={self.keep}"
+            )
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
             hint = f"; for {self.sparsity:g} % give {self.sparsity / 100:g}" if 1 < self.sparsity < 100 else ""
             raise UserError(f"sparsity must be a fraction of zeros in [0, 1), got {self.sparsity}{hint}")
-        if self.scope not in ("tensor", "model"):
-            raise UserError(f"scope must be 'tensor' or 'model', got {self.scope!r}")
+        if self.keep is not None and self.keep < 1:
+            raise UserError(f"keep must be a number of weights, 1 or more, got {self.keep:g}; a fraction is sparsity")
+        if self.scope not in ("tensor", "row", "model"):
+            raise UserError(f"scope must be 'tensor', 'row' or 'model', got {self.scope!r}")
+        kept = 1.0 if self.sparsity is None else 1 - self.sparsity
+        if not (
+            0 <= self.floor <= self.ceiling <= 1
+            and (self.keep is not None or self.floor - 1e-9 <= kept <= self.ceiling + 1e-9)
+        ):
+            raise UserError(
+                f"floor and ceiling are shares that survive, and what survives in all, {kept:g}, must lie between; "
+                f"got floor={self.floor:g}, ceiling={self.ceiling:g}"
+            )
+        if (self.floor > 0 or self.ceiling < 1) and self.scope != "model":
+            raise UserError(f"floor and ceiling are for scope='model'; with scope={self.scope!r} all are pruned alike")
+        if self.depth and self.scope != "tensor":
+            raise UserError(f"depth is for scope='tensor', got scope={self.scope!r}")
+
+    def __repr__(self) -> str:
+        """Return what was said, and the scope."""
+        said = [f.name for f in fields(self) if f.name == "scope" or getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in said)})"
+
+    def grain_of(self, name: str) -> tuple[int, int]:
+        """Return a whole row where each is projected by itself."""
+        return (1, 0) if self.scope == "row" else self.grain
+
+    def sized(self, shapes: Mapping[str, torch.Size]) -> Unstructured:
+        """Return the set with the fraction that ``keep`` is of these tensors."""
+        if self.keep is None:
+            return self
+        total = sum(shape.numel() for shape in shapes.values())
+        if self.keep > total:
+            raise UserError(f"keep={self.keep:g} weights of the {total:,} that are constrained: give fewer")
+        return replace(self, sparsity=1 - self.keep / total, keep=None)
 
     def relaxed(self, tightness: float) -> Unstructured:
         """Return the set on the way from ``AT_ONCE``, or all of the sparsity if that is less, to this one."""
-        start = min(self.sparsity, AT_ONCE)
-        return replace(self, sparsity=start + (self.sparsity - start) * tightness)
+        start = min(self._sparsity, AT_ONCE)
+        now = start + (self._sparsity - start) * tightness
+        return replace(self, sparsity=now, ceiling=max(self.ceiling, 1 - now))
+
+    @property
+    def _sparsity(self) -> float:
+        if self.sparsity is None:
+            raise UserError("keep needs to know the tensors: use the set that sized(shapes) returns")
+        return self.sparsity
 
     def kept(self, entries: int) -> int:
         """Return how many of so many entries survive."""
-        return max(1, entries - round(self.sparsity * entries))
+        return max(1, entries - round(self._sparsity * entries))
 
     def support(self, points: Points) -> Iterator[Tensor]:
         """Yield the masks of the largest entries, by F̂ v²."""
+        if self.scope == "row":
+            yield from self._of_rows(points)
+            return
         stacks = [math.prod(shape[:-2]) for shape in points.shapes]
         starts = [sum(stacks[:index]) for index in range(len(stacks))]
         sizes = [
             shape[-2] * shape[-1] for shape, stack in zip(points.shapes, stacks, strict=True) for _ in range(stack)
         ]
-        pools, kept = list(range(len(sizes))), [self.kept(size) for size in sizes]
-        scales = None
-        if self.scope == "model":
-            pools, kept, scales = [0] * len(sizes), [self.kept(sum(sizes))], _scales(points)
+        scales = _scales(points) if self.scope == "model" else None
 
         def scores() -> Iterator[Scores]:
             for point in points:
@@ -75,8 +131,74 @@ class Unstructured(Constraint):
                 magnitude = point.v.abs().float().reshape(shape)
                 yield Scores(score.reshape(shape), magnitude, first, point.part.counts, point.part.order)
 
-        ranks = torch.tensor(kept, device=points.device)
-        yield from largest(scores, torch.tensor(pools, device=points.device), ranks, points.add, points.parts)
+        def keep(pools: list[int], kept: list[int]) -> Iterator[Tensor]:
+            ranks = torch.tensor(kept, device=points.device)
+            return largest(scores, torch.tensor(pools, device=points.device), ranks, points.add, points.parts)
+
+        each = list(range(len(sizes)))
+        if scales is None:
+            kept = self._by_depth(points.names, stacks, sizes) if self.depth else [self.kept(size) for size in sizes]
+            yield from keep(each, kept)
+        elif self.floor > 0 or self.ceiling < 1:
+            yield from keep(each, self._bounded(points, starts, sizes, keep([0] * len(sizes), [self.kept(sum(sizes))])))
+        else:
+            yield from keep([0] * len(sizes), [self.kept(sum(sizes))])
+
+    def _of_rows(self, points: Points) -> Iterator[Tensor]:
+        for point in points:
+            score, magnitude = distance(point.v, point.importance), point.v.abs().float()
+            if point.transposed:  # an output's weights stand below each other, and a piece has whole matrices
+                shape = (point.piece.matrices, -1, point.v.shape[-1])
+                score, magnitude = (t.view(shape).transpose(1, 2) for t in (score, magnitude))
+                mask = largest_of_rows(score, magnitude, self.kept(score.shape[-1])).transpose(1, 2)
+                yield mask.reshape(point.v.shape)
+            else:
+                yield largest_of_rows(score, magnitude, self.kept(score.shape[-1]))
+
+    def _by_depth(self, names: Sequence[str], stacks: Sequence[int], sizes: Sequence[int]) -> list[int]:
+        """Return how many entries survive of each matrix: fewer the deeper it lies, as many as ever in all."""
+        found = [re.search(r"(?<![^.])\d+(?![^.])", name) for name in names]
+        blocks = [None if match is None else int(match.group()) for match in found]
+        last = max((block for block in blocks if block is not None), default=0)
+        slopes = [0.0 if block is None or not last else self.depth * (2 * block / last - 1) for block in blocks]
+        slope = [s for s, stack in zip(slopes, stacks, strict=True) for _ in range(stack)]
+        low, high = -1.0, 1.0  # what all are shifted by, so that the whole has its fraction
+        for _ in range(60):
+            shift = (low + high) / 2
+            zeros = [min(0.999, max(0.0, self._sparsity + s + shift)) for s in slope]
+            too_few = sum(z * size for z, size in zip(zeros, sizes, strict=True)) < self._sparsity * sum(sizes)
+            low, high = (shift, high) if too_few else (low, shift)
+        return [max(1, size - round(z * size)) for z, size in zip(zeros, sizes, strict=True)]
+
+    def _bounded(
+        self, points: Points, starts: Sequence[int], sizes: Sequence[int], masks: Iterator[Tensor]
+    ) -> list[int]:
+        """Return how many entries survive of each matrix: as many as in ``masks``, but within floor and ceiling.
+
+        What is given to those below their floor is taken from the others, in proportion to what they have above it.
+        """
+        counts = torch.zeros(len(sizes), dtype=exact_dtype(points.device), device=points.device)
+        for point, mask in zip(points, masks, strict=False):
+            if point.part.counts:
+                first = starts[point.tensor] + point.piece.matrix
+                counts[first : first + point.piece.matrices] += mask.view(point.piece.matrices, -1).sum(dim=1)
+        next(masks, None)
+        wanted = [float(count) for count in points.add(counts)]
+        least = [max(1.0, math.ceil(self.floor * size - 1e-6)) for size in sizes]
+        most = [max(low, math.floor(self.ceiling * size + 1e-6)) for low, size in zip(least, sizes, strict=True)]
+        total = self.kept(sum(sizes))
+        low, high = 0.0, 2.0  # how much of what each has above its floor it keeps, or of its room below the ceiling
+        for _ in range(60):
+            share = (low + high) / 2
+            kept = [
+                min(t, max(b, b + share * (max(w, b) - b) if share <= 1 else w + (share - 1) * (t - min(w, t))))
+                for w, b, t in zip(wanted, least, most, strict=True)
+            ]
+            low, high = (share, high) if sum(kept) < total else (low, share)
+        whole = [math.floor(k) for k in kept]
+        for index in sorted(range(len(kept)), key=lambda i: whole[i] - kept[i])[: max(0, total - sum(whole))]:
+            whole[index] += whole[index] < most[index]
+        return whole
 
 
 def _scales(points: Points) -> Tensor:

@@ -1,7 +1,7 @@
 """What a set can ask for: to look as often as it likes, to tie entries across tensors, to fix values, a grain."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,7 +161,7 @@ def test_no_piece_cuts_the_grain(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_set_sees_all_shapes_together() -> None:
     @dataclass(frozen=True)
     class Particular(Unstructured):
-        def check(self, shapes: Mapping[str, torch.Size]) -> None:
+        def check(self, shapes: Mapping[str, torch.Size], transposed: Collection[str] = ()) -> None:
             raise ValueError(f"saw {sorted(shapes)}")
 
     with pytest.raises(ValueError, match=r"saw \['down', 'gate', 'up'\]"):

@@ -127,7 +127,7 @@ def test_one_budget_leaves_more_where_few_entries_carry_the_weight() -> None:
 
 
 def test_an_unknown_scope_is_refused() -> None:
-    with pytest.raises(ValueError, match="scope must be 'tensor' or 'model', got 'layer'"):
+    with pytest.raises(ValueError, match="scope must be 'tensor', 'row' or 'model', got 'layer'"):
         Unstructured(0.5, scope="layer")  # type: ignore[arg-type]
 
 

@@ -1,0 +1,92 @@
+"""Whole blocks of a matrix: what block-sparse kernels skip."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from elsa_lightning.errors import UserError
+from elsa_lightning.sets.base import Constraint, Point, Points, distance
+from elsa_lightning.sets.threshold import Scores, largest
+from elsa_lightning.sets.unstructured import AT_ONCE
+
+
+@dataclass(frozen=True)
+class Block(Constraint):
+    """A share of the blocks of each matrix may be non-zero; those at its edges may be smaller.
+
+    Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the blocks with the largest Σ Fᵢ vᵢ², unchanged.
+    Equal ones go to the upper, then to the left one.
+
+    Args:
+        sparsity: Fraction of blocks that are zero, 0 ≤ sparsity < 1, in each matrix. At least one survives.
+        rows: Outputs of a block.
+        columns: Inputs of a block.
+
+    Raises:
+        UserError: A value is out of range.
+    """
+
+    sparsity: float
+    rows: int = 16
+    columns: int = 16
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise UserError(f"sparsity must be a fraction of zero blocks in [0, 1), got {self.sparsity}")
+        if self.rows < 1 or self.columns < 1:
+            raise UserError(f"rows and columns of a block must be 1 or more, got {self.rows} × {self.columns}")
+
+    def grain_of(self, name: str) -> tuple[int, int]:
+        """Return one block."""
+        return (self.rows, self.columns)
+
+    def relaxed(self, tightness: float) -> Block:
+        """Return the set on the way from 70 % zeros, or all of them if they are fewer, to this one."""
+        start = min(self.sparsity, AT_ONCE)
+        return replace(self, sparsity=start + (self.sparsity - start) * tightness)
+
+    def support(self, points: Points) -> Iterator[Tensor]:
+        """Yield the masks of the blocks that survive."""
+        stacks = [math.prod(shape[:-2]) for shape in points.shapes]
+        starts = [sum(stacks[:index]) for index in range(len(stacks))]
+        kept = []
+        for shape, stack, turned in zip(points.shapes, stacks, points.transposed, strict=True):
+            rows, columns = self._shape(turned)
+            count = -(-shape[-2] // rows) * -(-shape[-1] // columns)
+            kept += [max(1, count - round(self.sparsity * count))] * stack
+
+        def scores() -> Iterator[Scores]:
+            for point in points:
+                first = starts[point.tensor] + point.piece.matrix
+                score = self._score(point)
+                yield Scores(score, score, first, point.part.counts, point.part.order)
+
+        ranks = torch.tensor(kept, device=points.device)
+        masks = largest(scores, torch.arange(len(kept), device=points.device), ranks, points.add, points.parts)
+        for point, blocks in zip(points, masks, strict=False):
+            rows, columns = self._shape(point.transposed)
+            matrices, n = point.piece.matrices, point.v.shape[-1]
+            height = point.v.shape[0] // matrices
+            grid = blocks.view(matrices, -(-height // rows), -(-n // columns))
+            whole = grid.repeat_interleave(rows, 1).repeat_interleave(columns, 2)
+            yield whole[:, :height, :n].reshape(point.v.shape)
+        next(masks, None)
+
+    def _shape(self, transposed: bool) -> tuple[int, int]:
+        return (self.columns, self.rows) if transposed else (self.rows, self.columns)
+
+    def _score(self, point: Point) -> Tensor:
+        """Return Σ F v² of each block, float32 ``(matrices, blocks)``."""
+        rows, columns = self._shape(point.transposed)
+        matrices, n = point.piece.matrices, point.v.shape[-1]
+        cost = distance(point.v, point.importance).square().view(matrices, -1, n)
+        height = cost.shape[1]
+        cost = pad(cost, (0, -n % columns, 0, -height % rows))
+        blocks = cost.view(matrices, -(-height // rows), rows, -(-n // columns), columns)
+        return blocks.sum(dim=(2, 4)).flatten(1)
