@@ -127,7 +127,7 @@ def several(seed: int = 0) -> list[tuple[Tensor, None]]:
 def test_no_tensor_is_emptied_beyond_its_floor_or_spared_beyond_its_ceiling(floor: float, ceiling: float) -> None:
     found = masks(Unstructured(0.9, "model", floor=floor, ceiling=ceiling), *several())
     shares = [float(mask.float().mean()) for mask in found]
-    assert all(floor - 1e-9 <= share <= ceiling + 1e-9 for share in shares)
+    assert all(floor - 1e-6 <= share <= ceiling + 1e-6 for share in shares)
     assert sum(int(mask.sum()) for mask in found) == 100
     free = [float(mask.float().mean()) for mask in masks(Unstructured(0.9, "model"), *several())]
     assert not all(floor <= share <= ceiling for share in free)  # or nothing was tested
