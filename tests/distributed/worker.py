@@ -29,7 +29,7 @@ WIDTH, ROWS, BATCH, STEPS = 64, 67, 12, 12  # 67 rows: uneven shards
 
 
 class Net(LightningModule):
-    """Two matrices with rows that no number of processes divides, a stack of matrices, and what is not trained."""
+    """Matrices and kernels whose rows no number of processes divides, a stack of matrices, and what is not trained."""
 
     def __init__(self, optimizer: str = "adam", broken: tuple[int, ...] = (), dtype: str = "float64") -> None:
         super().__init__()
@@ -42,6 +42,7 @@ class Net(LightningModule):
         torch.manual_seed(5)
         self.layers = nn.Sequential(nn.Linear(WIDTH, ROWS), nn.Tanh(), nn.Linear(ROWS, WIDTH, bias=False))
         self.experts = nn.Parameter(torch.randn(3, WIDTH, WIDTH) / 8)
+        self.kernels = nn.Conv2d(2, 5, 3, padding=1, bias=False)
         self.unused = nn.Linear(WIDTH, WIDTH)
         self.fixed = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
         self.to(getattr(torch, self.kept_in))
@@ -62,6 +63,7 @@ class Net(LightningModule):
 
     def forward(self, batch: Tensor) -> Tensor:
         x = self.layers(batch)
+        x = x + self.kernels(batch.view(-1, 2, 4, 8)).mean(dim=1).flatten(1).repeat(1, 2)
         return x + torch.einsum("bi,eoi->bo", x.tanh(), self.experts) / 8 + self.fixed(batch)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
