@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from elsa_lightning import ADMM, CausalLM, Unstructured
 from elsa_lightning.cli import main
+from elsa_lightning.optim.adam8bit import Adam8bit
 from elsa_lightning.plan import plan
 from elsa_lightning.selection import select
 
@@ -78,6 +80,50 @@ def test_the_plan_is_what_a_run_holds(
     if largest.numel() > 1e5:
         held = nbytes(t for key, t in live.state[largest].items() if "qmap" not in key)
         assert held / largest.numel() <= per_weight
+
+
+def test_the_plan_of_convolutions_is_what_a_run_holds() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 64, 3), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(64, 10))
+    for make in (OPTIMIZERS["Adam"], lambda params: Adam8bit(params, lr=1e-3)):
+        planned = plan(model, make, state_dtype="float8_e4m3fn")
+        live, chosen = make(model.parameters()), select(model).parameters
+        ADMM(live, chosen, Unstructured(0.9), total_steps=10, state_dtype="float8_e4m3fn")
+        for _ in range(2):
+            live.zero_grad()
+            model(torch.randn(1, 16, 5, 5)).square().mean().backward()
+            live.step()
+        assert planned.constrained == sum(p.numel() for p in chosen.values())
+        states = [(key, t) for p in live.state.values() for key, t in p.items() if "qmap" not in key]
+        *_, moments, elsa = planned.exact.values()
+        assert elsa == nbytes(t for key, t in states if key.startswith("elsa"))
+        assert moments == pytest.approx(nbytes(t for key, t in states if not key.startswith("elsa")), rel=0.02)
+
+
+class Unknown(nn.Module):
+    """Weights of a kind that is not known, beside a small Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixing, self.layer = nn.Parameter(torch.zeros(64, 64)), nn.Linear(8, 8)
+
+
+def test_the_plan_says_that_little_of_a_model_is_constrained() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is a part of the plan, which the caller prints
+        planned = plan(Unknown(), OPTIMIZERS["Adam"])
+        assert planned.warning is not None and "LOW COVERAGE" in planned.warning and "'mixing$'" in planned.warning
+        assert plan(Unknown(), OPTIMIZERS["Adam"], ignore=["mixing"]).warning is None
+        assert plan(Unknown(), OPTIMIZERS["Adam"], state_dtype=None).warning is None
+
+
+def test_the_command_prints_that_warning_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    SIZES["tiny"].save_pretrained(tmp_path)
+    command = ["plan", "--config", "configs/elsa.yaml", f"--model.name={tmp_path}", "--data.seq_len=32"]
+    main([*command, '--trainer.callbacks.targets=["up_proj"]'])
+    out = capsys.readouterr().out
+    assert out.count("LOW COVERAGE") == 1 and "down_proj" in out
+    main(command)
+    assert "LOW COVERAGE" not in capsys.readouterr().out
 
 
 def test_sharding_divides_all_but_activations_and_one_block() -> None:

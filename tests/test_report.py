@@ -3,29 +3,46 @@
 import pytest
 import torch
 
-from elsa_lightning.report import mask_mosaic, perplexity_table
+from elsa_lightning.report import Zeros, mask_mosaic, perplexity_table
 
 
-def test_the_table_sets_the_final_perplexity_beside_the_dense_one() -> None:
+def rows(table: str) -> dict[str, list[str]]:
+    return {line.split()[0]: line.split() for line in table.splitlines()[2:]}
+
+
+def test_the_table_sets_the_final_perplexity_and_zeros_beside_the_first() -> None:
     table = perplexity_table(
-        model="opt-125m", dense=27.5, final=55.0, sparsity=0.9, protocol="wikitext2 test, 166 segments of 2048 tokens"
-    )
-    head, _, dense, final, _, ratio = (line.split() for line in table.splitlines())
-    assert " ".join(head) == "opt-125m: perplexity on wikitext2 test, 166 segments of 2048 tokens"
-    assert dense == ["dense", "0.00", "%", "27.500"]
-    assert final == ["final", "90.00", "%", "55.000"]
-    assert " ".join(ratio) == "dense → 2.00× perplexity"
+        model="opt-125m", start=(27.5, Zeros(1, 200, 3, 400)), final=(55.0, Zeros(180, 200, 180, 400)),
+        protocol="wikitext2 test, 166 segments of 2048 tokens",
+    )  # fmt: skip
+    assert table.splitlines()[0] == "opt-125m: perplexity on wikitext2 test, 166 segments of 2048 tokens"
+    assert table.splitlines()[1].split() == ["zeros", "of", "constrained", "all", "perplexity"]
+    assert table.splitlines()[2].split() == ["dense", "0.50", "%", "0.75", "%", "27.500"]
+    assert rows(table)["final"] == ["final", "90.00", "%", "45.00", "%", "55.000"]
+    assert "(200 constrained weights of 400 parameters)" in table and "dense → 2.00× perplexity" in table
+    assert "sparse" not in table
 
 
-def test_without_a_dense_measurement_there_is_nothing_to_compare() -> None:
-    table = perplexity_table(model="m", dense=None, final=55.0, sparsity=0, protocol="text")
+@pytest.mark.parametrize("distilled", [True, False])
+def test_a_start_with_zeros_is_not_called_dense(distilled: bool) -> None:
+    table = perplexity_table(
+        model="m", start=(20.0, Zeros(100, 200, 100, 400)), final=(30.0, Zeros(180, 200, 180, 400)), protocol="text",
+        distilled=distilled,
+    )  # fmt: skip
+    assert "dense" not in table and "start → 1.50× perplexity" in table and "the start was already sparse" in table
+    assert ("distillation learnt from that start" in table) == distilled
+
+
+def test_without_a_first_measurement_there_is_nothing_to_compare() -> None:
+    table = perplexity_table(model="m", start=None, final=(55.0, Zeros(0, 1, 0, 1)), protocol="text")
     assert "final" in table
-    assert "dense" not in table
+    assert "dense" not in table and "start" not in table
 
 
 @pytest.mark.parametrize("final", [1e300, float("inf"), float("nan")])
 def test_a_collapsed_model_still_gets_its_table(final: float) -> None:
-    assert f"{final:.3f}" in perplexity_table(model="m", dense=2.0, final=final, sparsity=0.99, protocol="text")
+    zeros = Zeros(99, 100, 99, 100)
+    assert f"{final:.3f}" in perplexity_table(model="m", start=(2.0, zeros), final=(final, zeros), protocol="text")
 
 
 def test_a_tile_is_bright_where_weights_survive() -> None:
@@ -35,8 +52,8 @@ def test_a_tile_is_bright_where_weights_survive() -> None:
     assert torch.equal(tile, torch.tensor([[0.0, 0, 1, 1]] * 2 + [[0.0] * 4] * 2))
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (100, 70), (4, 6, 9), (1, 1)])
-def test_any_matrix_or_stack_of_experts_fills_one_tile(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(3, 5), (100, 70), (4, 6, 9), (1, 1), (8, 4, 3, 3)])
+def test_any_matrix_stack_of_experts_or_kernel_fills_one_tile(shape: tuple[int, ...]) -> None:
     picture = mask_mosaic([torch.rand(shape) > 0.5], tile=6, columns=1)
     assert picture.shape == (7, 7)
     assert picture.dtype == torch.float32

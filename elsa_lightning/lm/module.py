@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
@@ -17,12 +18,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
+from elsa_lightning.admm import ADMM
 from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.layout.sharded import match_names
 from elsa_lightning.lm import EMBEDDED_MODEL, model_path
 from elsa_lightning.lm.perplexity import TokenPerplexity
 from elsa_lightning.lm.sharded import block_policy, build_sharded, fill
-from elsa_lightning.report import perplexity_table
+from elsa_lightning.report import Zeros, perplexity_table
 from elsa_lightning.selection import count_zeros
 
 if TYPE_CHECKING:
@@ -116,6 +118,7 @@ class CausalLM(LightningModule):
         self.perplexity = TokenPerplexity()
         self.dense_perplexity: float | None = None
         self.final_perplexity: float | None = None
+        self._start: Zeros | None = None  # of the model before the first step
         self._table: str | None = None
         self.register_load_state_dict_pre_hook(match_names)  # type: ignore[no-untyped-call]
 
@@ -281,23 +284,36 @@ class CausalLM(LightningModule):
     def on_train_start(self) -> None:
         """Measure the dense model, unless a checkpoint brought its perplexity along."""
         if self.pretrained and self.dense_perplexity is None and self.global_step == 0:
-            self.dense_perplexity = self._measure("dense perplexity")
+            self.dense_perplexity, self._start = self._measure("dense perplexity"), self._zeros()
+            if self._start.sparse and self.distillation > 0:
+                rank_zero_warn(
+                    f"{self._start.shares()[0]} of the constrained weights are zero before the first step, and "
+                    f"distillation learns from this start and not from a dense model: set distillation to 0, or begin "
+                    f"with the dense model (model.name)"
+                )
 
     def on_train_end(self) -> None:
         """Measure the final model for the closing table."""
         self.final_perplexity = self._measure("final perplexity")
         if self.final_perplexity is None:
             return
-        zeros, constrained = count_zeros(self)
         for logger in self.trainer.loggers:
             logger.log_metrics({"val/final_perplexity": self.final_perplexity}, step=self.global_step)
+        dense, zeros = self.dense_perplexity, self._start
         self._table = perplexity_table(
             model=self.name,
-            dense=self.dense_perplexity,
-            final=self.final_perplexity,
-            sparsity=zeros / max(constrained, 1),
+            start=None if dense is None or zeros is None else (dense, zeros),
+            final=(self.final_perplexity, self._zeros()),
             protocol=self._protocol(),
+            distilled=self.distillation > 0,
         )
+
+    def _zeros(self) -> Zeros:
+        """Count the zeros of what the run constrains; without an ElsaCallback, of what it would constrain."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        attached = [c.admm for c in callbacks if isinstance(getattr(c, "admm", None), ADMM)]
+        constrained = [tensor.p for admm in attached for tensor in admm.tensors.values()]
+        return Zeros(*count_zeros(self, constrained or None), *count_zeros(self, self.parameters()))
 
     def teardown(self, stage: str) -> None:
         """Print the closing table, now that no progress bar is drawn over it."""
@@ -332,11 +348,15 @@ class CausalLM(LightningModule):
     def _protocol(self) -> str:
         protocol = getattr(getattr(self.trainer, "datamodule", None), "protocol", None)
         text = "the validation data" if protocol is None else protocol()
-        return f"{text}, {self.trainer.precision}"
+        loaders = CombinedLoader(self.trainer.val_dataloaders, "sequential").flattened
+        done, whole = sum(self.trainer.num_val_batches), sum(sized_len(loader) or 0 for loader in loaders)
+        part = f", the first {int(done)} of {whole} batches alone (limit_val_batches)" if done < whole else ""
+        return f"{text}{part}, {self.trainer.precision}"
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the dense perplexity, which a resumed run can no longer measure."""
         checkpoint["dense_perplexity"] = self.dense_perplexity
+        checkpoint["start_zeros"] = self._start and list(self._start)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the dense perplexity.
@@ -345,6 +365,8 @@ class CausalLM(LightningModule):
             ValueError: A run is to go on from weights alone.
         """
         self.dense_perplexity = checkpoint.get("dense_perplexity")
+        zeros = checkpoint.get("start_zeros")
+        self._start = zeros and Zeros(*zeros)
         if self._trainer is None or not self.trainer.training:
             return
         if "optimizer_states" not in checkpoint:

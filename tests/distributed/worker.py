@@ -42,7 +42,7 @@ class Net(LightningModule):
         torch.manual_seed(5)
         self.layers = nn.Sequential(nn.Linear(WIDTH, ROWS), nn.Tanh(), nn.Linear(ROWS, WIDTH, bias=False))
         self.experts = nn.Parameter(torch.randn(3, WIDTH, WIDTH) / 8)
-        self.kernels = nn.Conv2d(2, 5, 3, padding=1, bias=False)
+        self.kernels = nn.Conv2d(2, 35, 5, padding=2, bias=False)
         self.unused = nn.Linear(WIDTH, WIDTH)
         self.fixed = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
         self.to(getattr(torch, self.kept_in))

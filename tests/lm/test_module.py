@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Trainer, seed_everything
 from transformers import AutoModelForCausalLM
 
-from elsa_lightning import CalibrationData, CausalLM
+from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
 
 
 def trainer(**options: Any) -> Trainer:
@@ -146,6 +146,58 @@ def test_dense_perplexity_is_that_of_the_untouched_model(
     assert again.dense_perplexity == module.dense_perplexity and again.name == tiny_llama
     for one, other in zip(module.parameters(), again.parameters(), strict=True):
         assert torch.equal(one.float(), other.float())
+
+
+def closing_table(run: Trainer, module: CausalLM, data: CalibrationData, caplog: pytest.LogCaptureFixture) -> str:
+    with caplog.at_level("INFO"):
+        run.fit(module, data)
+    (table,) = [r.getMessage() for r in caplog.records if "perplexity on" in r.getMessage()]
+    return table
+
+
+@pytest.mark.parametrize("targets", [["mlp.up_proj"], ["embed_tokens"], ["all-linear"]])
+def test_the_closing_table_counts_what_the_run_constrained(
+    targets: list[str], tiny_llama: str, data: CalibrationData, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, elsa = CausalLM(tiny_llama), ElsaCallback(sparsity=0.75, targets=targets)
+    table = closing_table(trainer(max_steps=6, callbacks=[elsa]), module, data, caplog)
+    assert elsa.admm is not None
+    weights, all_ = (
+        sum(p.numel() for p in ps) for ps in ([t.p for t in elsa.admm.tensors.values()], module.parameters())
+    )
+    zeros = sum(int((p == 0).sum()) for p in module.parameters())
+    assert f"({weights:,} constrained weights of {all_:,} parameters)" in table
+    (final,) = [line.split() for line in table.splitlines() if line.startswith("  final")]
+    assert final[:5] == ["final", "75.00", "%", f"{zeros / all_:.2%}"[:-1], "%"]
+
+
+def test_a_start_that_is_sparse_and_distilled_from_is_called_so(
+    tiny_llama: str, data: CalibrationData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    for name, p in model.named_parameters():
+        if "proj" in name:
+            p.data[:, ::2] = 0
+    model.save_pretrained(tmp_path)
+    module = CausalLM(str(tmp_path), distillation=0.5)
+    module_of_data = CalibrationData(
+        tokenizer=tiny_llama, seq_len=32, batch_size=4, eval_segments=12, train_sequences=400,
+        cache_dir=str(data.cache_dir),
+    )  # fmt: skip
+    run = trainer(max_steps=6, callbacks=[ElsaCallback(sparsity=0.75)])
+    with pytest.warns(UserWarning, match=r"50\.00 % of the constrained weights are zero before the first step"):
+        table = closing_table(run, module, module_of_data, caplog)
+    assert table.splitlines()[2].split()[:3] == ["start", "50.00", "%"] and "learnt from that start" in table
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = CausalLM.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert again._start == module._start
+
+
+def test_the_closing_table_says_when_only_some_batches_were_measured(
+    tiny_llama: str, data: CalibrationData, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = closing_table(trainer(max_steps=2, limit_val_batches=2), CausalLM(tiny_llama), data, caplog)
+    assert "12 segments of 32 tokens, the first 2 of 3 batches alone (limit_val_batches)" in table.splitlines()[0]
 
 
 def test_prediction_gives_each_sequence_its_loss(tiny_llama: str, token_cache: str) -> None:
