@@ -14,7 +14,9 @@ from elsa_lightning.errors import UserError
 from elsa_lightning.layout.kernels import mark_kernel, mark_transposed, matrix_shape
 from elsa_lightning.layout.sharded import clean, part_of
 
-_HEAD = re.compile(r"(aux_|lm_)?heads?(_\w+)?|(aux_)?classifier|classification_head|score|qa_outputs|logits")
+_HEAD = re.compile(
+    r"(aux_|cls_|lm_|classification_|detection_)?heads?(_\w+)?|(?!pre_)(\w+_)?classifier|score|qa_outputs|logits"
+)
 _LAST_HEAD = re.compile(rf"fc|{_HEAD.pattern}")  # where nothing but other heads comes after it
 _ADAPTER = re.compile(r"(^|\.)lora_\w+")
 _ADDED = re.compile(r"bias|emb|(^|[._])pos|position|token|norm", re.IGNORECASE)  # names of what does not multiply
@@ -89,8 +91,9 @@ def examine(model: nn.Module) -> Anatomy:
             found.embeddings.update(own)
         if "Norm" in type(module).__name__:
             norms |= own
-        found.adapters.update(_adapters(module, clean(path), parameters))
-        found.computed.update(_computed(module, clean(path), parameters))
+        prefix = clean(f"{path}.") if path else ""
+        found.adapters.update(_adapters(module, prefix, parameters))
+        found.computed.update(_computed(module, prefix, parameters))
     found.adapters.update(name for name in parameters if _ADAPTER.search(name))
     found.vectors.update(
         name
@@ -109,8 +112,8 @@ def _is_vector(p: nn.Parameter) -> bool:
 def _weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield names and parameters of a module's own that multiply its input."""
     for name in _weight_names(module):
-        p = getattr(module, name, None)
-        if isinstance(p, nn.Parameter):
+        p = module._parameters.get(name)  # a parametrized weight would be computed if it were asked for
+        if p is not None:
             yield name, p
 
 
@@ -142,16 +145,15 @@ def _is_transposed(module: nn.Module) -> bool:
     return _is_conv1d(module) or (isinstance(module, nn.modules.conv._ConvNd) and module.transposed)
 
 
-def _adapters(module: nn.Module, path: str, parameters: dict[str, nn.Parameter]) -> Iterator[str]:
+def _adapters(module: nn.Module, prefix: str, parameters: dict[str, nn.Parameter]) -> Iterator[str]:
     """Yield what PEFT added to a layer, which says so itself."""
     for attribute in getattr(module, "adapter_layer_names", ()):
-        start = f"{path}.{attribute}"
+        start = prefix + attribute
         yield from (name for name in parameters if name == start or name.startswith(f"{start}."))
 
 
-def _computed(module: nn.Module, path: str, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, str]]:
+def _computed(module: nn.Module, prefix: str, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, str]]:
     """Yield parameters that weights of a module are computed from, and these weights."""
-    prefix = f"{path}." if path else ""
     parametrized: Any = getattr(module, "parametrizations", {})
     for tensor in parametrized if isinstance(parametrized, nn.ModuleDict) else ():
         start = f"{prefix}parametrizations.{tensor}."
@@ -174,7 +176,7 @@ def _find_heads(model: nn.Module, names: dict[int, str], found: Anatomy) -> None
             layers = getattr(module, declare)()
             for layer in layers if isinstance(layers, (tuple, list)) else [layers]:
                 if isinstance(layer, nn.Module):
-                    found.heads.update(names[id(p)] for p in layer.parameters())
+                    found.heads.update(names[id(p)] for p in layer.parameters() if id(p) in names)
     tables = {tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Embedding)}
     known = found.heads | found.embeddings
     free = {id(found.parameters[name]) for name in found.multiply - known if found.parameters[name].requires_grad}

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from elsa_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
-READMES = [ROOT / "README.md", ROOT / "callbacks/README.md", ROOT / "docs/architecture.md", ROOT / "docs/method.md"]
+READMES = [ROOT / "README.md", ROOT / "callbacks/README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
 def blocks(language: str) -> list[str]:

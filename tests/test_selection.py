@@ -144,7 +144,7 @@ def many_tasks() -> nn.Module:
 
 
 def encoder_in_front() -> nn.Module:
-    """The encoder's ``fc`` is a hidden layer: the decoder takes what it returns."""
+    """The encoder's ``fc`` is a hidden layer, because the decoder takes what it returns."""
     return nn.ModuleDict(
         {"encoder": ResNet(), "decoder": nn.ModuleDict({"up": nn.Linear(10, 8), "out": nn.Linear(8, 3)})}
     )
