@@ -2,50 +2,77 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
+from elsa_lightning.adapters import base_model, has_adapter, without_adapters
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.fsdp1 import mark_slices, settle, whole_on_first
 from elsa_lightning.layout.sharded import clean, part_of
+from elsa_lightning.optim.moments import dtype_name
 
 
 class SaveHuggingFace(Callback):
     """Saves the module's Hugging Face model, and its tokenizer, for ``from_pretrained``.
 
     Looks for the model in the module's attribute ``model``, as :class:`~elsa_lightning.CausalLM` has it.
-    Written under a temporary name and renamed: the folder is whole or not there.
+    Written under a temporary name and renamed: the folder is whole or not there. With a PEFT adapter on the model the
+    folder has the base model, and the adapter in a folder ``adapter`` inside it.
 
     Args:
-        dirpath: Folder to write; None takes ``hf`` in the logger's folder. An existing one is replaced only
-            if it holds nothing but a saved model.
+        dirpath: Folder to write. One that is there when training begins is replaced if it holds nothing but a saved
+            model. None takes ``hf`` in the logger's folder. What another run wrote is never replaced; the model is then
+            saved beside it, under the same name with a number.
+        dtype: What the weights are saved in; None takes that of the model that was given: one in bfloat16 is saved in
+            bfloat16, though it was trained in float32.
+
+    Raises:
+        ValueError: ``dtype`` is none that weights are kept in.
     """
 
-    def __init__(self, dirpath: str | None = None) -> None:
-        self.dirpath = dirpath
+    def __init__(
+        self, dirpath: str | None = None, dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    ) -> None:
+        if dtype not in (None, "float32", "bfloat16", "float16"):
+            raise UserError(f"dtype must be one of 'float32', 'bfloat16', 'float16', or None, got {dtype!r}")
+        self.dirpath, self.dtype = dirpath, dtype
+        self._found: object = None  # what was at dirpath when training began
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a folder that holds something else, before training."""
         if stage != "fit" or self.dirpath is None:
             return
         folder = Path(self.dirpath).expanduser()
-        _check_replaceable(folder)
+        if (other := _what_else(folder)) is not None:
+            raise UserError(
+                f"dirpath {str(folder)!r} exists and holds {other!r}, which is no part of a saved model and would "
+                f"be lost; give an empty or a new folder"
+            )
+        self._found = _identity(folder)
         source = getattr(pl_module, "path", None)
         if isinstance(source, str) and folder.resolve() == Path(source).resolve():
             raise UserError(f"dirpath {self.dirpath!r} is the folder of the model that is pruned; give another")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a module without a Hugging Face model, before training."""
-        if not hasattr(getattr(pl_module, "model", None), "save_pretrained"):
+        model: Any = getattr(pl_module, "model", None)
+        if not hasattr(model, "save_pretrained"):
             raise UserError(
                 f"SaveHuggingFace needs a module whose attribute 'model' has save_pretrained; "
                 f"{type(pl_module).__name__} has none: remove the callback"
+            )
+        if isinstance(model, nn.Module) and has_adapter(model) and _is_sharded(model, trainer.strategy.model):
+            raise UserError(
+                "SaveHuggingFace cannot save a sharded model with a PEFT adapter: train on one device or with DDP"
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,19 +80,124 @@ class SaveHuggingFace(Callback):
         # every process asks for log_dir, which is a broadcast
         folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "hf").expanduser()
         model: Any = pl_module.model
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
         whole_state = _gather(model, trainer.strategy.model or pl_module)
         if not trainer.is_global_zero:
             return
-        _check_replaceable(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             whole = Path(temporary) / "whole"
-            model.save_pretrained(whole, **whole_state)
+            dtype = self._write(pl_module, model, whole_state, whole)
             _save_tokenizer(getattr(pl_module, "path", None), whole)
-            if folder.exists():
+            if self.dirpath is not None and self._found is not None and _identity(folder) == self._found:
                 folder.replace(Path(temporary) / "former")
-            whole.replace(folder)
-        rank_zero_info(f"Model saved for from_pretrained: {folder}")
+            place = _move(whole, folder)
+        if (place / _ADAPTER).is_dir():
+            _name_base(place)
+        rank_zero_info(f"Model saved for from_pretrained, weights in {dtype}: {place}")
+        if place != folder:
+            rank_zero_warn(f"SaveHuggingFace: {folder} is another run's and is left alone; this model is in {place}")
+
+    def _write(self, pl_module: LightningModule, model: Any, whole_state: dict[str, Any], folder: Path) -> str:
+        """Save the model, without its adapter if it has one, and return the name of the weights' dtype."""
+        adapter = isinstance(model, nn.Module) and has_adapter(model)
+        base = base_model(model)
+        state: dict[str, Tensor] | None = whole_state.get("state_dict")
+        kept = getattr(base, "dtype", torch.float32)
+        target = self._target(pl_module, base, kept)
+        if adapter or (target != kept and state is None):
+            state = without_adapters(base, base.state_dict())
+        if target != kept and state is not None:
+            state, target = _cast(state, base, target)
+        integrated = getattr(base, "_hf_peft_config_loaded", False)  # save_pretrained would save the adapter alone
+        if integrated:
+            base._hf_peft_config_loaded = False
+        former = getattr(getattr(base, "config", None), "dtype", None)
+        base.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+        if former is not None:
+            base.config.dtype = former  # or the next one saved would be given in the dtype of training
+        if integrated:
+            base._hf_peft_config_loaded = True
+        if target != kept:
+            _edit(folder / "config.json", dtype=dtype_name(target))
+        if adapter:
+            model.save_pretrained(folder / _ADAPTER, **({} if integrated else {"save_embedding_layers": False}))
+            rank_zero_warn(
+                "SaveHuggingFace: the zeros are in the base model; with the adapter on it a layer computes the sum of "
+                "both, and merging fills the zeros unless elsa_lightning.adapters.merge_and_keep_zeros does it"
+            )
+        return dtype_name(target)
+
+    def _target(self, pl_module: LightningModule, base: Any, kept: torch.dtype) -> torch.dtype:
+        """Return the dtype to save in: none that is wider than what was trained."""
+        if self.dtype is not None:
+            return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        given: Any = getattr(pl_module, "given_dtype", None) or getattr(getattr(base, "config", None), "dtype", None)
+        given = getattr(torch, given, None) if isinstance(given, str) else given
+        if given not in (torch.float32, torch.bfloat16, torch.float16) or given.itemsize > kept.itemsize:
+            return kept
+        return given  # type: ignore[no-any-return]
+
+
+_ADAPTER = "adapter"
+
+
+def _cast(state: dict[str, Tensor], model: Any, dtype: torch.dtype) -> tuple[dict[str, Tensor], torch.dtype]:
+    """Return a state in another dtype, but for what the model always keeps in float32; zeros stay zeros.
+
+    Where that dtype's range is too small the state stays as it is.
+    """
+    names = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    names = {*names, *((getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ())}
+    cast, done = dict(state), dict[Any, Tensor]()
+    for name, t in state.items():
+        if not t.is_floating_point() or any(f".{part}." in f".{name}." for part in names):
+            continue
+        memory = (t.data_ptr(), t.shape, t.stride())  # tied ones once
+        if memory not in done:
+            done[memory] = t.detach().to(dtype)
+        cast[name] = done[memory]
+        if bool((t.isfinite() & ~cast[name].isfinite()).any()):
+            rank_zero_warn(f"SaveHuggingFace: {name} does not fit into {dtype_name(dtype)}, so training's dtype stays")
+            return state, t.dtype
+    return cast, dtype
+
+
+def _edit(file: Path, **values: str) -> None:
+    """Change values of a JSON file."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(json.loads(file.read_text()) | values, indent=2) + "\n")
+    temporary.replace(file)
+
+
+def _name_base(folder: Path) -> None:
+    """Say in an adapter's configuration where its base model is."""
+    _edit(folder / _ADAPTER / "adapter_config.json", base_model_name_or_path=str(folder.resolve()))
+
+
+def _identity(folder: Path) -> object:
+    """Return what tells a folder from another of the same name, or None where there is none."""
+    if not folder.exists():
+        return None
+    found = folder.stat()
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def _move(whole: Path, folder: Path) -> Path:
+    """Rename ``whole`` to ``folder``, or to the first name with a number that nobody has; return which."""
+    for number in itertools.count():
+        place = folder if number == 0 else folder.with_name(f"{folder.name}_{number}")
+        try:
+            return whole.rename(place)  # fails where there is a folder with something in it
+        except OSError:
+            if not place.exists():
+                raise
+    raise AssertionError
+
+
+def _is_sharded(model: nn.Module, root: nn.Module | None) -> bool:
+    mark_slices(root or model)
+    return any(part_of(p).sharded for p in model.parameters())
 
 
 def _gather(model: Any, root: nn.Module) -> dict[str, Any]:
@@ -102,15 +234,20 @@ _WRITTEN = re.compile(  # what save_pretrained of models and tokenizers leaves
     r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab|preprocessor_config)\.json|merges\.txt"
     r"|.*\.(safetensors|safetensors\.index\.json|model|jinja|spm)"
 )
+_WRITTEN_ADAPTER = re.compile(r"adapter_(config\.json|model\.safetensors)|README\.md")
 
 
-def _check_replaceable(folder: Path) -> None:
-    """Raise ValueError if a folder holds anything but a model as this callback writes it."""
+def _what_else(folder: Path) -> str | None:
+    """Return the name of something in a folder that is no part of a model as this callback writes it."""
     if not folder.exists():
-        return
-    others = [folder] if not folder.is_dir() else [f for f in folder.iterdir() if not _WRITTEN.fullmatch(f.name)]
-    if others:
-        raise UserError(
-            f"dirpath {str(folder)!r} exists and holds {others[0].name!r}, which is no part of a saved model and would "
-            f"be lost; give an empty or a new folder"
-        )
+        return None
+    if not folder.is_dir():
+        return folder.name
+    for file in folder.iterdir():
+        if file.name == _ADAPTER and file.is_dir():
+            others = [inner.name for inner in file.iterdir() if not _WRITTEN_ADAPTER.fullmatch(inner.name)]
+        else:
+            others = [] if _WRITTEN.fullmatch(file.name) else [file.name]
+        if others:
+            return others[0]
+    return None

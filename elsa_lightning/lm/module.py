@@ -39,7 +39,7 @@ def _inputs(batch: Batch) -> dict[str, Tensor]:
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         found = f"a mapping of {sorted(inputs)}" if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(
+        raise UserError(
             f"CausalLM takes token ids (batch, seq_len), or a mapping with them as input_ids, and got {found}"
             + (f" of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else "")
             + ": change the data's collate_fn"
@@ -114,6 +114,7 @@ class CausalLM(LightningModule):
         self.revision = revision
         self.trust_remote_code = trust_remote_code
         self.model: PreTrainedModel | None = None
+        self.given_dtype: torch.dtype | None = None  # that of the model's folder, once it was read
         self._teacher: tuple[PreTrainedModel, ...] = ()  # a tuple, so that it is no submodule and in no checkpoint
         self.perplexity = TokenPerplexity()
         self.dense_perplexity: float | None = None
@@ -160,9 +161,10 @@ class CausalLM(LightningModule):
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         try:
+            config = AutoConfig.from_pretrained(self.path, **source)
+            self.given_dtype = config.dtype
             if pretrained:
                 return AutoModelForCausalLM.from_pretrained(self.path, **source, **options)
-            config = AutoConfig.from_pretrained(self.path, **source)
             build: Any = AutoModelForCausalLM.from_config
             return build(config, trust_remote_code=self.trust_remote_code, **options)
         except OSError as error:
