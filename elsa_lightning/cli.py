@@ -21,6 +21,7 @@ from torch import nn
 from elsa_lightning.callbacks.elsa import ElsaCallback
 from elsa_lightning.callbacks.export import SaveHuggingFace
 from elsa_lightning.callbacks.progress import LineProgress
+from elsa_lightning.callbacks.versions import SaveConfigOnce, claim_versions, unused
 from elsa_lightning.errors import UserError
 from elsa_lightning.lm.data import CalibrationData
 from elsa_lightning.lm.module import CausalLM
@@ -135,7 +136,9 @@ class ElsaCLI(LightningCLI):
         barred = config["enable_progress_bar"] is False or any(isinstance(c, ProgressBar) for c in listed)
         if not barred and not sys.stdout.isatty():
             callbacks = [*callbacks, LineProgress()]
-        return super()._instantiate_trainer(config, callbacks)
+        trainer = super()._instantiate_trainer(config, callbacks)
+        claim_versions(trainer)
+        return trainer
 
     def after_predict(self) -> None:
         """Write what was predicted, one line a sequence."""
@@ -144,8 +147,7 @@ class ElsaCLI(LightningCLI):
             rank_zero_warn("each process predicted its own share, and nothing is written; set --trainer.devices 1")
         if not batches or self.trainer.world_size > 1:
             return
-        file = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file = unused(Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions.jsonl")
         losses = torch.cat(batches).tolist()
         lines = [json.dumps({"sequence": place, "nats_a_token": loss}) + "\n" for place, loss in enumerate(losses)]
         temporary = file.with_suffix(".tmp")
@@ -218,13 +220,14 @@ def main(args: list[str] | None = None) -> None:
             CalibrationData if {"-h", "--help"} & {*arguments} else None,  # of one class the help shows the options
             trainer_class=ElsaTrainer,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "prog": "elsa",
                 "description": "Prune Hugging Face language models with Elsa.",
                 "allow_abbrev": False,
             },
             parser_class=OneLineParser,
+            save_config_callback=SaveConfigOnce,
+            save_config_kwargs={"overwrite": True},  # the empty file by which it took its name
             auto_configure_optimizers=False,  # CausalLM's own optimizer and schedule are not to be bypassed
             args=None if args is None else [_shipped(argument) for argument in args],
         )

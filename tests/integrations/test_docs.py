@@ -1,0 +1,61 @@
+"""Every example of docs/integrations.md runs and prunes."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+PAGE = (Path(__file__).parents[2] / "docs/integrations.md").read_text()
+EXAMPLES = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.*?)```", PAGE, re.S | re.M))
+NEEDS = {"transformers.Trainer": "accelerate", "TRL": "trl", "PEFT": "peft", "accelerate": "accelerate"}
+
+
+def zeros(weight: torch.Tensor) -> float:
+    return float((weight == 0).float().mean())
+
+
+def test_every_example_has_its_section() -> None:
+    assert len(EXAMPLES) == PAGE.count("```python") == 7
+
+
+@pytest.mark.parametrize("section", EXAMPLES)
+def test_example_runs_and_prunes(
+    section: str, tmp_path: Path, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if section in NEEDS:
+        pytest.importorskip(NEEDS[section])
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_llama, tmp_path / "your-model")
+    pruned = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        for name, p in pruned.named_parameters():
+            if "proj" in name:
+                p.masked_fill_(torch.rand_like(p) < 0.9, 0)
+    pruned.save_pretrained(tmp_path / "pruned-model")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 2))
+    ids = torch.randint(1, 2048, (24, 12))
+    names = {
+        "model": model,
+        "batches": torch.randn(40, 4, 32).unbind(),
+        "loss": lambda model, batch: F.mse_loss(model(batch), batch[:, :2]),
+        "dataset": [{"input_ids": row, "labels": row} for row in ids],
+    }
+    if section == "TRL":
+        from datasets import Dataset
+
+        names["texts"] = Dataset.from_dict({"text": ["def f(x): return x", "import os", "class A: pass"] * 8})
+    exec(compile(EXAMPLES[section], "integrations.md", "exec"), names)
+    if "model(input" in EXAMPLES[section]:
+        weights = AutoModelForCausalLM.from_pretrained("merged").get_parameter("model.layers.0.mlp.up_proj.weight")
+    elif "trainer" in names:
+        weights = names["trainer"].model.get_parameter("model.layers.0.mlp.up_proj.weight")  # type: ignore[attr-defined]
+    else:
+        weights = model[0].weight
+    assert zeros(weights) == pytest.approx(0.9, abs=0.03 if section == "PEFT" else 0.01)
