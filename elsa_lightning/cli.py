@@ -25,6 +25,7 @@ from elsa_lightning.callbacks.versions import SaveConfigOnce, claim_versions, un
 from elsa_lightning.errors import UserError
 from elsa_lightning.lm.data import CalibrationData
 from elsa_lightning.lm.module import CausalLM
+from elsa_lightning.lm.supported import check_tokens
 from elsa_lightning.options import OneLineParser
 from elsa_lightning.plan import Plan, plan
 
@@ -71,6 +72,7 @@ class ElsaTrainer(Trainer):
         tokens = 0
         if isinstance(datamodule, CalibrationData):
             model.check_length(meta.config, datamodule.seq_len)
+            check_tokens(meta.config, datamodule, model.name)
             tokens = datamodule.batch_size * datamodule.seq_len
         half = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
         return plan(

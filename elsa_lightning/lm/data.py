@@ -2,100 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader, DistributedSampler
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.lm import EMBEDDED_MODEL, model_path
-from elsa_lightning.lm.text import Source, Split, token_stream
+from elsa_lightning.lm.local import Split
+from elsa_lightning.lm.packing import EvaluationShare, PackedTokens, ResumableLoader, ResumableSampler
+from elsa_lightning.lm.text import Source, load_tokenizer, token_stream
 
-
-class PackedTokens(Dataset[Tensor]):
-    """A stream of tokens cut into sequences of equal length; the tail that fills none is dropped.
-
-    Args:
-        tokens: Token ids ``(n,)``, may be memory-mapped.
-        seq_len: Tokens a sequence.
-        bos: Token put at the start of every sequence, taking one of its places; None for none.
-    """
-
-    def __init__(self, tokens: np.ndarray, seq_len: int, bos: int | None = None) -> None:
-        self.tokens, self.seq_len, self.bos = tokens, seq_len, bos
-        self.stride = seq_len - (bos is not None)
-
-    def __len__(self) -> int:
-        return len(self.tokens) // self.stride
-
-    def __getitem__(self, index: int) -> Tensor:
-        """Return sequence ``index``: int64 ``(seq_len,)``."""
-        start = index * self.stride
-        ids = torch.from_numpy(self.tokens[start : start + self.stride].astype(np.int64))
-        return ids if self.bos is None else torch.cat([torch.tensor([self.bos]), ids])
-
-
-class EvaluationShare(Dataset[dict[str, Tensor]]):
-    """Every ``world``-th sequence from ``rank`` on, for as many steps on every process; none is scored twice.
-
-    Where the sequences run out early one more is given whose labels say that nothing is to be scored.
-    """
-
-    def __init__(self, data: PackedTokens, world: int, rank: int) -> None:
-        self.data, self.world, self.rank = data, world, rank
-
-    def __len__(self) -> int:
-        return -(-len(self.data) // self.world)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return token ids and labels of a sequence: int64 ``(seq_len,)``."""
-        place = index * self.world + self.rank
-        ids = self.data[min(place, len(self.data) - 1)]
-        return {"input_ids": ids, "labels": ids if place < len(self.data) else torch.full_like(ids, -100)}
-
-
-class ResumableSampler(DistributedSampler[Tensor]):
-    """A seeded shuffle per epoch that can leave out the samples an interrupted epoch already gave."""
-
-    skip = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        skip, self.skip = self.skip, 0
-        return islice(super().__iter__(), skip, None)
-
-
-class ResumableLoader(DataLoader[Tensor]):
-    """A DataLoader whose state is its place in the epoch; Lightning saves and restores it.
-
-    Batches are counted as they are handed out, so workers that read ahead do not disturb the count.
-    """
-
-    _given = 0
-    _skip = 0
-
-    def state_dict(self) -> dict[str, int]:
-        """Return how many batches of this epoch were handed out."""
-        return {"batches": self._given % len(self)}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Make the next epoch start after the batches that ``state_dict`` counts."""
-        self._skip = state_dict["batches"]
-
-    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
-        self._given, self._skip = self._skip, 0
-        assert self.batch_size is not None
-        if self.generator is None:  # a DataLoader draws a seed for its workers, which would disturb the model's dropout
-            self.generator = torch.Generator()
-        self.sampler.skip = self._given * self.batch_size  # type: ignore[attr-defined]
-        for batch in super().__iter__():
-            self._given += 1
-            yield batch
+_SPLITS: dict[str, tuple[Split, ...]] = {"fit": ("train", "validation"), "validate": ("validation",)}
 
 
 class CalibrationData(LightningDataModule):
@@ -103,13 +26,19 @@ class CalibrationData(LightningDataModule):
 
     Training batches are shuffled by ``seed``; a resumed run goes on at the very next sample. Evaluation joins
     the held-out documents, cuts non-overlapping segments and drops the tail, as the literature does. Batches
-    are token ids ``(batch_size, seq_len)``, int64.
+    are token ids ``(batch_size, seq_len)``, int64; of conversations, and of prompts with completions, a dict of
+    ``input_ids`` and ``labels``, which are -100 where the token is not the assistant's or the completion's.
 
     Args:
         name: ``pydocs`` (text that comes with Python, no network), ``c4`` (first shard of ``allenai/c4``),
-            ``wikitext2``, or a file or folder of ``.txt``, ``.jsonl`` or ``.parquet`` with a ``text`` column.
-            Of local text the last 10 % is held out, half for validation and half for test.
-        eval_name: Text that perplexity is measured on, like ``name``; None takes the held-out part of ``name``.
+            ``wikitext2``, or a file or folder of text: ``.txt``, ``.md``, ``.jsonl``, ``.json``, ``.parquet``, some of
+            them packed, or what ``save_to_disk`` of ``datasets`` wrote. Files and folders named train, validation
+            (valid, val, dev, eval) or test are these splits. Without such names the last 10 % is held out, half for
+            validation and half for test, unless ``eval_name`` is given.
+        eval_name: Text that perplexity is measured on, like ``name``, the whole of it or its own validation and test
+            splits; None takes the held-out part of ``name``.
+        text_column: Column of the files' rows that holds strings, or lists of messages, which the tokenizer's chat
+            template renders; None takes ``text``, ``messages``, or ``prompt`` and ``completion``, as there are.
         tokenizer: Hub name or folder; the command line fills in the model's.
         seq_len: Tokens a sequence.
         batch_size: Sequences a batch, on each device.
@@ -127,6 +56,7 @@ class CalibrationData(LightningDataModule):
         self,
         name: str = "pydocs",
         eval_name: str | None = None,
+        text_column: str | None = None,
         tokenizer: str = EMBEDDED_MODEL,
         seq_len: int = 256,
         batch_size: int = 8,
@@ -152,8 +82,13 @@ class CalibrationData(LightningDataModule):
                 raise UserError(f"{argument} must be {least} or more, got {value}")
         if streaming and train_sequences is None:
             raise UserError("streaming needs train_sequences: how many sequences to download text for")
-        self.source = Source(name, streaming)
-        self.eval_source = self.source if eval_name is None else Source(eval_name, streaming)
+        self.source = self.eval_source = Source(name, streaming, text_column)
+        if eval_name is not None and Path(eval_name).expanduser().resolve() != self.source.path.resolve():
+            self.eval_source = Source(eval_name, streaming, text_column, hold_out=False)
+            evaluated = [*self.eval_source.part("validation"), *self.eval_source.part("test")]
+            without = frozenset(file.resolve() for file in evaluated)
+            self.source = replace(self.source, hold_out=False, without=without)
+        self.source.part("train")
         self.tokenizer = model_path(tokenizer)
         self.seq_len = seq_len
         self.batch_size = batch_size
@@ -170,14 +105,22 @@ class CalibrationData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download and tokenize what is not cached yet, in one process a machine."""
-        for split in ("train", "validation"):
+        stage = "fit" if self.trainer is None or self.trainer.state.fn is None else self.trainer.state.fn.value
+        for split in _SPLITS.get(stage, ("test",)):
             self._tokens(split)
 
     def setup(self, stage: str) -> None:
         """Open the token files of the splits that ``stage`` needs."""
-        splits: dict[str, tuple[Split, ...]] = {"fit": ("train", "validation"), "validate": ("validation",)}
-        for split in splits.get(stage, ("test",)):
+        for split in _SPLITS.get(stage, ("test",)):
             self._sets[split] = self._packed(split)
+        for source in {self.source, self.eval_source}:
+            if stage == "fit" and source.parts.keys() - {None}:
+                rank_zero_info(source.summary())
+
+    @property
+    def largest_token(self) -> int:
+        """The largest token id of the open token files, which are read for it."""
+        return max((int(np.maximum(s.tokens, ~s.tokens).max()) for s in self._sets.values()), default=0)
 
     def _tokens(self, split: Split) -> np.ndarray:
         source = self.source if split == "train" else self.eval_source
@@ -192,24 +135,22 @@ class CalibrationData(LightningDataModule):
         )
 
     def _packed(self, split: Split) -> PackedTokens:
-        from transformers import AutoTokenizer
-
         tokens = self._tokens(split)
         source = self.source if split == "train" else self.eval_source
-        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+        tokenizer = load_tokenizer(self.tokenizer)
         every = self.bos_per_segment
         if every is None:
             every = "gemma" in type(tokenizer).__name__.lower() or "gemma" in self.tokenizer.lower()
         if every and tokenizer.bos_token_id is None:
             raise UserError(f"bos_per_segment: tokenizer {self.tokenizer!r} has no BOS token; set it to false")
-        if split != "train" and self.eval_segments is not None:  # with BOS as many tokens give more segments
-            tokens = tokens[: self.eval_segments * (self.seq_len - every)]
-        packed = PackedTokens(tokens, self.seq_len, tokenizer.bos_token_id if every else None)
+        most = self.train_sequences if split == "train" else self.eval_segments
+        packed = PackedTokens(tokens, self.seq_len, tokenizer.bos_token_id if every else None, most)
         needed = self.batch_size if split == "train" else 1
         if len(packed) < needed:
+            scored = " in which something is scored" if packed.has_context else ""
             raise UserError(
                 f"the {split} text of {source.name!r} has {len(tokens)} tokens, {len(packed)} sequences of "
-                f"{self.seq_len}, and {needed} are needed; give more text, or a smaller seq_len or batch_size"
+                f"{self.seq_len}{scored}, and {needed} are needed; give more text, or a smaller seq_len or batch_size"
             )
         return packed
 
@@ -255,22 +196,32 @@ class CalibrationData(LightningDataModule):
         split: Split = "validation" if "validation" in self._sets else "test"
         data = self._sets[split]
         bos = ", BOS at each segment" if data.bos is not None else ""
-        return f"{self.eval_source.name} {split}, {len(data)} segments of {self.seq_len} tokens{bos}"
+        scored = ", what is answered alone" if data.has_context else ""
+        return f"{self.eval_source.name} {split}, {len(data)} segments of {self.seq_len} tokens{bos}{scored}"
 
     def _settings(self) -> dict[str, Any]:
-        return {"data.name": self.source.name, "data.seq_len": self.seq_len, "data.batch_size": self.batch_size,
-                "data.seed": self.seed, "data.train_sequences": self.train_sequences}  # fmt: skip
+        return {
+            "data.name": self.source.name,
+            "data.text_column": self.source.text_column,
+            "the last tenth held out": self.source.is_cut,
+            "data.seq_len": self.seq_len,
+            "data.batch_size": self.batch_size,
+            "data.seed": self.seed,
+            "data.train_sequences": self.train_sequences,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the epoch, and the settings that it is only meaningful with."""
         return {**self._settings(), "loader": self._resume if self._loader is None else self._loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to the checkpoint's place in the data.
+        """Go to the checkpoint's place in the data, if training goes on.
 
         Raises:
-            ValueError: A setting differs.
+            UserError: A setting differs.
         """
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return
         for setting, ours in self._settings().items():
             theirs = state_dict.get(setting, ours)
             if theirs != ours:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -24,6 +25,7 @@ from elsa_lightning.layout.sharded import match_names
 from elsa_lightning.lm import EMBEDDED_MODEL, model_path
 from elsa_lightning.lm.perplexity import TokenPerplexity
 from elsa_lightning.lm.sharded import block_policy, build_sharded, fill
+from elsa_lightning.lm.supported import check_tokens, decoder_config
 from elsa_lightning.report import Zeros, perplexity_table
 from elsa_lightning.selection import count_zeros
 
@@ -129,6 +131,7 @@ class CausalLM(LightningModule):
             return
         self.model = self._load(self.dtype_name)
         assert self.model is not None
+        check_tokens(self.model.config, None if self._trainer is None else self.trainer, self.name)
         self.model.train()
         if isinstance(strategy := self._strategy(), FSDPStrategy):
             strategy.kwargs.setdefault("auto_wrap_policy", block_policy(self.model))
@@ -154,14 +157,14 @@ class CausalLM(LightningModule):
         return model
 
     def _build(self, dtype: str, pretrained: bool) -> Any:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         source = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         try:
-            config = AutoConfig.from_pretrained(self.path, **source)
+            config = decoder_config(self.path, self.name, **source)
             self.given_dtype = config.dtype
             if pretrained:
                 return AutoModelForCausalLM.from_pretrained(self.path, **source, **options)
@@ -338,7 +341,9 @@ class CausalLM(LightningModule):
         hidden = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
         with self.trainer.precision_plugin.val_step_context():
             total = int(sum(self.trainer.num_val_batches))
-            for batch, _, _ in tqdm(combined, title, total=total, disable=hidden, leave=False, dynamic_ncols=True):
+            every = 0.1 if sys.stderr.isatty() else 30.0  # seconds; in a file a bar cannot be drawn over
+            bar = tqdm(combined, title, total=total, leave=False, dynamic_ncols=True, disable=hidden, mininterval=every)
+            for batch, _, _ in bar:
                 output, labels = whole(self.trainer.strategy.batch_to_device(batch))
                 self.perplexity.update(output.logits[:, :-1], labels[:, 1:])
         value = float(self.perplexity.compute())

@@ -6,27 +6,29 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from elsa_lightning.errors import UnavailableError, UserError
-from elsa_lightning.lm import pydocs
+from elsa_lightning.lm import local, pydocs
+from elsa_lightning.lm.chat import column_of, encode
+from elsa_lightning.lm.local import Row, Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Split = Literal["train", "validation", "test"]
-
-_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _HELD_OUT = 0.05  # of a local text, for validation and again for test
 _C4_DOCUMENTS, _C4_SEGMENTS = 1100, 256  # the published C4 evaluation
 _DOCUMENTS_A_BATCH = 500
+_VERSION = 2  # of how a stream is made, for caches made before
+_NAMES = ("pydocs", "c4", "wikitext2")
 
 
 @dataclass(frozen=True)
@@ -36,29 +38,33 @@ class Source:
     Args:
         name: One of the names above, or a path.
         streaming: Download C4 document by document rather than a whole shard.
+        text_column: Column of a local text; None finds ``text``, ``messages``, or ``prompt`` and ``completion``.
+        hold_out: Whether the last tenth of a local text without splits of its own is kept from training.
+        without: Files of a local text that are not read.
 
     Raises:
-        ValueError: ``name`` is none of these.
+        UserError: ``name`` is none of these.
     """
 
     name: str
     streaming: bool = False
+    text_column: str | None = None
+    hold_out: bool = True
+    without: frozenset[Path] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.name in ("pydocs", "c4", "wikitext2"):
+        if not self.is_local:
             return
         if not self.path.exists():
             raise UserError(
                 f"data.name {self.name!r} is not 'pydocs', 'c4' or 'wikitext2', and no file or folder of that "
                 f"name exists; give one of these names or an existing path"
             )
-        files = self.files()
-        if not files:
-            raise UserError(f"data.name {self.name!r} holds no file that ends in {', '.join(_LOADERS)}")
-        if len({_LOADERS[file.suffix] for file in files}) > 1:
-            raise UserError(
-                f"data.name {self.name!r} mixes file types; give a folder with one of {', '.join(_LOADERS)}"
-            )
+        if not local.find(self.path):
+            raise UserError(f"data.name {self.name!r} holds no file that ends in {local.KINDS}")
+        for part in self.parts.values():
+            if len({local.loader(file) for file in part}) > 1:
+                raise UserError(f"data.name {self.name!r} mixes file types; give a folder with one of {local.KINDS}")
 
     @property
     def path(self) -> Path:
@@ -68,52 +74,67 @@ class Source:
     @property
     def is_local(self) -> bool:
         """Whether the text is a file or folder of the user's."""
-        return self.name not in ("pydocs", "c4", "wikitext2")
+        return self.name not in _NAMES
 
-    def files(self) -> list[Path]:
-        """Return the readable files of a local text, in order."""
-        if self.path.is_file():
-            return [self.path] if self.path.suffix in _LOADERS else []
-        return sorted(file for file in self.path.rglob("*") if file.suffix in _LOADERS and file.is_file())
+    @cached_property
+    def parts(self) -> dict[Split | None, list[Path]]:
+        """The files of each split of a local text, all under None where names say nothing of splits."""
+        found = local.by_split(self.path) if self.is_local else {}
+        kept = {split: [f for f in part if f.resolve() not in self.without] for split, part in found.items()}
+        return {split: part for split, part in kept.items() if part}
 
-    def identity(self) -> list[Any]:
-        """Return what the text depends on: if this is the same, so is the text."""
+    def part(self, split: Split) -> list[Path]:
+        """Return the files of a split of a local text; of validation and test one stands for both if it is alone.
+
+        Raises:
+            UserError: There are none.
+        """
+        if not self.is_local:
+            return []
+        if None in self.parts and len(self.parts) == 1:
+            return self.parts[None]
+        other: Split = "validation" if split == "test" else "test"
+        part = self.parts.get(split) or (self.parts.get(other) if split != "train" else None)
+        if part is None:
+            named = f"what it holds is named {', '.join(map(str, self.parts))}"
+            reason = named if self.parts else "all of it is what data.eval_name evaluates on"
+            raise UserError(f"data.name {self.name!r} has no {split} text, {reason}: give another, or more files")
+        return part
+
+    def summary(self) -> str:
+        """Say how many files of which names each split of a local text has, and what is left out."""
+        unused = self.parts.get(None, []) if len(self.parts) > 1 else []
+        shown = {split or "of no split, left out": part for split, part in self.parts.items() if split or unused}
+        return f"{self.name}: " + ", ".join(f"{len(p)} files {s} ({p[0].name} …)" for s, p in shown.items())
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the last tenth of the stream is what is evaluated on."""
+        return self.is_local and self.hold_out and self.parts.keys() == {None}
+
+    def identity(self, split: Split) -> list[Any]:
+        """Return what a split's text depends on: if this is the same, so is the text."""
         if self.name == "pydocs":
-            return ["pydocs", pydocs.VERSION, sys.version]
+            return ["pydocs", pydocs.VERSION, sys.version, split]
         if self.is_local:
-            stats = [(str(file.resolve()), file.stat()) for file in self.files()]
-            return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        return [self.name]
+            read = [f for file in self.part(split) for f in ([file] if file.is_file() else sorted(file.iterdir()))]
+            stats = [(str(file.resolve()), file.stat()) for file in read]
+            return [self.text_column, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
+        return [self.name, split]
 
     def documents(self, split: Split) -> Iterable[str]:
-        """Return the documents of a split; a local text has all of them in ``train``.
+        """Return the documents of a split of a text that is not local.
 
         WikiText-2 and C4 have one published evaluation text each, WikiText-2's test and C4's validation
         split: both ``validation`` and ``test`` mean that one.
 
         Raises:
-            OSError: A download failed.
-            ValueError: The files cannot be read, or have no ``text`` column.
+            UnavailableError: A download failed.
         """
         if self.name == "pydocs":
             return pydocs.documents(split)
         import datasets
 
-        if self.is_local:
-            files = [str(file) for file in self.files()]
-            loader = _LOADERS[self.files()[0].suffix]
-            options = {"sample_by": "document"} if loader == "text" else {}
-            try:
-                table = datasets.load_dataset(loader, data_files=files, split="train", **options)
-            except (Exception, StopIteration) as error:  # of the reader of each format
-                reason = str(error.__cause__ or error) or "there is nothing in it"
-                raise UserError(
-                    f"{self.name!r} is no readable {self.files()[0].suffix}: {reason.rstrip('.')}. Of a .txt file "
-                    f"UTF-8 is read, of .jsonl an object a line, of .parquet a table, both with 'text'"
-                ) from error
-            if "text" not in table.column_names:
-                raise UserError(f"{self.name!r} has the columns {table.column_names}, and needs one named 'text'")
-            return (row["text"] for row in table)
         hub: dict[str, dict[str, Any]] = {
             "c4": {"path": "allenai/c4", "data_files": {
                 "train": "en/c4-train.00000-of-01024.json.gz",
@@ -130,7 +151,7 @@ class Source:
             raise UnavailableError(
                 f"downloading {hub[self.name]['path']} ({self.name}) failed: {type(error).__name__}: {error}\n"
                 f"Without a network use --data.name pydocs (comes with Python) or --data.name PATH, a file or folder "
-                f"of .txt, .jsonl or .parquet; or download once elsewhere and set HF_HOME to that cache."
+                f"of text; or download once elsewhere and set HF_HOME to that cache."
             ) from error
 
     def evaluation_text(self, split: Split) -> str:
@@ -152,43 +173,47 @@ def token_stream(
 ) -> np.ndarray:
     """Return a split as one stream of tokens, from the cache or made now.
 
-    Training documents follow each other, each ended by the tokenizer's EOS token. Held-out text is joined
-    and tokenized as one. Of a local text the stream's last parts are held out.
+    Documents follow each other, each ended by the tokenizer's EOS token. Held-out text that is not local is joined
+    and tokenized as one, as in the literature. Where a local text has no splits of its own, its stream's last parts are
+    held out, unless evaluation text was named.
 
     Args:
         source: The text.
         split: Which part.
         tokenizer_path: Folder or hub name of the tokenizer.
         seq_len: Tokens a sequence; the published C4 evaluation takes 256 of these.
-        limit: Tokens needed; None for all.
+        limit: Tokens needed; None for all. Of a local text all are returned.
         cache_dir: Where token files go; None puts them beside the cache of ``datasets``.
 
     Returns:
-        int32 ``(tokens,)``, memory-mapped.
+        int32 ``(tokens,)``, memory-mapped; int64 where some tokens are context that is not scored, which are ``~id``.
     """
-    tokenizer = _tokenizer(tokenizer_path)
-    whole = source.is_local or (split == "train" and not source.is_local)
+    tokenizer = load_tokenizer(tokenizer_path)
     if split != "train" and source.name == "c4":
         limit = min(limit or _C4_SEGMENTS * seq_len, _C4_SEGMENTS * seq_len)
     needed = limit if split == "train" and not source.is_local else None
-    part: Split = "train" if source.is_local else split
-    file = _cache_folder(cache_dir) / f"{_fingerprint(source, part, tokenizer, needed)}.npy"
+    file = _cache_folder(cache_dir) / f"{_fingerprint(source, split, tokenizer, needed)}.npy"
     if not file.exists():
-        if whole:
-            tokens = _training_tokens(source, tokenizer, needed)
+        if source.is_local or split == "train":
+            tokens = _document_tokens(source, split, tokenizer, needed)
         else:
             tokens = np.asarray(tokenizer(source.evaluation_text(split), verbose=False)["input_ids"], dtype=np.int32)
         _write(file, tokens)
     stream: np.ndarray = np.load(file, mmap_mode="r")
-    if source.is_local:
+    if source.is_cut:
         held = int(len(stream) * _HELD_OUT)
         bounds = {"train": (0, -2 * held), "validation": (-2 * held, -held), "test": (-held, len(stream))}
         start, end = bounds[split]
         stream = stream[start:end] if held else stream[: len(stream) if split == "train" else 0]
-    return stream[:limit]
+    return stream if source.is_local else stream[:limit]
 
 
-def _tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder or hub name.
+
+    Raises:
+        UserError: There is none that knows any text.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -201,25 +226,26 @@ def _tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _training_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, needed: int | None) -> np.ndarray:
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+def _document_tokens(
+    source: Source, split: Split, tokenizer: PreTrainedTokenizerBase, needed: int | None
+) -> np.ndarray:
+    rows: Iterable[Row]
+    if source.is_local:
+        read = local.rows(source.part(split))
+        rows = chain([first := next(read)], read)
+        column = column_of(first, source.text_column, source.name)
+    else:
+        rows, column = ({"text": document} for document in source.documents(split)), "text"
     parts: list[np.ndarray] = []
     count = 0
     with tqdm(desc=f"tokenizing {source.name}", unit=" tokens", unit_scale=True, total=needed, leave=False) as bar:
-        for texts in _batches(source.documents("train")):
-            for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-                parts.append(np.asarray(ids + end, dtype=np.int32))
-                count += len(ids) + len(end)
+        for encoded in encode(rows, column, tokenizer, source.name, _DOCUMENTS_A_BATCH):
+            parts += encoded
+            count += sum(map(len, encoded))
             bar.update(count - bar.n)
             if needed is not None and count >= needed:
                 break
     return np.concatenate(parts)[:needed] if parts else np.zeros(0, dtype=np.int32)
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    iterator = iter(documents)
-    while texts := list(islice(iterator, _DOCUMENTS_A_BATCH)):
-        yield texts
 
 
 def _cache_folder(cache_dir: Path | None) -> Path:
@@ -234,7 +260,8 @@ def _cache_folder(cache_dir: Path | None) -> Path:
 def _fingerprint(source: Source, split: Split, tokenizer: PreTrainedTokenizerBase, needed: int | None) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    key = [source.identity(), split, needed, hashlib.sha256(vocabulary.encode()).hexdigest(), tokenizer.eos_token_id]
+    key = [_VERSION, source.identity(split), needed, hashlib.sha256(vocabulary.encode()).hexdigest(),
+           tokenizer.eos_token_id, str(tokenizer.chat_template) if source.is_local else None]  # fmt: skip
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
 

@@ -193,7 +193,7 @@ def test_bad_files_are_named(tmp_path: Path, token_cache: str) -> None:
     columns = tmp_path / "columns"
     columns.mkdir()
     (columns / "a.jsonl").write_text('{"body": "words"}\n')
-    with pytest.raises(ValueError, match=r"has the columns \['body'\], and needs one named 'text'"):
+    with pytest.raises(ValueError, match=r"has the columns \['body'\], and needs 'text', 'messages', or 'prompt'"):
         prepared(token_cache, name=str(columns))
 
 
@@ -221,3 +221,43 @@ def test_a_file_that_cannot_be_read_is_named(name: str, content: bytes, tiny_lla
     with pytest.raises(ValueError, match=rf"a{file.suffix}' is no readable {file.suffix}: \S"):
         data.prepare_data()
         data.setup("fit")
+
+
+def test_the_place_in_the_data_matters_to_training_alone(text_file: Path, token_cache: str, tmp_path: Path) -> None:
+    """A checkpoint can be tested with other batches, lengths and text."""
+
+    class Scored(Recorder):
+        def test_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.seen.append(batch)
+
+        validation_step = predict_step = test_step
+
+    def trainer() -> Trainer:
+        return Trainer(accelerator="cpu", max_steps=2, logger=False, enable_progress_bar=False, limit_val_batches=1)
+
+    def data(**options: Any) -> CalibrationData:
+        return CalibrationData(**{"name": str(text_file), "seq_len": 32, "cache_dir": token_cache, **options})
+
+    first = trainer()
+    first.fit(Scored(), data())
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    others = {"seq_len": 16, "batch_size": 2, "seed": 3, "train_sequences": 40, "eval_name": "pydocs"}
+    for method in ("validate", "test", "predict"):
+        module = Scored()
+        getattr(trainer(), method)(module, data(**others), ckpt_path=tmp_path / "a.ckpt")
+        assert module.seen[0].shape == (2, 16)
+    with pytest.raises(ValueError, match=r"the last tenth held out=True, this run has False"):
+        trainer().fit(Scored(), data(eval_name="pydocs"), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_only_what_a_command_needs_is_read(token_cache: str) -> None:
+    """Here the training text would have to be downloaded."""
+
+    class Scored(Recorder):
+        def test_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.seen.append(batch)
+
+    data = CalibrationData("c4", eval_name="pydocs", seq_len=32, eval_segments=4, cache_dir=token_cache)
+    module = Scored()
+    Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).test(module, data)
+    assert len(torch.cat(module.seen)) == 4

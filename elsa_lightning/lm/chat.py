@@ -1,0 +1,148 @@
+"""Rows to tokens: plain text, conversations, prompts with completions; and which of the tokens are scored.
+
+A token that is context only, such as the user's words, is kept as ``~id``, which is below 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from elsa_lightning.errors import UserError
+from elsa_lightning.lm.local import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_GENERATION = re.compile(r"\{%-?\s*generation\b")
+
+
+def column_of(columns: Iterable[str], text_column: str | None, name: str) -> str:
+    """Return the column that holds the text: ``text_column``, or of the known ones the first there is.
+
+    Raises:
+        UserError: There is none.
+    """
+    columns = list(columns)
+    if text_column is None and {"prompt", "completion"} <= {*columns} and not {"text", "messages"} & {*columns}:
+        return "completion"
+    known = ["text", "messages"] if text_column is None else [text_column]
+    found = next((column for column in known if column in columns), None)
+    if found is None:
+        wanted = "'text', 'messages', or 'prompt' and 'completion'" if text_column is None else repr(text_column)
+        raise UserError(f"{name!r} has the columns {columns}, and needs {wanted}: set data.text_column")
+    return found
+
+
+def encode(
+    rows: Iterable[Row], column: str, tokenizer: PreTrainedTokenizerBase, name: str, batch: int
+) -> Iterator[list[np.ndarray]]:
+    """Yield the tokens of the rows, ``batch`` rows at a time: int32, or int64 with ``~id`` for what is not scored.
+
+    Plain text and completions are ended by the tokenizer's EOS token, conversations by their template. Rows without
+    text are left out, with a warning.
+
+    Args:
+        rows: Of one text.
+        column: Where the text is: strings, lists of messages, or ``completion``, before which ``prompt`` comes.
+        tokenizer: With a chat template, if there are conversations.
+        name: Of the text, for messages.
+        batch: Rows.
+
+    Raises:
+        UserError: Something else than text is in the column, or a conversation cannot be rendered.
+    """
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    empty = count = 0
+    iterator = iter(rows)
+    while some := list(islice(iterator, batch)):
+        texts, encoded = [], []
+        for row in some:
+            count += 1
+            value = row.get(column)
+            if not value:
+                empty += value is None
+            elif isinstance(value, str) and column != "completion":
+                texts.append(value)
+            elif _are_messages(value):
+                encoded.append(_conversation(value, tokenizer, row.get("prompt") if column == "completion" else None))
+            elif isinstance(value, str) and isinstance(prompt := row.get("prompt") or "", str):
+                marked = _marked(tokenizer, prompt + value, [(len(prompt), len(prompt + value))])
+                encoded.append(np.concatenate([marked, np.asarray(end, dtype=np.int64)]))
+            else:
+                raise UserError(f"{name!r}: row {count} holds {str(value)[:80]!r} as {column!r}, which is no text")
+        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        yield [np.asarray(one + end, dtype=np.int32) for one in ids] + encoded
+    if empty:
+        rank_zero_warn(f"{empty} of the {count} rows of {name!r} have no {column!r} (null) and are left out")
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value)
+
+
+def _conversation(messages: list[Any], tokenizer: PreTrainedTokenizerBase, prompt: list[Any] | None) -> np.ndarray:
+    """Return a conversation's tokens, of which the assistant's are scored, or those that follow a prompt."""
+    if prompt is not None:
+        if not _are_messages(prompt):
+            raise UserError(f"a completion of messages needs a prompt of messages, got {str(prompt)[:80]!r}")
+        whole = _render(tokenizer, [*prompt, *messages])
+        return _marked(tokenizer, whole, [_range(tokenizer, whole, _render(tokenizer, prompt, True), whole)])
+    if _GENERATION.search(str(tokenizer.chat_template)):  # the template says itself what is the assistant's
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        out: Any = _render(tokenizer, messages, **options)
+        ids = np.asarray(out["input_ids"], dtype=np.int64)
+        return np.where(np.asarray(out["assistant_masks"]) == 1, ids, ~ids)
+    whole = _render(tokenizer, messages)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    parts = [(_render(tokenizer, messages[:i], True), _render(tokenizer, messages[: i + 1])) for i in answers]
+    return _marked(tokenizer, whole, [_range(tokenizer, whole, before, after) for before, after in parts])
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Any], answer_follows: bool = False, **options: Any
+) -> Any:
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, which conversations need: take the "
+            f"model's instruction-tuned version, put a template into its folder, or give text"
+        )
+    try:
+        options = {"tokenize": False, **options}
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=answer_follows, **options)
+    except Exception as error:  # of templates, which raise what they like
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path!r} cannot render {str(messages)[:200]}: {error}; messages "
+            f"are a list of objects with 'role' and 'content'"
+        ) from error
+
+
+def _range(tokenizer: PreTrainedTokenizerBase, whole: str, before: str, after: str) -> tuple[int, int]:
+    """Return where in the whole an answer is, from what the template makes of the messages before and up to it."""
+    if not (whole.startswith(after) and after.startswith(before)):
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path!r} renders a message differently when others follow, so "
+            f"what the assistant says cannot be told apart: mark it in the template with {{% generation %}}"
+        )
+    return len(before), len(after)
+
+
+def _marked(tokenizer: PreTrainedTokenizerBase, text: str, scored: list[tuple[int, int]]) -> np.ndarray:
+    """Return the tokens of a text: ``id`` of those that begin in a scored range of characters, ``~id`` of others."""
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path!r} does not say which characters its tokens are, as messages and "
+            f"completions need; give a fast one (tokenizer.json), or text instead"
+        )
+    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids = np.asarray(encoded["input_ids"], dtype=np.int64)
+    starts, ends = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+    chosen = np.zeros(len(ids), dtype=bool)
+    for start, end in scored:
+        chosen |= (start <= starts) & (starts < end) & (starts < ends)
+    return np.where(chosen, ids, ~ids)
