@@ -9,5 +9,5 @@ class UserError(ValueError):
     """Something given cannot be used; the message says what to change."""
 
 
-class UnavailableError(UserError, OSError):
+class UnavailableError(UserError, FileNotFoundError):
     """A file, a model or a download that was named cannot be had."""
