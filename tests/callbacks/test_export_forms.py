@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from elsa_lightning import CausalLM, ElsaCallback
 from elsa_lightning.adapters import merge_and_keep_zeros
 from elsa_lightning.callbacks import SaveHuggingFace
-from tests.callbacks.test_export import ARCHITECTURES, FUSED, folders, sparse_tensors, tokens  # noqa: F401
+from tests.callbacks.test_export import ARCHITECTURES, folders, sparse_tensors, tokens  # noqa: F401
 from tests.callbacks.tiny import make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:SaveHuggingFace:UserWarning", "ignore:Elsa:UserWarning")
@@ -42,7 +42,7 @@ def test_a_model_keeps_the_dtype_it_was_given_in(
 ) -> None:  # fmt: skip
     module = CausalLM(in_dtype(folders[name], given, tmp_path / "given"))
     with caplog.at_level("INFO"):
-        fit(module, tmp_path, SaveHuggingFace(str(tmp_path / "hf")), targets=FUSED.get(name))
+        fit(module, tmp_path, SaveHuggingFace(str(tmp_path / "hf")))
     assert {t.dtype for t in of_file(tmp_path / "hf").values()} == {given}
     assert of_file(tmp_path / "hf").keys() == of_file(tmp_path / "given").keys()
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
