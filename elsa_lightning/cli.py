@@ -55,10 +55,10 @@ class ElsaTrainer(Trainer):
             raise UserError(f"devices must be 1 or more, got {devices}")
         if gpu_memory is not None and gpu_memory <= 0:
             raise UserError(f"gpu_memory must be above 0 GiB, got {gpu_memory:g}")
-        size = (
-            f"{datamodule.batch_size} × {datamodule.seq_len}" if isinstance(datamodule, CalibrationData) else "unknown"
-        )
-        print(f"{model.name}, batches of {size} tokens on each device")
+        size = "of unknown size, whose activations are not counted,"
+        if isinstance(datamodule, CalibrationData):
+            size = f"of {datamodule.batch_size} × {datamodule.seq_len} tokens"
+        print(f"{model.name}, batches {size} on each device")
         planned = self.memory(model, datamodule)
         if planned.warning:
             print(planned.warning)

@@ -13,7 +13,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 import elsa_lightning
@@ -234,10 +235,45 @@ def test_a_log_shows_progress_in_lines(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("elsa_lightning.cli.LineProgress", lambda: LineProgress(seconds=0))
-    main(small_run(tiny_llama, token_cache, tmp_path))
+    main([*small_run(tiny_llama, token_cache, tmp_path), "--trainer.val_check_interval=2"])
     printed = capsys.readouterr().out
-    assert re.search(r"^step 1 of 2, train/loss \d.*about 0 min left$", printed, re.M)
+    assert re.search(r"^step 1 of 2, train/loss \d.*about \d+ s left$", printed, re.M)
+    assert re.search(r"^validated after step 2, .*val/perplexity \d", printed, re.M)
     assert re.search(r"^step 2 of 2, ", printed, re.M) and "\r" not in printed
+
+
+class TheirData(LightningDataModule):
+    """Batches of somebody else's: token ids with labels."""
+
+    def __init__(self, length: int = 8) -> None:
+        super().__init__()
+        self.length = length
+
+    def train_dataloader(self) -> DataLoader[dict[str, torch.Tensor]]:
+        ids = torch.randint(2048, (16, self.length), generator=torch.Generator().manual_seed(0))
+        return DataLoader([{"input_ids": one, "labels": one} for one in ids], batch_size=4)  # type: ignore[arg-type]
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+def test_any_data_module_can_be_given(tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = [f"--model.name={tiny_llama}", "--trainer.accelerator=cpu", "--elsa.sparsity=0.5"]
+    run = [*common, "--trainer.max_steps=4", f"--trainer.default_root_dir={tmp_path}",
+           "--trainer.callbacks+=elsa_lightning.callbacks.SaveHuggingFace"]  # fmt: skip
+    theirs = ["--data=tests.test_cli.TheirData", "--data.length=12"]
+    main(["fit", *run, *theirs])
+    printed = capsys.readouterr().out
+    weights = select(AutoModelForCausalLM.from_pretrained(next(tmp_path.rglob("hf")))).parameters.values()
+    assert all(float((p == 0).float().mean()) == pytest.approx(0.5, abs=0.01) for p in weights)
+    (test,) = re.findall(r"^  elsa (test .*?)   #", printed, re.M)
+    main([*test.split(), "--trainer.logger=false"])  # the saved configuration names the class too
+    assert "test/perplexity" in capsys.readouterr().out
+    main(["plan", *common, *theirs])
+    assert "batches of unknown size" in capsys.readouterr().out
+    (tmp_path / "theirs.yaml").write_text("data: {class_path: tests.test_cli.TheirData, init_args: {length: 100}}")
+    with pytest.raises(SystemExit):
+        main(["fit", *run, f"--config={tmp_path / 'theirs.yaml'}"])
+    assert "sequences of 100 tokens" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

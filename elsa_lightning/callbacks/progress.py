@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 
 
 class LineProgress(ProgressBar):
@@ -41,8 +42,9 @@ class LineProgress(ProgressBar):
         if self._due():
             made, total = trainer.global_step - self._first, trainer.estimated_stepping_batches
             each = (time.monotonic() - self._started) / max(1, made)
-            left = f", about {each * (total - trainer.global_step) / 60:.0f} min left" if total < float("inf") else ""
-            self._say(trainer, pl_module, f"step {trainer.global_step} of {total}", left)
+            left = each * (total - trainer.global_step)
+            time_left = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+            self._say(trainer, pl_module, f"step {trainer.global_step} of {total}", f", about {time_left} left")
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Say, if it is time, where the validation is."""
@@ -50,7 +52,7 @@ class LineProgress(ProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what was measured in the middle of a run."""
-        if self._enabled and trainer.training and not trainer.sanity_checking:
+        if self._enabled and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._say(trainer, pl_module, f"validated after step {trainer.global_step}")
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
