@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -168,11 +169,12 @@ class ElsaCLI(LightningCLI):
         if folder.exists() and config.exists():
             again = f"--config {config}" + (" --ckpt_path null" if self.config.fit.ckpt_path else "")
             sparsity = "--trainer.callbacks.sparsity" if self.config.fit.elsa.sparsity is None else "--elsa.sparsity"
+            elsa = _program()
             print(
                 f"\nWhat to do next:\n"
-                f"  elsa test {again} --model.name {folder}   # its perplexity on the test text\n"
-                f"  elsa fit {again} {sparsity} 0.95   # another sparsity\n"
-                f"  elsa fit {again} --model.name MODEL --data.name TEXT   # your model and your text\n"
+                f"  {elsa} test {again} --model.name {folder}   # its perplexity on the test text\n"
+                f"  {elsa} fit {again} {sparsity} 0.95   # another sparsity\n"
+                f"  {elsa} fit {again} --model.name MODEL --data.name TEXT   # your model and your text\n"
                 f"  AutoModelForCausalLM.from_pretrained({str(folder)!r})   # in Python, from transformers"
             )
 
@@ -205,6 +207,14 @@ def _shipped(argument: str) -> str:
     return argument.replace(value, found)
 
 
+def _program() -> str:
+    """Return how this command line can be started again from here."""
+    started = Path(sys.argv[0])
+    if started.name == "__main__.py":
+        return "python -m elsa_lightning"
+    return str(started) if started.name == "elsa" and shutil.which("elsa") is None else "elsa"
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line.
 
@@ -215,11 +225,12 @@ def main(args: list[str] | None = None) -> None:
     """
     if args is None:  # LightningCLI reads sys.argv, and warns of both
         sys.argv[1:] = [_shipped(argument) for argument in sys.argv[1:]]
-    arguments = sys.argv[1:] if args is None else args
+    given = [argument.partition("=")[0] for argument in (sys.argv[1:] if args is None else args)]
+    asks_for_help = {"-h", "--help"} & {*given} and "--data" not in given
     try:
         ElsaCLI(
             CausalLM,
-            CalibrationData if {"-h", "--help"} & {*arguments} else None,  # of one class the help shows the options
+            CalibrationData if asks_for_help else None,  # of one class the help shows the options
             trainer_class=ElsaTrainer,
             seed_everything_default=0,
             parser_kwargs={

@@ -42,7 +42,7 @@ def test_fit_prunes_and_writes_a_model_that_every_command_takes(
     main(["fit", "--config", "configs/elsa.yaml", "--trainer.max_steps=12", "--elsa.sparsity=0.75",
           *common, *quiet])  # fmt: skip
     (folder,) = tmp_path.rglob("hf")
-    following = re.findall(r"^  elsa (test .*?)   #", capsys.readouterr().out, re.M)
+    following = re.findall(r"^  (?:elsa|python -m elsa_lightning) (test .*?)   #", capsys.readouterr().out, re.M)
     model = AutoModelForCausalLM.from_pretrained(folder)
     for p in select(model).parameters.values():
         assert int((p == 0).sum()) == round(0.75 * p.numel())
@@ -63,6 +63,9 @@ def test_fit_prunes_and_writes_a_model_that_every_command_takes(
     assert f"8 sequences, mean {sum(losses) / 8:.4f} nats a token" in capsys.readouterr().out
     checkpoint = next(tmp_path.rglob("last.ckpt"))
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 12
+    others = ["--data.seq_len=16", "--data.batch_size=2", f"--model.name={tiny_llama}", *common[2:]]
+    main(["test", "--config=configs/elsa.yaml", f"--ckpt_path={checkpoint}", *others, *quiet])
+    assert "test/perplexity" in capsys.readouterr().out
 
 
 def test_shipped_configurations_are_found_from_anywhere(
@@ -128,6 +131,8 @@ def test_a_model_without_a_tokenizer_is_refused(
     with pytest.raises(SystemExit):
         main(small_run(str(alone), str(tmp_path / "cache"), tmp_path))
     assert "alone' has no tokenizer" in capsys.readouterr().err
+    main(["plan", "--config=configs/elsa.yaml", f"--model.name={alone}", "--data.seq_len=32"])  # which needs none
+    assert "constrained" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_weights_alone_is_refused(
@@ -265,7 +270,7 @@ def test_any_data_module_can_be_given(tiny_llama: str, tmp_path: Path, capsys: p
     printed = capsys.readouterr().out
     weights = select(AutoModelForCausalLM.from_pretrained(next(tmp_path.rglob("hf")))).parameters.values()
     assert all(float((p == 0).float().mean()) == pytest.approx(0.5, abs=0.01) for p in weights)
-    (test,) = re.findall(r"^  elsa (test .*?)   #", printed, re.M)
+    (test,) = re.findall(r"^  (?:elsa|python -m elsa_lightning) (test .*?)   #", printed, re.M)
     main([*test.split(), "--trainer.logger=false"])  # the saved configuration names the class too
     assert "test/perplexity" in capsys.readouterr().out
     main(["plan", *common, *theirs])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from elsa_lightning.errors import UserError
@@ -115,7 +115,7 @@ class CalibrationData(LightningDataModule):
             self._sets[split] = self._packed(split)
         for source in {self.source, self.eval_source}:
             if stage == "fit" and source.parts.keys() - {None}:
-                rank_zero_info(source.summary())
+                (rank_zero_warn if None in source.parts else rank_zero_info)(source.summary())
 
     @property
     def largest_token(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from elsa_lightning.errors import UserError
+from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.lm.data import CalibrationData
 from elsa_lightning.lm.text import load_tokenizer
 
@@ -60,12 +60,16 @@ def check_tokens(config: Any, data: Any, name: str) -> None:
     data = getattr(data, "datamodule", data)
     if not isinstance(data, CalibrationData):
         return
-    tokenizer, size = load_tokenizer(data.tokenizer), config.get_text_config().vocab_size
+    try:
+        tokenizer = load_tokenizer(data.tokenizer)
+    except UnavailableError:  # which the data says itself; the memory of a run can be planned without
+        return
+    size = config.get_text_config().vocab_size
     largest = tokenizer.vocab_size - 1
     if largest < size < len(tokenizer):
         largest = data.largest_token
     if largest >= size:
         raise UserError(
-            f"the tokenizer {data.tokenizer!r} has token {largest}, and model {name!r} knows {size}: give the model's "
-            f"own tokenizer (data.tokenizer), or resize its embeddings (resize_token_embeddings)"
+            f"the tokenizer {data.tokenizer!r} has token {largest}, and model {name!r} knows {size}: save the "
+            f"model's own tokenizer into its folder, or resize its embeddings (resize_token_embeddings)"
         )

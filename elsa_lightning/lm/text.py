@@ -212,18 +212,22 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder or hub name.
 
     Raises:
-        UserError: There is none that knows any text.
+        UnavailableError: There is none that knows any text.
     """
     from transformers import AutoTokenizer
 
+    reason = ""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-        knows_text = bool(tokenizer("a text", add_special_tokens=False)["input_ids"])
-    except ValueError:
-        knows_text = False
-    if not knows_text:  # for some models transformers makes an empty one up, where there is none
-        raise UserError(f"{path!r} has no tokenizer that knows any text: save the model's into its folder too")
-    return tokenizer
+        if tokenizer("a text", add_special_tokens=False)["input_ids"]:
+            return tokenizer
+    except (ValueError, OSError) as error:
+        reason = f" ({error})"
+    # for some models transformers makes an empty one up, where there is none
+    raise UnavailableError(
+        f"{path!r} has no tokenizer that knows any text: save the model's into its folder too, or give "
+        f"CalibrationData another{reason}"
+    )
 
 
 def _document_tokens(

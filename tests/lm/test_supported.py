@@ -71,7 +71,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
 ) -> None:
     words = AutoTokenizer.from_pretrained(model_path(EMBEDDED_MODEL))
     name = small(tmp_path / "smaller", words, 1000)
-    message = "has token 2047, and model .*smaller' knows 1000: give the model's own tokenizer"
+    message = "has token 2047, and model .*smaller' knows 1000: save the model's own tokenizer"
     with pytest.raises(SystemExit):
         main(["plan", "--config=configs/elsa.yaml", f"--model.name={name}"])
     assert "has token 2047" in capsys.readouterr().err
