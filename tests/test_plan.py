@@ -119,7 +119,7 @@ def test_the_plan_says_that_little_of_a_model_is_constrained() -> None:
 def test_the_command_prints_that_warning_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     SIZES["tiny"].save_pretrained(tmp_path)
     command = ["plan", "--config", "configs/elsa.yaml", f"--model.name={tmp_path}", "--data.seq_len=32"]
-    main([*command, '--trainer.callbacks.targets=["up_proj"]'])
+    main([*command, '--elsa.targets=["up_proj"]'])
     out = capsys.readouterr().out
     assert out.count("LOW COVERAGE") == 1 and "down_proj" in out
     main(command)
