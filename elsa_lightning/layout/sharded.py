@@ -213,16 +213,22 @@ def clean(name: str) -> str:
 
 
 def match_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Rename what is about to be loaded where only wrappers differ: saved compiled and loaded not, or the reverse.
+    """Rename what is about to be loaded where only torch.compile differs: one of the two was compiled, the other not.
 
-    Register it with ``register_load_state_dict_pre_hook``.
+    Register it with ``register_load_state_dict_pre_hook``. FSDP1 and activation checkpointing rename by themselves.
     """
+
+    def plain(name: str) -> str:
+        return re.sub(r"\b_orig_mod\.", "", name)
+
     tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    ours = {prefix + clean(name): prefix + name for name, _ in tensors}
-    expected = set(ours.values())
-    for key in [key for key in state_dict if key not in expected]:
-        name = ours.get(prefix + clean(key.removeprefix(prefix)))
-        if key.startswith(prefix) and name is not None and name not in state_dict:
+    names = [prefix + name for name, _ in tensors]
+    if not any("_orig_mod." in name for name in (*names, *state_dict)):
+        return
+    ours = {plain(name): name for name in names}
+    for key in state_dict.keys() - set(names):
+        name = ours.get(plain(key))
+        if name is not None and name not in state_dict:
             state_dict[name] = state_dict.pop(key)
 
 
