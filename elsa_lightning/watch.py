@@ -11,6 +11,7 @@ from torch import Tensor
 from elsa_lightning.layout.sharded import Processes, exact_dtype
 from elsa_lightning.tensors import MASK, ConstrainedTensor
 
+UPDATED = ("primal_residual", "dual_residual", "mask_flips", "sparsity")  # what is finite while the weights are
 MEASUREMENTS = 10  # of stationarity in a run: each takes a projection of its own
 _STILL = 0.01  # of the kept entries, exchanged in the last update
 _CLOSED = 0.05  # ‖x − z‖/‖x‖
@@ -57,9 +58,8 @@ class Stationarity:
 
 def figures(update: Update, measured: Stationarity | None) -> dict[str, float]:
     """Return what to log of an update, by name, and of a measurement if there is a new one."""
-    names = ("primal_residual", "dual_residual", "mask_flips", "sparsity")
-    values = torch.stack([getattr(update, name) for name in names]).tolist()  # one transfer to the host
-    found = dict(zip(names, values, strict=True))
+    values = torch.stack([getattr(update, name) for name in UPDATED]).tolist()  # one transfer to the host
+    found = dict(zip(UPDATED, values, strict=True))
     found["penalty"] = update.penalty
     if measured is not None:
         found["stationarity"] = float(measured.distance)

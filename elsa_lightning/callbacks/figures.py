@@ -13,7 +13,7 @@ from elsa_lightning.admm import ADMM
 from elsa_lightning.callbacks.health import Health, diverged
 from elsa_lightning.errors import UserError
 from elsa_lightning.report import mask_mosaic
-from elsa_lightning.watch import Stationarity, Update, figures
+from elsa_lightning.watch import UPDATED, Stationarity, Update, figures
 
 _MOSAICS = 10  # pictures of the masks in a run
 
@@ -51,7 +51,7 @@ class Figures:
         self._logged = update
         measured, self._measured = self._measured, admm.last_stationarity
         found = figures(update, None if self._measured is measured else self._measured)
-        if not all(math.isfinite(value) for value in found.values()):
+        if not all(math.isfinite(value) for value in (found[name] for name in UPDATED)):
             raise UserError(diverged(admm, "clip gradients (gradient_clip_val)"))
         for warning in self._health.warnings(admm, found["primal_residual"], found["mask_flips"], found["sparsity"]):
             rank_zero_warn(warning)

@@ -26,7 +26,7 @@ from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.schedule import PenaltySchedule, Schedule
 from elsa_lightning.selection import ALL_LINEAR, select
 from elsa_lightning.sets import Constraint, Unstructured
-from elsa_lightning.watch import figures, verdict
+from elsa_lightning.watch import UPDATED, figures, verdict
 
 log = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
         measured, self._measured = self._measured, self.admm.last_stationarity
         found = figures(update, None if self._measured is measured else self._measured)
         self._figures |= {f"elsa/{name}": value for name, value in found.items()}
-        if not all(math.isfinite(value) for value in found.values()):
+        if not all(math.isfinite(value) for value in (found[name] for name in UPDATED)):
             raise UserError(diverged(self.admm, "clip gradients (max_grad_norm)"))
         seen = found["primal_residual"], found["mask_flips"], found["sparsity"]
         for warning in self._health.warnings(self.admm, *seen):

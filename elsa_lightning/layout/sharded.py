@@ -207,9 +207,13 @@ def _part_of_dtensor(p: DTensor, root: int) -> Part:
     return Part(p.shape, tuple(offsets), bool(counts), order, True)
 
 
+_WRAPPED = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # which state dicts leave out
+_COMPILED = re.compile(r"\b_orig_mod\.")
+
+
 def clean(name: str) -> str:
     """Return a parameter's name before FSDP1, activation checkpointing or torch.compile wrapped its modules."""
-    return re.sub(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.", "", name)
+    return _COMPILED.sub("", _WRAPPED.sub("", name))
 
 
 def match_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -217,17 +221,13 @@ def match_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
 
     Register it with ``register_load_state_dict_pre_hook``. FSDP1 and activation checkpointing rename by themselves.
     """
-
-    def plain(name: str) -> str:
-        return re.sub(r"\b_orig_mod\.", "", name)
-
     tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    names = [prefix + name for name, _ in tensors]
+    names = [prefix + _WRAPPED.sub("", name) for name, _ in tensors]
     if not any("_orig_mod." in name for name in (*names, *state_dict)):
         return
-    ours = {plain(name): name for name in names}
+    ours = {_COMPILED.sub("", name): name for name in names}
     for key in state_dict.keys() - set(names):
-        name = ours.get(plain(key))
+        name = ours.get(_COMPILED.sub("", key))
         if name is not None and name not in state_dict:
             state_dict[name] = state_dict.pop(key)
 
