@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
+from elsa_lightning.errors import UnavailableError
+
 
 def claim_versions(trainer: Trainer) -> None:
     """Let loggers that number their folders make the folder when they choose the number, so that no run shares it.
@@ -35,7 +37,7 @@ def _claim(logger: Any, search: Callable[[], int]) -> int:
             return version
         except FileExistsError:
             continue
-    raise OSError(f"no free folder was found beside {folder!r}: give the logger another save_dir or version")
+    raise UnavailableError(f"no free folder was found beside {folder!r}: give the logger another save_dir or version")
 
 
 def unused(file: Path) -> Path:
