@@ -160,13 +160,12 @@ class ElsaCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say what to do with the folder that the run wrote."""
-        trainer: Any = self.trainer
-        saved = next((c for c in trainer.callbacks if isinstance(c, SaveHuggingFace)), None)
-        logs = Path(trainer.log_dir or trainer.default_root_dir)  # asked for on every process, which is a broadcast
-        if saved is None or not trainer.is_global_zero:
-            return
-        folder, config = Path(saved.dirpath or logs / "hf").expanduser(), logs / "config.yaml"
-        if folder.exists() and config.exists():
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        logs = self.trainer.log_dir  # asked for on every process, which is a broadcast
+        folder = next((c.place for c in callbacks if isinstance(c, SaveHuggingFace)), None)
+        name = next((c.config_filename for c in callbacks if isinstance(c, SaveConfigOnce)), None)
+        if folder is not None and name is not None and logs is not None:
+            config = Path(logs) / name
             again = f"--config {config}" + (" --ckpt_path null" if self.config.fit.ckpt_path else "")
             sparsity = "--trainer.callbacks.sparsity" if self.config.fit.elsa.sparsity is None else "--elsa.sparsity"
             elsa = _program()

@@ -45,6 +45,7 @@ class SaveHuggingFace(Callback):
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise UserError(f"dtype must be one of 'float32', 'bfloat16', 'float16', or None, got {dtype!r}")
         self.dirpath, self.dtype = dirpath, dtype
+        self.place: Path | None = None  # where the model was written, on the first process
         self._found: object = None  # what was at dirpath when training began
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -91,7 +92,7 @@ class SaveHuggingFace(Callback):
             _save_tokenizer(getattr(pl_module, "path", None), whole)
             if self.dirpath is not None and self._found is not None and _identity(folder) == self._found:
                 folder.replace(Path(temporary) / "former")
-            place = _move(whole, folder)
+            self.place = place = _move(whole, folder)
         if (place / _ADAPTER).is_dir():
             _name_base(place)
         rank_zero_info(f"Model saved for from_pretrained, weights in {dtype}: {place}")
