@@ -489,7 +489,8 @@ class ADMM:
         moment = tensor.importance(rows)
         if moment is None and (tensor.stepped or tensor.p.grad is not None):
             self._warn_once(
-                f"{type(self.optimizer).__name__} keeps no second moment, so weights are ranked by magnitude alone; an "
+                f"{type(self.optimizer).__name__} keeps no second moment of single weights that can be read here (there is "
+                f"none, it is in another basis, or factored and sharded), so they are ranked by magnitude alone; an "
                 f"Adam makes the projection aware of the loss."
             )
         elif moment is not None and moment.dtype.itemsize == 2:
