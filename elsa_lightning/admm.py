@@ -124,7 +124,7 @@ class ADMM:
         self._weights = WeightRounding()
         self._calls = 0  # of the optimizer's step
         self._waiting: list[ConstrainedTensor] = []  # for their first gradient, when the mask is fixed
-        self._copies: updates.Copies = {}
+        self._copies: list[str] = []  # names of an optimizer's tensors that are weights too
         self._hooks = StepHooks(optimizer, KEYS, self._gradients_are_final, self._after_step, self._weights.undo)
 
     def detach(self) -> None:
@@ -309,7 +309,7 @@ class ADMM:
 
     def _begin_frozen(self, phase: Phase) -> None:
         self.phase, self._waiting = phase, self._without_mask()
-        self._copies = updates.weight_copies(self.tensors.holding(MASK))
+        self._copies = updates.weight_copies(self.tensors.holding(MASK), self.tensors.processes)
 
     def _without_mask(self) -> list[ConstrainedTensor]:
         masked = self.tensors.masked()
@@ -404,7 +404,7 @@ class ADMM:
             "phase": self.phase,
             "suspended_from": self._suspended_from if self.suspended else self.phase,
             "calls": self._calls,
-            "copies": {tensor.name: keys for tensor, keys in self._copies.items()},
+            "copies": list(self._copies),
             "form": self.form.state_dict(),
             "total_steps": self.total_steps,
             "settings": self._settings(),
@@ -443,7 +443,7 @@ class ADMM:
         self.resume()
         if self.frozen:
             self._waiting = self._without_mask()
-            self._copies = {self.tensors[name]: keys for name, keys in state_dict["copies"].items()}
+            self._copies = list(state_dict["copies"])
         if state_dict["total_steps"] != self.total_steps:
             self._change_length(state_dict["total_steps"])
 
@@ -489,8 +489,8 @@ class ADMM:
         moment = tensor.importance(rows)
         if moment is None and (tensor.stepped or tensor.p.grad is not None):
             self._warn_once(
-                f"{type(self.optimizer).__name__} keeps no second moment of single weights that can be read here (there is "
-                f"none, it is in another basis, or factored and sharded), so they are ranked by magnitude alone; an "
+                f"{type(self.optimizer).__name__} keeps no second moment of single weights that can be read (there "
+                f"is none, it is in another basis, or factored and sharded), so they are ranked by magnitude alone; an "
                 f"Adam makes the projection aware of the loss."
             )
         elif moment is not None and moment.dtype.itemsize == 2:

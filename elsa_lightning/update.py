@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from elsa_lightning.watch import Stationarity, Update
 
 Value = Callable[[ConstrainedTensor, slice], Tensor]
 Importance = Callable[[ConstrainedTensor, slice], Tensor | None]
-Copies = dict[ConstrainedTensor, list[str]]  # names of an optimizer's tensors that are weights too
 
 
 class LivePoints(Points):
@@ -198,10 +197,10 @@ def stationarity(
     )
 
 
-def hold(tensors: Sequence[ConstrainedTensor], copies: Copies) -> None:
+def hold(tensors: Sequence[ConstrainedTensor], copies: Collection[str]) -> None:
     """Put the zeros back that a step on a fixed mask disturbed, in the optimizer's own copies of the weights too."""
     for tensor in tensors:
-        others = [local(tensor.state[key]) for key in copies.get(tensor, ())]
+        others = [local(tensor.state[key]) for key in copies if key in tensor.state]
         for rows, *_ in tensor.pieces():
             mask = tensor.mask(rows)
             tensor.x(rows).mul_(mask)
@@ -209,36 +208,40 @@ def hold(tensors: Sequence[ConstrainedTensor], copies: Copies) -> None:
                 tensor.layout.take(other, rows).mul_(mask)
 
 
-def weight_copies(tensors: Sequence[ConstrainedTensor]) -> Copies:
+def weight_copies(tensors: Sequence[ConstrainedTensor], processes: Processes) -> list[str]:
     """Return which of the optimizer's tensors are weights too: an average, or a point that it swaps in for evaluation.
 
-    They are told from moments by their direction: on the mask, within 60° of the weights'.
+    They are told from moments by their direction: on the mask, over all tensors, within 60° of the weights'. Flat
+    slices (FSDP1) are not looked at, for a process may hold nothing that it could name.
     """
-    found: list[tuple[ConstrainedTensor, str]] = []
-    products: list[Tensor] = []  # of both, and of each with itself
-    for tensor in tensors:
-        shape = local(tensor.p).shape
-        for key, value in tensor.state.items():
-            if not isinstance(value, Tensor) or key in KEYS or not value.is_floating_point():
+    if not tensors or any(tensor.part.start is not None for tensor in tensors):
+        return []
+    keys = sorted({key for tensor in tensors for key in tensor.state if _is_like_weights(tensor, key)})
+    if not keys:
+        return []
+    device = tensors[0].p.device
+    sums = torch.zeros(len(keys), 3, dtype=exact_dtype(device), device=device)  # of both, and of each with itself
+    for place, key in enumerate(keys):
+        for tensor in tensors:
+            if not tensor.part.counts or not _is_like_weights(tensor, key):
                 continue
-            if (held := local(value)).shape != shape or not held.numel():
-                continue
-            sums = torch.zeros(3, dtype=exact_dtype(held.device), device=held.device)
+            held = local(tensor.state[key])
             for rows, *_ in tensor.pieces():
                 x = tensor.x(rows).float() * tensor.mask(rows)
                 other = tensor.layout.take(held, rows).float() * tensor.mask(rows)
-                sums += torch.stack([(a * b).sum().to(sums.dtype) for a, b in ((x, other), (x, x), (other, other))])
-            found.append((tensor, key))
-            products.append(sums)
-    if not found:
-        return {}
-    both, own, others = torch.stack(products).unbind(1)
+                sums[place] += torch.stack(
+                    [(a * b).sum().to(sums.dtype) for a, b in ((x, other), (x, x), (other, other))]
+                )
+    both, own, others = processes.add(sums).unbind(1)
     alike = (both > 0.5 * (own * others).sqrt()).tolist()
-    copies: Copies = {}
-    for (tensor, key), yes in zip(found, alike, strict=True):
-        if yes:
-            copies.setdefault(tensor, []).append(key)
-    return copies
+    return [key for key, yes in zip(keys, alike, strict=True) if yes]
+
+
+def _is_like_weights(tensor: ConstrainedTensor, key: str) -> bool:
+    value = tensor.state.get(key)
+    if not isinstance(value, Tensor) or key in KEYS or not value.is_floating_point():
+        return False
+    return local(value).shape == local(tensor.p).shape
 
 
 def stray(tensors: Sequence[ConstrainedTensor], suspended: bool) -> int:

@@ -86,10 +86,11 @@ class WeightRounding:
         if not low:
             return None
         if low[0].dtype != torch.bfloat16 or not self._moves_alike(optimizer):
-            return hazard(optimizer) or (
+            return (
                 f"The weights are {dtype_name(low[0].dtype)}, and steps of {type(optimizer).__name__} that are small "
                 f"beside them are lost to rounding. Use bfloat16 weights with an Adam or SGD without weight_decay, or "
                 f"keep float32 weights (precision bf16-mixed)."
+                + (f" {warning}." if (warning := hazard(optimizer)) else "")
             )
         for p in low:
             if p.grad is not None:
