@@ -65,7 +65,7 @@ def test_two_runs_of_the_command_line_in_one_folder_keep_their_own_files(
     ]  # fmt: skip
     for sparsity in (0.5, 0.75):
         main(["fit", "--config", "configs/elsa.yaml", "--trainer.max_steps=2", *common,
-              f"--trainer.callbacks.sparsity={sparsity}"])  # fmt: skip
+              f"--elsa.sparsity={sparsity}"])  # fmt: skip
     assert "sparsity: 0.5" in (tmp_path / "config.yaml").read_text()
     assert "sparsity: 0.75" in (tmp_path / "config_1.yaml").read_text()
     assert (tmp_path / "hf/model.safetensors").read_bytes() != (tmp_path / "hf_1/model.safetensors").read_bytes()
