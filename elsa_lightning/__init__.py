@@ -12,10 +12,14 @@ if TYPE_CHECKING:
     from elsa_lightning.callbacks import ElsaCallback
     from elsa_lightning.lm.data import CalibrationData
     from elsa_lightning.lm.module import CausalLM
-    from elsa_lightning.sets import NM, Block, ByPattern, Unstructured
+    from elsa_lightning.sets import NM, Block, ByPattern, Experts, Heads, Layers, Neurons, Unstructured, Width
+    from elsa_lightning.slicing import shrink
 
 __version__ = "0.1.0"
-__all__ = ["ADMM", "NM", "Block", "ByPattern", "CalibrationData", "CausalLM", "ElsaCallback", "Unstructured"]
+__all__ = [
+    "ADMM", "NM", "Block", "ByPattern", "CalibrationData", "CausalLM", "ElsaCallback", "Experts", "Heads", "Layers",
+    "Neurons", "Unstructured", "Width", "shrink",
+]  # fmt: skip
 
 _HOMES = {
     "ADMM": "admm",
@@ -24,8 +28,14 @@ _HOMES = {
     "CalibrationData": "lm.data",
     "CausalLM": "lm.module",
     "ElsaCallback": "callbacks",
+    "Experts": "sets",
+    "Heads": "sets",
+    "Layers": "sets",
     "NM": "sets",
+    "Neurons": "sets",
     "Unstructured": "sets",
+    "Width": "sets",
+    "shrink": "slicing",
 }
 
 

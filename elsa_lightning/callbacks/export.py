@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from elsa_lightning.adapters import base_model, has_adapter, without_adapters
 from elsa_lightning.errors import UserError
+from elsa_lightning.families import find
 from elsa_lightning.layout.fsdp1 import mark_slices, settle, whole_on_first
 from elsa_lightning.layout.sharded import clean, part_of
 from elsa_lightning.optim.moments import dtype_name
+from elsa_lightning.sets.structured import is_structured
+from elsa_lightning.slicing import shrink
 
 
 class SaveHuggingFace(Callback):
@@ -34,17 +37,23 @@ class SaveHuggingFace(Callback):
             saved beside it, under the same name with a number.
         dtype: What the weights are saved in; None takes that of the model that was given: one in bfloat16 is saved in
             bfloat16, though it was trained in float32.
+        shrink: Whether to save the smaller model that :func:`~elsa_lightning.shrink` makes of the zeros. None does so
+            where a callback of the run constrains neurons, heads, layers or experts.
 
     Raises:
         ValueError: ``dtype`` is none that weights are kept in.
     """
 
     def __init__(
-        self, dirpath: str | None = None, dtype: Literal["float32", "bfloat16", "float16"] | None = None
+        self,
+        dirpath: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        shrink: bool | None = None,
     ) -> None:
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise UserError(f"dtype must be one of 'float32', 'bfloat16', 'float16', or None, got {dtype!r}")
-        self.dirpath, self.dtype = dirpath, dtype
+        self.dirpath, self.dtype, self.shrink = dirpath, dtype, shrink
+        self._shrinks = bool(shrink)
         self.place: Path | None = None  # where the model was written, on the first process
         self._found: object = None  # what was at dirpath when training began
 
@@ -75,6 +84,10 @@ class SaveHuggingFace(Callback):
             raise UserError(
                 "SaveHuggingFace cannot save a sharded model with a PEFT adapter: train on one device or with DDP"
             )
+        constraints = [getattr(callback, "constraint", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+        self._shrinks = any(map(is_structured, constraints)) if self.shrink is None else self.shrink
+        if self._shrinks:
+            find(model)  # or an error, before training
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder, on the first process."""
@@ -104,6 +117,12 @@ class SaveHuggingFace(Callback):
         adapter = isinstance(model, nn.Module) and has_adapter(model)
         base = base_model(model)
         state: dict[str, Tensor] | None = whole_state.get("state_dict")
+        if self._shrinks:
+            dense = sum(p.numel() for p in base.parameters())
+            base, state = shrink(base, state), None
+            rank_zero_info(
+                f"Model shrunk: {sum(p.numel() for p in base.parameters()):,} of {dense:,} parameters are left"
+            )
         kept = getattr(base, "dtype", torch.float32)
         target = self._target(pl_module, base, kept)
         if adapter or (target != kept and state is None):

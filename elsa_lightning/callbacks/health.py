@@ -9,6 +9,7 @@ from torch import Tensor
 
 from elsa_lightning.admm import ADMM
 from elsa_lightning.optim.rounding import hazard
+from elsa_lightning.sets.structured import is_structured
 
 _LATE = 0.75  # of the ADMM phase: from here on it should be closing
 _RESIDUAL = 0.2  # ‖x − z‖/‖x‖ that the final projection would cut off
@@ -79,6 +80,8 @@ class Health:
             yield "flips", message
 
     def _dead(self, admm: ADMM, kept: float) -> Iterator[tuple[str, str]]:
+        if is_structured(admm.constraint):
+            return  # whole units are zero because they are to be
         tensors, counts = admm.occupancy()
         shares, rows = (counts[:, 0] / counts[:, 1]).tolist(), (counts[:, 2] / counts[:, 3].clamp_min(1)).tolist()
         if names := [name for name, share in zip(tensors, shares, strict=True) if share < _DEAD * kept]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
@@ -68,6 +69,13 @@ class Tied(Constraint):
                 raise UserError(f"{tie.members[0].name}: {tie.kept} of {tie.units} units cannot be kept")
             if missing := [member.name for member in tie.members if member.name not in shapes]:
                 raise UserError(f"{missing[0]} is tied to {tie.members[0].name} and is not constrained: add a target")
+            for name, axis, entries, first in tie.members:
+                size = math.prod(shapes[name][:-2]) if axis == 2 else shapes[name][axis - 2]
+                if first + (size - 1) // entries >= tie.units or (entries <= size and size % entries):
+                    raise UserError(
+                        f"{name} of shape {tuple(shapes[name])} has {size} along axis {axis}, which are no "
+                        f"{tie.units - first} units of {entries}"
+                    )
 
     def support(self, points: Points) -> Iterator[Tensor]:
         """Yield the masks of the units that survive."""

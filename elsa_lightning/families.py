@@ -1,0 +1,207 @@
+"""What Hugging Face models call their neurons, heads, layers and experts, and how many of them a config can hold."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from elsa_lightning.adapters import has_adapter
+from elsa_lightning.errors import UserError
+from elsa_lightning.layout.sharded import clean
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names in a model: of modules below a block, and of what its config says of them.
+
+    Attributes:
+        blocks: The list of blocks, below the model.
+        attention_in: Queries, keys and values.
+        attention_out: The projection that heads write through.
+        mlp_in: What neurons read through; empty for mixtures of experts.
+        mlp_out: What they write through.
+        experts: The module with the stacks of all experts, ``(experts, out, in)``, or None.
+        neurons: The config's name for their number, and so on.
+        layers: Of blocks.
+        heads: Of query heads; None where the config has no head_dim, so that heads cannot be fewer at the same width.
+        groups: Of key-value heads.
+        positions: Learnt positions, below the model, which can take a constant that is added before the first block.
+        transposed: Whether weights are stored ``(in, out)``.
+    """
+
+    blocks: str = "model.layers"
+    attention_in: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    attention_out: str = "self_attn.o_proj"
+    mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    mlp_out: str = "mlp.down_proj"
+    experts: str | None = None
+    neurons: str = "intermediate_size"
+    layers: str = "num_hidden_layers"
+    heads: str | None = "num_attention_heads"
+    groups: str = "num_key_value_heads"
+    positions: str | None = None
+    transposed: bool = False
+
+    @property
+    def router(self) -> str:
+        """The router, whose weight has a row for each expert."""
+        return "mlp.gate"
+
+
+STACKS = ("gate_up_proj", "down_proj")  # of experts
+_GATED = Family()
+_MIXTURE = Family(mlp_in=(), mlp_out="", experts="mlp.experts")
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _GATED),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), _MIXTURE),
+    "opt": Family(
+        blocks="model.decoder.layers", attention_out="self_attn.out_proj", mlp_in=("fc1",), mlp_out="fc2",
+        neurons="ffn_dim", heads=None, positions="model.decoder.embed_positions",
+    ),
+    "gpt2": Family(
+        blocks="transformer.h", attention_in=("attn.c_attn",), attention_out="attn.c_proj", mlp_in=("mlp.c_fc",),
+        mlp_out="mlp.c_proj", neurons="n_inner", layers="n_layer", heads=None, positions="transformer.wpe",
+        transposed=True,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Known:
+    """A model of a family.
+
+    Attributes:
+        family: Which.
+        model: The Hugging Face model.
+        prefix: Its place in the module it was looked for in, with a dot behind it unless it is that module.
+    """
+
+    family: Family
+    model: nn.Module
+    prefix: str
+
+    @property
+    def config(self) -> Any:
+        """Its config."""
+        return self.model.config
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return len(self.model.get_submodule(self.family.blocks))  # type: ignore[arg-type]
+
+    def block(self, index: int) -> str:
+        """Return the name of a block, with a dot behind it."""
+        return f"{self.prefix}{self.family.blocks}.{index}."
+
+    def experts(self, index: int) -> tuple[nn.Module, nn.Module] | None:
+        """Return the router and the experts of a block, or None where it has none."""
+        block = self.model.get_submodule(f"{self.family.blocks}.{index}")
+        inside = dict(block.named_modules())
+        found = (inside.get(self.family.router), inside.get(self.family.experts or ""))
+        return found if self.family.experts and None not in found else None  # type: ignore[return-value]
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Return the numbers of key-value groups, of query heads in each, and of the rows of one head."""
+        return head_counts(self.config)
+
+
+def head_counts(config: Any) -> tuple[int, int, int]:
+    """Return how many key-value groups a config has, how many query heads each of them, and head_dim."""
+    heads: int = config.num_attention_heads
+    groups: int = getattr(config, "num_key_value_heads", None) or heads
+    return groups, heads // groups, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def find(module: nn.Module) -> Known:
+    """Return the Hugging Face model in a module, outermost first.
+
+    Raises:
+        UserError: There is none of a known family, or it has adapters on it.
+    """
+    seen = []
+    for path, inner in module.named_modules():
+        config = getattr(inner, "config", None)
+        kind = getattr(config, "model_type", None)
+        if not isinstance(kind, str):
+            continue
+        seen.append(f"{type(inner).__name__} of model_type {kind!r}")
+        if kind not in FAMILIES:
+            continue
+        if has_adapter(inner):
+            raise UserError("the model has PEFT adapters on it, which keep the shapes as they are: merge them first")
+        family, prefix = FAMILIES[kind], clean(f"{path}.") if path else ""
+        names = {clean(name) for name, _ in inner.named_parameters()}
+        blocks = re.escape(family.blocks)
+        for part in (family.attention_out, family.mlp_out or family.experts or ""):
+            if not any(re.match(rf"{blocks}\.\d+\.{re.escape(part)}\.", name) for name in names):
+                raise UserError(
+                    f"{type(inner).__name__} of model_type {kind!r}: looked for '{family.blocks}.0.{part}' and found "
+                    f"names such as {min(names)!r}; what is known is transformers' model for causal language modelling"
+                )
+        return Known(family, inner, prefix)
+    raise UserError(
+        f"looked for a Hugging Face model whose config.model_type is one of {', '.join(FAMILIES)}, and found "
+        f"{', '.join(dict.fromkeys(seen)) or 'no model with a config'}; other models take Unstructured, NM or Block"
+    )
+
+
+def possible_groups(family: Family, config: Any) -> list[int]:
+    """Return which numbers of key-value groups a config of this family can hold, ascending."""
+    groups, queries, width = head_counts(config)
+    if family.heads is None:
+        return [groups]
+    found = []
+    for count in range(1, groups + 1):
+        changed = {family.heads: count * queries, family.groups: count, "head_dim": width}
+        try:  # a config checks itself where it is made, and where it is saved
+            type(config)(**{**config.to_dict(), **changed})
+        except Exception:
+            continue
+        found.append(count)
+    return found
+
+
+def immovable(config: Any) -> str | None:
+    """Return why a block whose output projections are zero is not the identity, or not removable, or None."""
+    if getattr(config, "do_layer_norm_before", True) is False:
+        return "its blocks end in a norm (do_layer_norm_before false), which changes what passes through"
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        return "attention is scaled by the number of the block (scale_attn_by_inverse_layer_idx)"
+    if getattr(config, "model_type", None) in FAMILIES and FAMILIES[config.model_type].experts:
+        return "it is a mixture of experts"
+    return None
+
+
+def with_counts(family: Family, config: Any, counts: Mapping[str, int], kept_layers: list[int]) -> Any:
+    """Return a copy of a config with other numbers of units.
+
+    Args:
+        family: Of the model.
+        config: Of the model.
+        counts: Numbers of ``neurons``, ``groups`` and ``experts``; what is not there stays.
+        kept_layers: Indices of the blocks that stay.
+    """
+    _, queries, width = head_counts(config)
+    new = copy.deepcopy(config)
+    if "neurons" in counts:
+        setattr(new, family.neurons, counts["neurons"])
+    if "groups" in counts and family.heads is not None:
+        new.head_dim = width
+        setattr(new, family.groups, counts["groups"])
+        setattr(new, family.heads, counts["groups"] * queries)
+    if "experts" in counts:
+        new.num_experts = counts["experts"]
+    total = getattr(config, family.layers)
+    if len(kept_layers) < total:
+        for key, value in config.to_dict().items():
+            if re.search(r"layer", key) and isinstance(value, list) and len(value) == total:
+                setattr(new, key, [value[index] for index in kept_layers])
+        setattr(new, family.layers, len(kept_layers))
+    return new

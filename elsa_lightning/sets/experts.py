@@ -1,0 +1,87 @@
+"""Whole experts of a mixture, and the router that passes them over."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from elsa_lightning.errors import UserError
+from elsa_lightning.families import STACKS, Known, find
+from elsa_lightning.sets.structured import Structured, check_fraction, kept_of
+from elsa_lightning.sets.tied import Member, Tie
+
+
+@dataclass(frozen=True)
+class Experts(Structured):
+    """A share of each layer's experts is zero, and the router passes them over.
+
+    Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the experts with the largest Σ Fᵢ vᵢ² over their
+    matrices, unchanged. Equal ones go to the lower number.
+
+    From :meth:`fitted` on, the routers of the model give an expert whose output matrix is zero the logit −∞, so that
+    its probability goes to the others, as in the smaller model without it; no gradient brings it back. Saved without
+    shrinking, a model in plain transformers would still choose it, and spend probability on nothing.
+
+    Args:
+        fraction: Share of the experts that is removed, 0 ≤ fraction < 1, to the nearest number; as many survive as
+            each token takes, at least.
+
+    Raises:
+        UserError: The fraction is out of range.
+    """
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        check_fraction(self.fraction, "experts")
+
+    def of(self, known: Known) -> list[Tie]:
+        """Return one tie a layer with experts."""
+        family, config = known.family, known.config
+        if family.experts is None:
+            raise UserError(f"{config.model_type!r} is no mixture of experts: Neurons or Heads are its units")
+        total, chosen = config.num_experts, config.num_experts_per_tok
+        kept = kept_of(self.fraction, total)
+        if kept < chosen:
+            raise UserError(
+                f"{self} leaves {kept} of {total} experts, and each token takes {chosen} (num_experts_per_tok): at "
+                f"most a fraction of {1 - chosen / total:.4g}"
+            )
+        ties = []
+        for index in filter(known.experts, range(known.blocks)):
+            start = known.block(index) + family.experts
+            ties.append(Tie(total, kept, tuple(Member(f"{start}.{name}", 2) for name in STACKS)))
+        return ties
+
+    def fitted(self, model: nn.Module) -> Self:
+        """Return the set with the ties of the model's tensors, and have its routers pass over experts that are zero."""
+        new = super().fitted(model)
+        known = find(model)
+        for router, experts in filter(None, map(known.experts, range(known.blocks))):
+            if not any(isinstance(hook, _PassOver) for hook in router._forward_hooks.values()):
+                router.register_forward_hook(_PassOver(experts))
+        return new
+
+
+class _PassOver:
+    """A forward hook of a router that chooses among the experts that are not zero.
+
+    Args:
+        experts: The module with the stacks.
+    """
+
+    def __init__(self, experts: nn.Module) -> None:
+        self.experts = experts
+
+    def __call__(self, router: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+        logits, scores, _ = output
+        zero = ~self.experts.down_proj.any(dim=(1, 2))  # type: ignore[operator]
+        logits = logits.masked_fill(zero & ~zero.all(), -math.inf)
+        scores_, indices = logits.softmax(dim=-1, dtype=torch.float32).topk(router.top_k, dim=-1)
+        if getattr(router, "norm_topk_prob", True):
+            scores_ = scores_ / scores_.sum(dim=-1, keepdim=True)
+        return logits, scores_.to(scores.dtype), indices

@@ -1,0 +1,305 @@
+"""Neurons, heads, layers, experts: units whose removal leaves a smaller model, which ``shrink`` makes of the zeros."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import sys
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import nn
+
+from elsa_lightning.anatomy import shape_of
+from elsa_lightning.errors import UserError
+from elsa_lightning.families import Known, find, immovable, possible_groups
+from elsa_lightning.layout.sharded import clean
+from elsa_lightning.sets.tied import Member, Tie, Tied
+
+_WHOLE = sys.maxsize  # entries of a unit that has all there are
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Structured(Tied):
+    """Units of a Hugging Face model, as many in every layer, since a config holds one number.
+
+    It learns their names from the model (:meth:`fitted`); on a ramp their number falls from all there are. Biases are
+    free: a unit whose output weights are zero adds nothing, whatever it computes.
+    """
+
+    _ties: tuple[Tie, ...] | None = field(default=None, init=False, repr=False, compare=False)
+
+    @abstractmethod
+    def of(self, known: Known) -> list[Tie]:
+        """Return the ties in a model.
+
+        Raises:
+            UserError: Its config cannot hold so many units.
+        """
+
+    def fitted(self, model: nn.Module) -> Self:
+        """Return the set with the ties of the model's tensors.
+
+        Raises:
+            UserError: The model is of no known family, or its config cannot hold so many units.
+        """
+        known = find(model)
+        names = {known.prefix + clean(name) for name, _ in known.model.named_parameters()}
+        ties = self.of(known)
+        if missing := [member.name for tie in ties for member in tie.members if member.name not in names]:
+            raise UserError(
+                f"{self}: looked for {missing[0]!r} and {known.config.model_type!r} here has no such weight"
+            )
+        return self._with(ties)
+
+    def _with(self, ties: Iterable[Tie]) -> Self:
+        new = copy.copy(self)
+        object.__setattr__(new, "_ties", tuple(ties))
+        return new
+
+    def ties(self, shapes: Mapping[str, torch.Size]) -> list[Tie]:
+        """Return the ties of the model that the set was fitted to."""
+        if self._ties is None:
+            raise UserError(f"{self} must know the model it is for: give {self}.fitted(model)")
+        return list(self._ties)
+
+    def covers(self, name: str) -> bool:
+        """Say whether a unit has entries in this tensor."""
+        return self._ties is None or any(member.name == name for tie in self._ties for member in tie.members)
+
+    def relaxed(self, tightness: float) -> Self:
+        """Return the set on the way from all units to those that survive."""
+        if self._ties is None:
+            return self
+        kept = [tie.units - round((tie.units - tie.kept) * tightness) for tie in self._ties]
+        return self._with(tie._replace(kept=count) for tie, count in zip(self._ties, kept, strict=True))
+
+
+def check_fraction(fraction: float, units: str) -> None:
+    """Raise UserError unless it is a share that can be removed."""
+    if not 0 <= fraction < 1:
+        raise UserError(f"fraction must be the share of {units} that is removed, in [0, 1), got {fraction}")
+
+
+def kept_of(fraction: float, units: int) -> int:
+    """Return how many units are left, one at least."""
+    return max(1, units - round(fraction * units))
+
+
+def is_structured(constraint: object) -> bool:
+    """Say whether a set, or one of those it is made of, has units that ``shrink`` removes."""
+    inner = getattr(constraint, "sets", None)
+    several = inner.values() if isinstance(inner, Mapping) else ()
+    return isinstance(constraint, Structured) or any(is_structured(each) for each in several)
+
+
+# ---------------------------------------------------------------------- neurons
+
+
+@dataclass(frozen=True)
+class Neurons(Structured):
+    """A share of each layer's hidden neurons is zero: a neuron is its row in gate and up and its column in down.
+
+    Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the neurons with the largest Σ Fᵢ vᵢ² over their
+    entries in all three matrices, unchanged. Equal ones go to the lower number.
+
+    Args:
+        fraction: Share of the neurons that is removed, 0 ≤ fraction < 1, to the nearest number; one survives.
+
+    Raises:
+        UserError: The fraction is out of range.
+    """
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        check_fraction(self.fraction, "neurons")
+
+    def of(self, known: Known) -> list[Tie]:
+        """Return one tie a layer."""
+        return _neurons(known, kept_of(self.fraction, _width(known)))
+
+
+def _width(known: Known) -> int:
+    """Return how many neurons a layer has."""
+    family, config = known.family, known.config
+    if not family.mlp_in:
+        raise UserError(f"{config.model_type!r} has its neurons in experts: Experts(fraction) removes these whole")
+    return int(getattr(config, family.neurons) or 4 * config.hidden_size)  # GPT-2's n_inner may be None
+
+
+def _neurons(known: Known, kept: int) -> list[Tie]:
+    family, width = known.family, _width(known)
+    reads, writes = (1, 0) if family.transposed else (0, 1)
+    ties = []
+    for index in range(known.blocks):
+        block = known.block(index)
+        members = [Member(f"{block}{name}.weight", reads) for name in family.mlp_in]
+        ties.append(Tie(width, kept, (*members, Member(f"{block}{family.mlp_out}.weight", writes))))
+    return ties
+
+
+# ---------------------------------------------------------------------- heads
+
+
+@dataclass(frozen=True)
+class Heads(Structured):
+    """A share of each layer's attention heads is zero, in whole groups of a key-value head with its query heads.
+
+    Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the groups with the largest Σ Fᵢ vᵢ² over their
+    rows in the query, key and value projections and their columns in the output projection, unchanged. Equal ones go
+    to the lower number.
+
+    Args:
+        fraction: Share of the groups that is removed, 0 ≤ fraction < 1, to the nearest number that is left; one
+            survives. Which fractions are possible depends on the model's config.
+
+    Raises:
+        UserError: The fraction is out of range.
+    """
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        check_fraction(self.fraction, "heads")
+
+    def of(self, known: Known) -> list[Tie]:
+        """Return one tie a layer."""
+        groups, *_ = known.heads
+        kept, config = kept_of(self.fraction, groups), known.config
+        if known.family.heads is None:
+            raise UserError(
+                f"heads of {config.model_type!r} cannot be removed: its config has no head_dim, so that fewer heads of "
+                f"the same hidden_size would be wider ones; Neurons and Layers are possible"
+            )
+        if kept not in (possible := possible_groups(known.family, config)):
+            fractions = ", ".join(f"{1 - count / groups:.4g}" for count in reversed(possible))
+            raise UserError(
+                f"{self} leaves {kept} of {groups} groups of heads, which a {type(config).__name__} of hidden_size "
+                f"{config.hidden_size} refuses; possible fractions are {fractions}"
+            )
+        return _heads(known, kept)
+
+
+def _heads(known: Known, kept: int) -> list[Tie]:
+    groups, queries, width = known.heads
+    names, ties = known.family.attention_in, []
+    for index in range(known.blocks):
+        block = known.block(index)
+        rows = [Member(f"{block}{name}.weight", 0, width) for name in names[1:]]
+        first = Member(f"{block}{names[0]}.weight", 0, width * queries)
+        last = Member(f"{block}{known.family.attention_out}.weight", 1, width * queries)
+        ties.append(Tie(groups, kept, (first, *rows, last)))
+    return ties
+
+
+# ---------------------------------------------------------------------- both, to a budget
+
+
+@dataclass(frozen=True)
+class Width(Structured):
+    """Neurons and heads of each layer are removed, in like shares, so that the model has so many parameters.
+
+    Heads come in groups, so their share is the possible one next to that of the neurons, which make up the difference;
+    where the config cannot hold fewer heads the neurons alone do. The projection is that of :class:`Neurons` and
+    :class:`Heads`.
+
+    Args:
+        keep: Parameters of the smaller model in all, embeddings included, at most: 1.5e6, say.
+
+    Raises:
+        UserError: The number is not positive.
+    """
+
+    keep: float
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise UserError(f"keep must be a number of parameters, such as 1.5e6, got {self.keep:g}")
+
+    def of(self, known: Known) -> list[Tie]:
+        """Return two ties a layer."""
+        width, (groups, *_) = _width(known), known.heads
+        sizes = {known.prefix + clean(name): shape_of(p).numel() for name, p in known.model.named_parameters()}
+        a_neuron = _size_of_one(_neurons(known, width), sizes, known.family.mlp_out)
+        a_group = _size_of_one(_heads(known, groups), sizes, known.family.attention_out)
+        total = sum(sizes.values())
+        fixed = total - a_neuron * width - a_group * groups
+        possible = possible_groups(known.family, known.config)
+        choices = [(math.floor((self.keep - fixed - a_group * count) / a_neuron), count) for count in possible]
+        fitting = [(neurons, count) for neurons, count in choices if neurons >= 1]
+        least = fixed + a_neuron + a_group * possible[0]
+        if not fitting or self.keep > total:
+            raise UserError(f"keep={self.keep:g} parameters of a model of {total:,}: give from {least:,} to {total:,}")
+
+        def order(choice: tuple[int, int]) -> tuple[bool, float, int]:
+            """Put shares alike first, and before all others what uses the whole budget."""
+            whole = choice[0] <= width
+            return not whole, whole * abs(choice[0] / width - choice[1] / groups), -choice[1]
+
+        neurons, kept = min(fitting, key=order)
+        neurons = min(neurons, width)
+        log.info("%s: %d of %d neurons and %d of %d groups of heads", self, neurons, width, kept, groups)
+        heads = _heads(known, kept) if known.family.heads else []
+        return _neurons(known, neurons) + heads
+
+
+def _size_of_one(ties: list[Tie], sizes: Mapping[str, int], last: str) -> int:
+    """Return how many parameters one unit of every layer has, biases included but for those of what it writes."""
+    count = 0
+    for tie in ties:
+        for member in tie.members:
+            bias = "" if member.name.endswith(f"{last}.weight") else member.name.removesuffix("weight") + "bias"
+            count += (sizes[member.name] + sizes.get(bias, 0)) // tie.units
+    return count
+
+
+# ---------------------------------------------------------------------- layers
+
+
+@dataclass(frozen=True)
+class Layers(Structured):
+    """A share of the layers is zero, attention and MLP together; what passes such a layer comes out as it went in.
+
+    Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the layers with the largest Σ Fᵢ vᵢ² over their
+    matrices, unchanged. Equal ones go to the lower number.
+
+    Args:
+        fraction: Share of the layers that is removed, 0 ≤ fraction < 1, to the nearest number; one survives.
+
+    Raises:
+        UserError: The fraction is out of range.
+    """
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        check_fraction(self.fraction, "layers")
+
+    def of(self, known: Known) -> list[Tie]:
+        """Return one tie."""
+        family, kind, blocks = known.family, known.config.model_type, known.blocks
+        if reason := immovable(known.config):
+            raise UserError(f"layers of this {kind!r} cannot be removed: {reason}")
+        if bias := constant_without_place(known):
+            raise UserError(
+                f"layers of this {kind!r} cannot be removed: without its matrices a layer still adds {bias}, and "
+                f"nothing before it can take that constant"
+            )
+        names = (*family.attention_in, family.attention_out, *family.mlp_in, family.mlp_out)
+        members = (Member(f"{known.block(i)}{name}.weight", 0, _WHOLE, i) for i in range(blocks) for name in names)
+        return [Tie(blocks, kept_of(self.fraction, blocks), tuple(members))]
+
+
+def constant_without_place(known: Known) -> str | None:
+    """Return the name of a bias that a block without its matrices adds and no earlier block could, or None."""
+    family = known.family
+    names = {known.prefix + clean(name) for name, _ in known.model.named_parameters()}
+    biases = {name: f"{known.block(0)}{name}.bias" in names for name in (family.attention_out, family.mlp_out)}
+    found = [f"{known.block(0)}{name}.bias" for name, there in biases.items() if there]
+    return found[0] if found and not (biases[family.mlp_out] and family.positions) else None
