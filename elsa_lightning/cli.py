@@ -167,12 +167,13 @@ class ElsaCLI(LightningCLI):
         if folder is not None and name is not None and logs is not None:
             config = Path(logs) / name
             again = f"--config {config}" + (" --ckpt_path null" if self.config.fit.ckpt_path else "")
-            sparsity = "--trainer.callbacks.sparsity" if self.config.fit.elsa.sparsity is None else "--elsa.sparsity"
-            elsa = _program()
+            elsa, given = _program(), self.config.fit.elsa
+            sparsity = "--trainer.callbacks.sparsity" if given.sparsity is None else "--elsa.sparsity"
+            another = "" if given.constraint else f"  {elsa} fit {again} {sparsity} 0.95   # another sparsity\n"
             print(
                 f"\nWhat to do next:\n"
                 f"  {elsa} test {again} --model.name {folder}   # its perplexity on the test text\n"
-                f"  {elsa} fit {again} {sparsity} 0.95   # another sparsity\n"
+                f"{another}"
                 f"  {elsa} fit {again} --model.name MODEL --data.name TEXT   # your model and your text\n"
                 f"  AutoModelForCausalLM.from_pretrained({str(folder)!r})   # in Python, from transformers"
             )

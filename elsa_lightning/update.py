@@ -151,6 +151,8 @@ def stationarity(
 ) -> Stationarity:  # fmt: skip
     """Return how far the weights are from Π_S of their own step x − D⁻¹∇f(x)/λ, by the gradient at hand.
 
+    Where no gradient reaches what is not kept, as with neurons that are zero on both sides, that of the kept says λ.
+
     Args:
         form: Says what D and λ are.
         constraint: The set at this place of its ramp.
@@ -161,15 +163,17 @@ def stationarity(
         penalty: λ or κ.
     """
     device = tensors[0].p.device
-    squares = torch.zeros(len(tensors), 4, dtype=exact_dtype(device), device=device)
+    squares = torch.zeros(len(tensors), 5, dtype=exact_dtype(device), device=device)
     for index, tensor in enumerate(tensors):
         for rows, *_ in tensor.pieces() if tensor.part.counts else ():
             mask = tensor.mask(rows)
-            off = form.direction(tensor, rows).masked_fill(mask, 0)
-            numbers = [off.square().sum(), (~mask).sum(), tensor.x(rows).float().square().sum(), mask.sum()]
+            square = form.direction(tensor, rows).square()
+            off, on = square.masked_fill(mask, 0).sum(), square.masked_fill(~mask, 0).sum()
+            numbers = [off, (~mask).sum(), tensor.x(rows).float().square().sum(), mask.sum(), on]
             squares[index] += torch.stack([number.to(squares.dtype) for number in numbers])
     processes.add(squares)
-    off, off_count, kept, kept_count = squares.unbind(1)
+    off, off_count, kept, kept_count, on = squares.unbind(1)
+    off, off_count = torch.where(off > 0, off, on), torch.where(off > 0, off_count, kept_count)
     rms = [(a / b.clamp_min(1)).sqrt().float() for a, b in ((off, off_count), (kept, kept_count))]
     scales = {
         tensor.name: form.inverse_penalty(tensor, penalty, rms[0][index], rms[1][index])

@@ -168,10 +168,7 @@ class Linearized(OnSet):
         return theta
 
     def inverse_penalty(self, tensor: ConstrainedTensor, penalty: float, off: Tensor, kept: Tensor) -> Any:
-        """Return the largest 1/λ whose multiplier D⁻¹∇f/λ is within w/κ; 0 where no gradient asks for one.
-
-        Units that are zero on both sides, such as neurons, get none.
-        """
+        """Return the largest 1/λ whose multiplier D⁻¹∇f/λ is within w/κ; 0 where there is no gradient."""
         return torch.where(off > 0, kept / (penalty * off.clamp_min(torch.finfo(off.dtype).tiny)), 0.0)
 
     def state_dict(self) -> dict[str, Any]:

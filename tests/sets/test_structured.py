@@ -287,6 +287,7 @@ def test_training_ends_in_the_set_resumes_to_the_bit_and_shrinks(
         if stop is not None:
             return copy.deepcopy((model.state_dict(), optimizer.state_dict(), admm.state_dict()))
         admm.finish()
+        assert admm.last_stationarity is None or 0 < float(admm.last_stationarity.distance) < math.inf
         return model.eval(), fitted
 
     model, fitted = run(None)
