@@ -47,26 +47,34 @@ def train(case: str, sharded: bool) -> tuple[Any, dict[str, Tensor]]:
     return model.eval(), state
 
 
-def worker(rank: int, folder: str, case: str) -> None:
+def worker(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model, state = train(case, sharded=True)
-    masked = logits(model)
-    if rank == 0:
-        torch.save((masked, state), f"{folder}/state.pt")
-        shrink(model, state).save_pretrained(f"{folder}/small")
-    dist.barrier()
+    for case in CASES:
+        model, state = train(case, sharded=True)
+        masked = logits(model)
+        if rank == 0:
+            torch.save((masked, state), folder / f"{case}.pt")
+            shrink(model, state).save_pretrained(folder / case)
+        dist.barrier()
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All cases, trained by two processes."""
+    place = tmp_path_factory.mktemp("sharded")
+    mp.spawn(worker, (place,), nprocs=2)
+    return place
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_sharded_units_are_those_of_one_process(case: str, tmp_path: Path) -> None:
-    mp.spawn(worker, (str(tmp_path), case), nprocs=2)
+def test_sharded_units_are_those_of_one_process(case: str, folder: Path) -> None:
     _, one = train(case, sharded=False)
-    masked, two = torch.load(tmp_path / "state.pt", weights_only=True)
+    masked, two = torch.load(folder / f"{case}.pt", weights_only=True)
     for name, t in one.items():
         assert torch.equal(t == 0, two[name] == 0), name
         torch.testing.assert_close(two[name], t, rtol=1e-3, atol=1e-4, msg=name)
-    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    small = AutoModelForCausalLM.from_pretrained(folder / case).eval()
     assert small.num_parameters() < sum(t.numel() for t in one.values())
     torch.testing.assert_close(logits(small), masked, rtol=1e-3, atol=1e-3)
