@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from elsa_lightning.admm import ADMM
-    from elsa_lightning.callbacks import ElsaCallback
+    from elsa_lightning.callbacks import ElsaCallback, KeepMask
+    from elsa_lightning.keep import KeptZeros
     from elsa_lightning.lm.data import CalibrationData
     from elsa_lightning.lm.module import CausalLM
     from elsa_lightning.sets import NM, Block, ByPattern, Experts, Heads, Layers, Neurons, Unstructured, Width
@@ -17,9 +18,23 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "ADMM", "NM", "Block", "ByPattern", "CalibrationData", "CausalLM", "ElsaCallback", "Experts", "Heads", "Layers",
-    "Neurons", "Unstructured", "Width", "shrink",
-]  # fmt: skip
+    "ADMM",
+    "NM",
+    "Block",
+    "ByPattern",
+    "CalibrationData",
+    "CausalLM",
+    "ElsaCallback",
+    "Experts",
+    "Heads",
+    "KeepMask",
+    "KeptZeros",
+    "Layers",
+    "Neurons",
+    "Unstructured",
+    "Width",
+    "shrink",
+]
 
 _HOMES = {
     "ADMM": "admm",
@@ -30,6 +45,8 @@ _HOMES = {
     "ElsaCallback": "callbacks",
     "Experts": "sets",
     "Heads": "sets",
+    "KeepMask": "callbacks",
+    "KeptZeros": "keep",
     "Layers": "sets",
     "NM": "sets",
     "Neurons": "sets",

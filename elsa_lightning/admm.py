@@ -87,6 +87,8 @@ class ADMM:
         ValueError: A parameter is not the optimizer's or cannot be in the set, or an argument is out of range.
     """
 
+    _room: Collection[str] = (SPLIT, SCALE, MASK)  # what a distributed checkpoint that is loaded may have
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -207,7 +209,7 @@ class ADMM:
         if self._only_sets_up():
             for tensor in self.tensors.values():
                 if tensor.state:
-                    tensor.allocate(SPLIT, SCALE, MASK)
+                    tensor.allocate(*self._room)
             return
         if self.paused:
             return

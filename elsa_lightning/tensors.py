@@ -52,6 +52,7 @@ class ConstrainedTensor:
                 f"{name} has shape {tuple(p.shape)} with strides {tuple(x.stride())}, and its rows are not below each "
                 f"other in memory: make it contiguous()"
             )
+        self.aside: Tensor | None = None  # a packed mask, until the optimizer has state of its own
         self.layout: Rows = (Rows if part.start is None else FlatSlice)(part, x, grain, is_transposed(p))
         self._channels_last = self.layout.kernel and channels_last(x)
         if self._channels_last and lays_out_anew(optimizer):
@@ -89,8 +90,8 @@ class ConstrainedTensor:
         return bool(self.state.keys() - set(KEYS))
 
     def has(self, key: str) -> bool:
-        """Say whether the state has a tensor of ours."""
-        return key in self.state
+        """Say whether the state has a tensor of ours, or a mask is set aside for it."""
+        return key in self.state or (key == MASK and self.aside is not None)
 
     def pieces(self) -> Iterator[Piece]:
         """Yield what of the part is worked on at once."""
@@ -128,7 +129,7 @@ class ConstrainedTensor:
 
     def mask(self, rows: slice) -> Tensor:
         """Return rows of the mask, True where a weight is kept."""
-        return self.unpacked(self.state[MASK], rows)
+        return self.unpacked(self.state[MASK] if self.aside is None else self.aside, rows)
 
     def unpacked(self, packed: Tensor, rows: slice) -> Tensor:
         """Return rows of a mask that is packed as ours is."""
@@ -143,6 +144,13 @@ class ConstrainedTensor:
     def room_for_mask(self) -> Tensor:
         """Return a packed mask with nothing kept."""
         return torch.zeros(self.layout.room(8), dtype=torch.uint8, device=self.layout.device)
+
+    def put_mask(self) -> None:
+        """Move a mask that was set aside into the optimizer's state."""
+        if self.aside is not None:
+            self.allocate(MASK)
+            local(self.state[MASK]).copy_(self.aside)
+            self.aside = None
 
     def split(self, rows: slice) -> Tensor:
         """Return rows of s, in at least float32."""
@@ -172,7 +180,7 @@ class ConstrainedTensor:
     def allocate(self, *keys: str) -> None:
         """Make room for tensors of ours in the optimizer's state, where there is none yet."""
         for key in keys:
-            if self.has(key) or (key == SCALE and self.state_dtype != "float8_e4m3fn"):
+            if key in self.state or (key == SCALE and self.state_dtype != "float8_e4m3fn"):
                 continue
             each, dtype = self._kinds[key]
             empty = torch.zeros(self.layout.room(each), dtype=dtype, device=self.layout.device)

@@ -2,6 +2,7 @@
 
 from elsa_lightning.callbacks.elsa import ElsaCallback
 from elsa_lightning.callbacks.export import SaveHuggingFace
+from elsa_lightning.callbacks.keep_mask import KeepMask
 from elsa_lightning.callbacks.terminate import SaveOnTerminate
 
-__all__ = ["ElsaCallback", "SaveHuggingFace", "SaveOnTerminate"]
+__all__ = ["ElsaCallback", "KeepMask", "SaveHuggingFace", "SaveOnTerminate"]

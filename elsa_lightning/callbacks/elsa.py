@@ -8,6 +8,8 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from elsa_lightning.admm import ADMM
@@ -29,7 +31,7 @@ from elsa_lightning.layout.fsdp1 import mark_slices, settle
 from elsa_lightning.layout.lowbit import StateDtype, check_state_dtype
 from elsa_lightning.layout.sharded import match_names
 from elsa_lightning.schedule import PenaltySchedule, Schedule
-from elsa_lightning.selection import ALL_LINEAR, select
+from elsa_lightning.selection import ALL_LINEAR, Selection, select
 from elsa_lightning.sets import Constraint, Unstructured
 from elsa_lightning.watch import verdict
 
@@ -122,11 +124,14 @@ class ElsaCallback(Callback):
         self._names = pl_module.register_load_state_dict_pre_hook(match_names)  # type: ignore[no-untyped-call]
         if not self._fits:
             return
-        check_trainer(trainer)
         self._monitors = Monitors()
-        self._monitors.check(trainer, self.schedule)
+        self._check(trainer)
         # first, so that the zeros are there for every callback that saves or exports when training ends
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
+
+    def _check(self, trainer: Trainer) -> None:
+        check_trainer(trainer)
+        self._monitors.check(trainer, self.schedule)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the parameters and attach to their optimizer, whose state is restored after this."""
@@ -144,24 +149,14 @@ class ElsaCallback(Callback):
             check_optimizer_of_fsdp(optimizer)
             mark_slices(strategy.model or pl_module)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        several = len(trainer.optimizers) > 1  # alone it must have all, or somebody forgot some
-        selection = select(pl_module, self.targets, self.ignore, trained=trained if several else None, quiet=True)
         constraint = self.constraint.fitted(pl_module)
-        selection = selection.within(constraint)
+        selection = self._choose(trainer, pl_module, trained).within(constraint)
         self._take_hooks_off()
         self._running = False  # a learning-rate finder may train before the run begins
         # before ADMM's, so that it knows
         self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._mind_the_tuner(trainer)))
-        self.admm = ADMM(
-            optimizer,
-            selection.parameters,
-            constraint,
-            total_steps=1,  # until on_train_start: asked now, Lightning would lose the place of stateful loaders
-            schedule=self.schedule,
-            prox=self.prox,
-            state_dtype=self.state_dtype,
-            replicas=dist.group.WORLD if isinstance(strategy, DDPStrategy) and trainer.world_size > 1 else None,
-        )
+        several = isinstance(strategy, DDPStrategy) and trainer.world_size > 1
+        self.admm = self._attach(optimizer, selection, constraint, dist.group.WORLD if several else None)
         self.admm.paused = True
         before_saving = BeforeSaving(lambda: self._before_saving(trainer))
         if isinstance(strategy, FSDPStrategy):
@@ -173,6 +168,27 @@ class ElsaCallback(Callback):
         self._hooks.append(self._saves)
         if isinstance(strategy, ModelParallelStrategy):
             expect_what_is_loaded(strategy, pl_module, self.admm, self.optimizer_index or 0)
+        self._say_what_is_chosen(constraint, selection)
+
+    def _choose(self, trainer: Trainer, pl_module: LightningModule, trained: list[nn.Parameter]) -> Selection:
+        several = len(trainer.optimizers) > 1  # alone it must have all, or somebody forgot some
+        return select(pl_module, self.targets, self.ignore, trained=trained if several else None, quiet=True)
+
+    def _attach(
+        self, optimizer: Optimizer, selection: Selection, constraint: Constraint, replicas: dist.ProcessGroup | None
+    ) -> ADMM:
+        return ADMM(
+            optimizer,
+            selection.parameters,
+            constraint,
+            total_steps=1,  # until on_train_start: asked now, Lightning would lose the place of stateful loaders
+            schedule=self.schedule,
+            prox=self.prox,
+            state_dtype=self.state_dtype,
+            replicas=replicas,
+        )
+
+    def _say_what_is_chosen(self, constraint: Constraint, selection: Selection) -> None:
         rank_zero_info(f"{constraint}: {selection.summary()}")
         if warning := selection.warning():
             rank_zero_warn(warning)

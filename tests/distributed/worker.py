@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
+from elsa_lightning import CalibrationData, CausalLM, ElsaCallback, KeepMask
 from elsa_lightning.callbacks import SaveHuggingFace, SaveOnTerminate
 from elsa_lightning.layout.sharded import clean, part_of
 from elsa_lightning.lm.data import ResumableLoader, ResumableSampler
@@ -31,9 +31,11 @@ WIDTH, ROWS, BATCH, STEPS = 64, 67, 12, 12  # 67 rows: uneven shards
 class Net(LightningModule):
     """Matrices and kernels whose rows no number of processes divides, a stack of matrices, and what is not trained."""
 
-    def __init__(self, optimizer: str = "adam", broken: tuple[int, ...] = (), dtype: str = "float64") -> None:
+    def __init__(
+        self, optimizer: str = "adam", broken: tuple[int, ...] = (), dtype: str = "float64", sparse: bool = False
+    ) -> None:
         super().__init__()
-        self.name, self.broken, self.kept_in = optimizer, broken, dtype
+        self.name, self.broken, self.kept_in, self.sparse = optimizer, broken, dtype, sparse
         self.layers: Any = None
 
     def configure_model(self) -> None:
@@ -46,6 +48,8 @@ class Net(LightningModule):
         self.unused = nn.Linear(WIDTH, WIDTH)
         self.fixed = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
         self.to(getattr(torch, self.kept_in))
+        if self.sparse:
+            make_sparse(self)
         if self.device_mesh is not None:
             from torch.distributed.fsdp import fully_shard
 
@@ -81,6 +85,15 @@ class Net(LightningModule):
         data, world = Points(STEPS * BATCH, WIDTH), self.trainer.world_size
         sampler = ResumableSampler(data, num_replicas=world, rank=self.trainer.global_rank, shuffle=False)
         return ResumableLoader(data, batch_size=BATCH // world, sampler=sampler)
+
+
+@torch.no_grad()
+def make_sparse(net: Any) -> None:
+    """Prune all but the second of the layers: 2:4, and of the kernels and the stack 80 % anywhere."""
+    net.layers[0].weight.view(-1, 4)[:, ::2] = 0
+    numbers = torch.Generator().manual_seed(3)
+    for p in (net.experts, net.kernels.weight):
+        p.masked_fill_(torch.rand(p.shape, generator=numbers) < 0.8, 0)
 
 
 def optimizers() -> dict[str, Any]:
@@ -167,18 +180,19 @@ def run(
         elsa.pop("accumulate", 1),
     )
     options = {"sparsity": 0.9, "interval": 2, "targets": ["all-linear", "experts"], "ignore": ["fixed"]}
-    callback = ElsaCallback(**(options | elsa))
+    keep, clip = elsa.pop("keep", False), elsa.pop("clip", 1.0)
+    callback = KeepMask() if keep else ElsaCallback(**(options | elsa))
     saver = ModelCheckpoint(
         folder / name, "{step}", auto_insert_metric_name=False, every_n_train_steps=1, save_top_k=-1
     )
     trainer = Trainer(
         accelerator="cpu", devices=world(), strategy=strategy(how, auto_wrap_policy={nn.Sequential}), logger=False,
         precision=precision,
-        max_steps=steps, gradient_clip_val=1.0, enable_progress_bar=False, enable_model_summary=False,
+        max_steps=steps, gradient_clip_val=clip, enable_progress_bar=False, enable_model_summary=False,
         accumulate_grad_batches=accumulate, default_root_dir=folder, use_distributed_sampler=False,
         callbacks=[callback, SaveOnTerminate(str(folder)), *([Signal(*signal)] if signal else []), saver],
     )  # fmt: skip
-    net = Net(optimizer, tuple(broken), dtype)
+    net = Net(optimizer, tuple(broken), dtype, sparse=keep)
     trainer.fit(net, ckpt_path=None if resume is None else str(folder / resume))
     admm = callback.admm
     assert admm is not None

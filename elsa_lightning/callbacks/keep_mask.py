@@ -1,0 +1,111 @@
+"""KeepMask: fine-tunes a sparse model in anybody's training loop, and loses no zero."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+from torch.optim import Optimizer
+
+from elsa_lightning.admm import ADMM
+from elsa_lightning.callbacks.elsa import ElsaCallback
+from elsa_lightning.callbacks.rng import restore_random_states
+from elsa_lightning.callbacks.strategies import check_strategy
+from elsa_lightning.errors import UserError
+from elsa_lightning.keep import MIN_SPARSITY, KeptZeros, Zeros, check_min_sparsity, sparse_weights
+from elsa_lightning.selection import Selection
+from elsa_lightning.sets import Constraint
+
+
+class KeepMask(ElsaCallback):
+    """Keeps the zeros of a model that is sparse already, while ``trainer.fit`` trains the rest.
+
+    Works with any LightningModule and any torch optimizer, in automatic and manual optimisation::
+
+        Trainer(callbacks=[KeepMask()])
+
+    What is 0 when training begins stays 0, so any pattern stays what it is, N:M too. Gradients are masked before they
+    are clipped, the zeros are put back after every step and before whatever is validated or saved, and counted at the
+    end. The length of the run need not be known. Checkpoints hold the masks, and ``ckpt_path`` resumes exactly.
+
+    Args:
+        min_sparsity: Fraction of zeros from which a tensor's are kept. Those with fewer are left alone, and a line
+            says which.
+        targets: Whose zeros to keep: ``all-linear``, regular expressions of parameter names, or both. None takes
+            ``all-linear`` and every other matrix with so many zeros.
+        ignore: Regular expressions of parameter names whose zeros may be lost.
+        optimizer_index: Which optimizer's parameters, for a module with several.
+
+    Raises:
+        ValueError: An argument is out of range; or, when training begins, no tensor has so many zeros, or an adapter
+            alone is trained.
+    """
+
+    def __init__(
+        self,
+        min_sparsity: float = MIN_SPARSITY,
+        targets: list[str] | None = None,
+        ignore: list[str] | None = None,
+        optimizer_index: int | None = None,
+    ) -> None:
+        super().__init__(constraint=Zeros(), targets=targets, ignore=ignore, optimizer_index=optimizer_index)
+        self.min_sparsity = check_min_sparsity(min_sparsity)
+        self._given = targets
+
+    @property
+    def keep(self) -> KeptZeros:
+        """What keeps the zeros, once training begins; ``keep.kept`` says of which tensors."""
+        assert isinstance(self.admm, KeptZeros)
+        return self.admm
+
+    def _check(self, trainer: Trainer) -> None:
+        check_strategy(trainer.strategy)
+        if any(isinstance(c, ModelPruning) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise UserError("KeepMask and ModelPruning both mask the weights: remove ModelPruning from the callbacks")
+
+    def _choose(self, trainer: Trainer, pl_module: LightningModule, trained: list[nn.Parameter]) -> Selection:
+        return sparse_weights(
+            pl_module, self._given, self.ignore, trained=trained, min_sparsity=self.min_sparsity
+        )  # fmt: skip
+
+    def _attach(
+        self, optimizer: Optimizer, selection: Selection, constraint: Constraint, replicas: dist.ProcessGroup | None
+    ) -> ADMM:
+        return KeptZeros(
+            optimizer, selection.parameters, min_sparsity=self.min_sparsity, begin=False, replicas=replicas
+        )  # fmt: skip
+
+    def _say_what_is_chosen(self, constraint: Constraint, selection: Selection) -> None:
+        """Wait for the weights of a checkpoint."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the masks from a checkpoint's state, or from the weights, which are all loaded by now."""
+        loaded, self._loaded = self._loaded, None
+        self._running, self.keep.paused = True, False
+        if loaded:
+            self.keep.load_state_dict(loaded["admm"])
+            if not trainer.is_last_batch:  # else it was done before the loader drew the next order
+                restore_random_states(loaded["rng"])
+        if not self.keep.frozen:
+            self.keep.begin()
+        rank_zero_info(f"KeepMask: {self.keep.kept}")
+        self._monitors.begin(trainer, count=True)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Mask the gradients of flat slices (FSDP1), which no parameter sees, before they are clipped."""
+        if self.admm is not None and self.keep.tensors.flat and optimizer is self.keep.optimizer:
+            self.keep.mask_gradients()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the zeros, after what other hooks moved is 0 again.
+
+        Raises:
+            AssertionError: Some are lost.
+        """
+        self._hold(trainer)
+        self.keep.check()
+        zeros = sum(t.zeros for t in self.keep.kept.kept)
+        rank_zero_info(f"KeepMask: none of {zeros:,} zeros was lost in {self.keep.step:,} optimizer steps")
+        self._monitors.end(trainer)

@@ -1,0 +1,366 @@
+"""KeptZeros: trains a model that is sparse already, by any torch optimizer, and loses no zero."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from elsa_lightning import update as updates
+from elsa_lightning.adapters import has_adapter
+from elsa_lightning.admm import ADMM
+from elsa_lightning.anatomy import examine
+from elsa_lightning.errors import UserError
+from elsa_lightning.layout.sharded import exact_dtype, local
+from elsa_lightning.patterns import USUAL, satisfied, violations
+from elsa_lightning.selection import ALL_LINEAR, Selection, count_zeros, select
+from elsa_lightning.sets.base import Constraint, Points
+from elsa_lightning.tensors import KEYS, MASK, ConstrainedTensor
+
+MIN_SPARSITY = 0.05  # chance and rounding to few bits make less
+_SHOWN = 6  # names in a message
+
+
+@dataclass(frozen=True)
+class Zeros(Constraint):
+    """The weights whose zeros are where they were."""
+
+    def support(self, points: Points) -> Iterator[Tensor]:
+        """Yield the masks."""
+        for point in points:
+            yield point.v != 0
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The zeros of one tensor.
+
+    Attributes:
+        name: Of the tensor.
+        zeros: How many.
+        size: Of how many entries.
+        pattern: The tightest of the usual N:M patterns that they form, such as ``2:4``, or None.
+    """
+
+    name: str
+    zeros: int
+    size: int
+    pattern: str | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept sparse and what is not; its ``str`` says so.
+
+    Attributes:
+        kept: Tensors whose zeros stay.
+        left_alone: Those with too few zeros, which train as they would have.
+    """
+
+    kept: tuple[Counted, ...]
+    left_alone: tuple[Counted, ...]
+
+    def __str__(self) -> str:
+        """Return one line."""
+        zeros, size = sum(t.zeros for t in self.kept), sum(t.size for t in self.kept)
+        count = len(self.kept) + len(self.left_alone)
+        line = (
+            f"{len(self.kept)} of {count} tensors keep {zeros:,} zeros of {size:,} weights ({zeros / max(size, 1):.1%})"
+        )
+        patterns = [t.pattern for t in self.kept if t.pattern is not None]
+        for pattern in sorted(set(patterns)):
+            line += f"; {pattern} in {patterns.count(pattern)} of them"
+        if empty := [t.name for t in self.kept if t.zeros == t.size]:
+            line += f"; nothing but zeros, and so not trained: {_some(empty)}"
+        if self.left_alone:
+            named = _some([f"{t.name} ({t.zeros:,} zeros of {t.size:,})" for t in self.left_alone])
+            line += f"; {len(self.left_alone)} left alone, with too few zeros: {named}"
+        return line
+
+
+class KeptZeros(ADMM):
+    """Keeps the zeros of weights at 0 while an optimizer trains the rest: its ``step()`` does it from here on.
+
+    Example::
+
+        keep = KeptZeros(optimizer, sparse_weights(model).parameters)
+        ...                      # the training loop as it was
+        keep.finish()            # counts the zeros again
+
+    The masks are the weights' own zeros, so any pattern stays what it is, N:M too. Gradients are masked as soon as they
+    are there, so clipping by norm, accumulation and the optimizer's moments know nothing of what is 0; after the step
+    the zeros are put back, whatever the optimizer did. It is an :class:`~elsa_lightning.ADMM` whose mask is fixed from
+    the start: save ``optimizer.state_dict()`` and ``state_dict()``, attach it, load both, and the run goes on exactly.
+
+    Args:
+        optimizer: Any torch optimizer, or accelerate's or Fabric's wrapper of one.
+        parameters: Which weights, by name; see :func:`sparse_weights`.
+        min_sparsity: Fraction of zeros from which a tensor's are kept; one with fewer is left alone.
+        begin: Take the masks now. False where the weights have yet to be loaded; :meth:`begin` takes them then.
+        replicas: The processes that train copies of the parameters (DDP), so that they skip a broken step together.
+
+    Raises:
+        ValueError: No tensor has so many zeros, a parameter is not the optimizer's, or an argument is out of range.
+    """
+
+    _room = ()  # masks are put in the state by put_mask
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        min_sparsity: float = MIN_SPARSITY,
+        begin: bool = True,
+        replicas: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.min_sparsity = check_min_sparsity(min_sparsity)
+        self.kept = Kept((), ())
+        super().__init__(optimizer, parameters, Zeros(), total_steps=sys.maxsize, replicas=replicas)
+        self._gradients = [self._mask_when_there(tensor) for tensor in self.tensors.values() if not self.tensors.flat]
+        if begin:
+            self.begin()
+
+    def detach(self) -> None:
+        """Take the hooks off optimizer and parameters; the optimizer's state stays."""
+        super().detach()
+        for handle in self._gradients:
+            handle.remove()
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Take the masks from the zeros that the weights have now.
+
+        Raises:
+            UserError: No tensor has enough of them.
+        """
+        tensors = list(self.tensors.values())
+        for tensor in tensors:  # what another run left in the optimizer
+            tensor.release(*KEYS)
+        self._hooks.vouch()
+        counts = self._count_zeros(tensors)
+        kept = [tensor for tensor in tensors if counts[tensor] >= max(1, self.min_sparsity * _size(tensor))]
+        if not kept:
+            most = max(tensors, key=lambda tensor: counts[tensor] / max(1, _size(tensor)))
+            raise UserError(
+                f"no tensor has min_sparsity={self.min_sparsity:g} zeros; the most are in {most.name}, "
+                f"{counts[most]:,} of {_size(most):,}. This keeps the zeros of a model that is sparse already: load "
+                f"its weights before, prune it with ElsaCallback, or lower min_sparsity"
+            )
+        self._set_aside(kept)
+        patterns = self._patterns(kept)
+        found = [
+            Counted(t.name, counts[t], _size(t), patterns.get(t)) for t in tensors
+        ]  # fmt: skip
+        names = {tensor.name for tensor in kept}
+        self.kept = Kept(
+            tuple(t for t in found if t.name in names), tuple(t for t in found if t.name not in names)
+        )  # fmt: skip
+        self._clear_moments(kept)
+        self.phase = "finished"
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Zero the gradients of what is 0; call it before clipping where gradients were put there by hand, or FSDP1."""
+        for tensor in self.tensors.values():
+            self._mask_gradient(tensor)
+
+    def finish(self, resumable: bool = False) -> None:
+        """Put zeros back that were moved since the last step, with a warning, and count them all.
+
+        Args:
+            resumable: Makes no difference: a run can always go on.
+
+        Raises:
+            AssertionError: Some are lost.
+        """
+        super().finish()
+        self.check()
+
+    def check(self) -> None:
+        """Count the zeros of the weights again.
+
+        Raises:
+            AssertionError: A tensor has fewer than it began with.
+        """
+        began = {t.name: t.zeros for t in self.kept.kept}
+        now = self._count_zeros([self.tensors[name] for name in began])
+        lost = {t.name: began[t.name] - zeros for t, zeros in now.items() if zeros < began[t.name]}
+        if lost:
+            named = _some([f"{name}: {count:,} of {began[name]:,}" for name, count in lost.items()])
+            raise AssertionError(f"zeros were lost although their places are held at 0 ({named})")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scalars, and which tensors are kept sparse; the masks are in the optimizer's state."""
+        kept, left = (
+            [[t.name, t.zeros, t.size, t.pattern] for t in of] for of in (self.kept.kept, self.kept.left_alone)
+        )
+        return {**super().state_dict(), "kept": kept, "left_alone": left}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore masks and scalars, after model and optimizer were loaded.
+
+        Raises:
+            ValueError: The state comes from a run with other settings, or of something else.
+        """
+        if "kept" not in state_dict:
+            raise UserError(
+                "the state is of a run that prunes, not of one that keeps zeros: load its weights and begin anew"
+            )
+        for tensor in self.tensors.values():
+            tensor.aside = None
+        super().load_state_dict(state_dict)
+        self._waiting = []  # none is ever projected
+        self.kept = Kept(*(tuple(Counted(*numbers) for numbers in state_dict[key]) for key in ("kept", "left_alone")))
+        kept = [self.tensors[t.name] for t in self.kept.kept]
+        masked = set(self.tensors.masked())
+        self._set_aside([tensor for tensor in kept if tensor not in masked])  # those that had no gradient yet
+
+    # ------------------------------------------------------------------ inside the training loop
+
+    def _gradients_are_final(self, loss: Any) -> None:
+        if not self.paused:
+            if self.phase == "setting up":
+                self.begin()
+            self.mask_gradients()
+        super()._gradients_are_final(loss)
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        super()._after_step()
+        settled = [t for t in self.tensors.values() if t.aside is not None and self._has_room(t)]
+        for tensor in settled:  # before its first step the optimizer takes any state for its own
+            tensor.put_mask()
+        if settled:
+            self._copies = sorted({*self._copies, *updates.weight_copies(settled, self.tensors.processes)})
+
+    def _has_room(self, tensor: ConstrainedTensor) -> bool:
+        return bool(tensor.state) or self.tensors.flat or (self.step > 0 and tensor.p.grad is not None)
+
+    def _mask_when_there(self, tensor: ConstrainedTensor) -> Any:
+        def mask(_: Tensor) -> None:
+            if self.paused:
+                return
+            if self.phase == "setting up":
+                if self.sharded:
+                    raise UserError("the weights are sharded: call begin() before the first backward pass")
+                self.begin()
+            self._mask_gradient(tensor)
+
+        return tensor.p.register_post_accumulate_grad_hook(mask)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _mask_gradient(self, tensor: ConstrainedTensor) -> None:
+        if tensor.p.grad is None or tensor.p.grad.is_sparse or not tensor.has(MASK):
+            return
+        for rows, *_ in tensor.pieces():
+            tensor.grad(rows).masked_fill_(~tensor.mask(rows), 0)  # not a product, which keeps NaN
+
+    # ------------------------------------------------------------------ looking at the weights
+
+    def _set_aside(self, tensors: Sequence[ConstrainedTensor]) -> None:
+        if tensors:
+            weights, processes = (lambda tensor, rows: tensor.x(rows)), self.tensors.processes
+            points = updates.LivePoints(tensors, weights, lambda *_: None, processes)
+            for tensor, packed in zip(tensors, updates.decide(self.constraint, points), strict=True):
+                tensor.aside = packed
+
+    def _clear_moments(self, tensors: Sequence[ConstrainedTensor]) -> None:
+        """Zero what an earlier run of the optimizer remembers of the zeros, where it is kept as numbers."""
+        for tensor in tensors:
+            for value in tensor.state.values():
+                alike = isinstance(value, Tensor) and value.is_floating_point()
+                if alike and local(value).shape == local(tensor.p).shape:
+                    for rows, *_ in tensor.pieces():
+                        tensor.layout.take(value, rows).masked_fill_(~tensor.mask(rows), 0)
+
+    def _count_zeros(self, tensors: Sequence[ConstrainedTensor]) -> dict[ConstrainedTensor, int]:
+        """Return the zeros of each tensor, over all processes."""
+        counts = torch.zeros(len(tensors), dtype=exact_dtype(self.tensors.device), device=self.tensors.device)
+        for index, tensor in enumerate(tensors):
+            for rows, *_ in tensor.pieces() if tensor.part.counts else ():
+                counts[index] += (tensor.x(rows) == 0).sum()
+        return dict(zip(tensors, map(int, self.tensors.processes.add(counts).tolist()), strict=True))
+
+    def _patterns(self, tensors: Sequence[ConstrainedTensor]) -> dict[ConstrainedTensor, str | None]:
+        """Return the N:M pattern that the zeros of each form; where groups are cut by shards none is looked for."""
+        counts = torch.zeros(len(tensors), len(USUAL), dtype=torch.float32, device=self.tensors.device)
+        for index, tensor in enumerate(tensors):
+            cut = tensor.part.sharded and (tensor.layout.transposed or tensor.layout.shape[-1] < tensor.part.shape[-1])
+            if cut or tensor.part.start is not None:
+                counts[index] = 1  # as good as a violation
+                continue
+            kept = tensor.layout.take(tensor.p.detach(), slice(0, tensor.layout.count)).view(tensor.layout.shape) != 0
+            kept = kept.transpose(-1, -2) if tensor.layout.transposed else kept
+            for place, (n, m) in enumerate(USUAL):
+                counts[index, place] += violations(kept, n, m) if kept.shape[-1] % m == 0 else 1
+        numbers = self.tensors.processes.add(counts).tolist()
+        names = [f"{n}:{m}" for n, m in USUAL]
+        return {t: satisfied(dict(zip(names, row, strict=True))) for t, row in zip(tensors, numbers, strict=True)}
+
+
+def sparse_weights(
+    model: nn.Module,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    *,
+    trained: Any = None,
+    min_sparsity: float = MIN_SPARSITY,
+) -> Selection:
+    """Choose the weights whose zeros may be kept.
+
+    Args:
+        model: Any module, with its sparse weights.
+        targets: As in :func:`elsa_lightning.selection.select`. None takes what ``all-linear`` means, and every other
+            matrix, such as an embedding, that has ``min_sparsity`` zeros.
+        ignore: Regular expressions of parameter names whose zeros may be lost.
+        trained: The parameters of the optimizer, where the model has several.
+        min_sparsity: See above.
+
+    Raises:
+        ValueError: A pattern selects nothing; or all weights are frozen, as under an adapter.
+    """
+    found = examine(model)
+    trained = None if trained is None else list(trained)
+    frozen = not any(p.requires_grad for name, p in found.parameters.items() if name not in found.adapters)
+    if frozen and has_adapter(model):
+        raise UserError(
+            "the model trains an adapter alone, and its frozen weights lose no zero: train without KeepMask, and merge "
+            "with elsa_lightning.adapters.merge_and_keep_zeros, which keeps the zeros and says what that costs"
+        )
+    chosen = list(targets or [ALL_LINEAR])
+    if targets is None:
+        known = found.multiply - found.embeddings - found.heads - found.depthwise
+        others = set(found.parameters) - known - found.vectors - found.adapters - set(found.computed)
+        ours = {id(p) for p in (model.parameters() if trained is None else trained)}
+        candidates = {n: p for n, p in found.parameters.items() if n in others and p.requires_grad and id(p) in ours}
+        chosen += [f"^{re.escape(n)}$" for n, p in candidates.items() if _sparse(model, p, min_sparsity)]
+    return select(model, chosen, ignore, trained=trained, quiet=True)
+
+
+def check_min_sparsity(value: float) -> float:
+    """Return a fraction of zeros, or raise UserError if it is none."""
+    if not 0 <= value <= 1:
+        raise UserError(f"min_sparsity must be a fraction of zeros from 0 to 1, such as 0.05, got {value}")
+    return value
+
+
+def _sparse(model: nn.Module, p: nn.Parameter, least: float) -> bool:
+    zeros, size = count_zeros(model, [p])
+    return zeros >= max(1, least * size)
+
+
+def _size(tensor: ConstrainedTensor) -> int:
+    return tensor.part.shape.numel()
+
+
+def _some(items: Sequence[str]) -> str:
+    more = len(items) - _SHOWN
+    return ", ".join(items[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
