@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
@@ -132,38 +133,50 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
         self._control = control
         model: nn.Module = kwargs["model"]
         _check_model(model)
-        constraint = self.constraint.fitted(model)
-        selection = select(model, self.targets, self.ignore, quiet=True).within(constraint)
         saved = self._saved(state)
         self._first_step = saved["first_step"] if saved else state.global_step
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self.admm = ADMM(
-            innermost(kwargs["optimizer"]),
-            selection.parameters,
-            constraint,
-            total_steps=max(1, state.max_steps - self._first_step),
-            schedule=self.schedule,
-            prox=self.prox,
-            state_dtype=self.state_dtype,
-            replicas=dist.group.WORLD if several else None,
-        )
+        total_steps, replicas = max(1, state.max_steps - self._first_step), dist.group.WORLD if several else None
+        self.admm, said = self._attach(model, innermost(kwargs["optimizer"]), total_steps, replicas)
         self._check_dtypes(args)
         if saved:
             self.admm.load_state_dict(saved["admm"])
         elif state.global_step > 0:
-            log.warning(
-                "Training goes on from step %d without a state of ElsaTrainerCallback, so pruning begins here and has "
-                "the remaining %d optimizer steps.", state.global_step, self.admm.total_steps,
-            )  # fmt: skip
+            self._say_late(state)
         callbacks: Any = state.stateful_callbacks  # where the Trainer looks at a save, also on another run's way
         callbacks.setdefault(type(self).__name__, self.state())
         self._global_step = state.global_step
         self._count_from_here(state)
         self._hook = model.register_state_dict_pre_hook(self._before_saving)  # type: ignore[no-untyped-call]
-        if state.is_world_process_zero:
-            log.info("%s: %s", constraint, selection.summary())
-            if warning := selection.warning():
-                log.warning(warning)
+        for level, line in said if state.is_world_process_zero else ():
+            log.log(level, line)
+
+    def _attach(
+        self, model: nn.Module, optimizer: Optimizer, total_steps: int, replicas: dist.ProcessGroup | None
+    ) -> tuple[ADMM, list[tuple[int, str]]]:
+        """Return what constrains the weights, and what to log of it."""
+        constraint = self.constraint.fitted(model)
+        selection = select(model, self.targets, self.ignore, quiet=True).within(constraint)
+        admm = ADMM(
+            optimizer,
+            selection.parameters,
+            constraint,
+            total_steps=total_steps,
+            schedule=self.schedule,
+            prox=self.prox,
+            state_dtype=self.state_dtype,
+            replicas=replicas,
+        )
+        said = [(logging.INFO, f"{constraint}: {selection.summary()}")]
+        warning = selection.warning()
+        return admm, said if warning is None else [*said, (logging.WARNING, warning)]
+
+    def _say_late(self, state: TrainerState) -> None:
+        assert self.admm is not None
+        log.warning(
+            "Training goes on from step %d without a state of ElsaTrainerCallback, so pruning begins here and has "
+            "the remaining %d optimizer steps.", state.global_step, self.admm.total_steps,
+        )  # fmt: skip
 
     def _saved(self, state: TrainerState) -> dict[str, Any] | None:
         """Return the state of a resumed run, or None where there is none."""
