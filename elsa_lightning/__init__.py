@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elsa_lightning.admm import ADMM
     from elsa_lightning.callbacks import ElsaCallback, KeepMask
+    from elsa_lightning.inspection import sparsity
     from elsa_lightning.keep import KeptZeros
     from elsa_lightning.lm.data import CalibrationData
     from elsa_lightning.lm.module import CausalLM
@@ -34,6 +35,7 @@ __all__ = [
     "Unstructured",
     "Width",
     "shrink",
+    "sparsity",
 ]
 
 _HOMES = {
@@ -53,6 +55,7 @@ _HOMES = {
     "Unstructured": "sets",
     "Width": "sets",
     "shrink": "slicing",
+    "sparsity": "inspection",
 }
 
 

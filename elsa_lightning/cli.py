@@ -1,7 +1,8 @@
-"""The command line: ``elsa fit | validate | test | predict | plan``."""
+"""The command line: ``elsa fit | validate | test | predict | plan | sparsity``."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from elsa_lightning.callbacks.export import SaveHuggingFace
 from elsa_lightning.callbacks.progress import LineProgress
 from elsa_lightning.callbacks.versions import SaveConfigOnce, claim_versions, unused
 from elsa_lightning.errors import UserError
+from elsa_lightning.inspection import sparsity
 from elsa_lightning.lm.data import CalibrationData
 from elsa_lightning.lm.module import CausalLM
 from elsa_lightning.lm.supported import check_tokens
@@ -228,6 +230,8 @@ def main(args: list[str] | None = None) -> None:
     given = [argument.partition("=")[0] for argument in (sys.argv[1:] if args is None else args)]
     asks_for_help = {"-h", "--help"} & {*given} and "--data" not in given
     try:
+        if given[:1] == ["sparsity"]:  # subcommands of LightningCLI are a Trainer's methods
+            return _print_sparsity(given[1:])
         ElsaCLI(
             CausalLM,
             CalibrationData if asks_for_help else None,  # of one class the help shows the options
@@ -235,7 +239,8 @@ def main(args: list[str] | None = None) -> None:
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "elsa",
-                "description": "Prune Hugging Face language models with Elsa.",
+                "description": "Prune Hugging Face language models with Elsa. Another command, without a Trainer: "
+                "elsa sparsity PATH, where the zeros of a saved model are.",
                 "allow_abbrev": False,
             },
             parser_class=OneLineParser,
@@ -254,6 +259,20 @@ def main(args: list[str] | None = None) -> None:
     except SystemExit:  # of SaveOnTerminate, on every process
         _end_processes()
         raise
+
+
+def _print_sparsity(arguments: list[str]) -> None:
+    """Run ``elsa sparsity``."""
+    parser = argparse.ArgumentParser(
+        "elsa sparsity",
+        description="Where the zeros of a saved model are; nothing is loaded whole.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("path", help="a model's folder, a .safetensors file or its index, or a file that torch saved")
+    parser.add_argument("--json", action="store_true", help="print all of it for machines")
+    options = parser.parse_args(arguments)
+    found = sparsity(options.path)
+    print(json.dumps(found.to_dict(), indent=1) if options.json else found)
 
 
 def _end_processes() -> None:

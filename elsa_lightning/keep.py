@@ -19,7 +19,7 @@ from elsa_lightning.admm import ADMM
 from elsa_lightning.anatomy import examine
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.sharded import exact_dtype, local
-from elsa_lightning.patterns import USUAL, satisfied, violations
+from elsa_lightning.patterns import USUAL, groups_of, satisfied
 from elsa_lightning.selection import ALL_LINEAR, Selection, count_zeros, select
 from elsa_lightning.sets.base import Constraint, Points
 from elsa_lightning.tensors import KEYS, MASK, ConstrainedTensor
@@ -291,6 +291,7 @@ class KeptZeros(ADMM):
 
     def _patterns(self, tensors: Sequence[ConstrainedTensor]) -> dict[ConstrainedTensor, str | None]:
         """Return the N:M pattern that the zeros of each form; where groups are cut by shards none is looked for."""
+        names = [f"{n}:{m}" for n, m in USUAL]
         counts = torch.zeros(len(tensors), len(USUAL), dtype=torch.float32, device=self.tensors.device)
         for index, tensor in enumerate(tensors):
             cut = tensor.part.sharded and (tensor.layout.transposed or tensor.layout.shape[-1] < tensor.part.shape[-1])
@@ -299,10 +300,10 @@ class KeptZeros(ADMM):
                 continue
             kept = tensor.layout.take(tensor.p.detach(), slice(0, tensor.layout.count)).view(tensor.layout.shape) != 0
             kept = kept.transpose(-1, -2) if tensor.layout.transposed else kept
-            for place, (n, m) in enumerate(USUAL):
-                counts[index, place] += violations(kept, n, m) if kept.shape[-1] % m == 0 else 1
+            found = groups_of(kept)
+            violating = [found[name].violating if name in found else 1 for name in names]
+            counts[index] = torch.tensor(violating, dtype=counts.dtype)
         numbers = self.tensors.processes.add(counts).tolist()
-        names = [f"{n}:{m}" for n, m in USUAL]
         return {t: satisfied(dict(zip(names, row, strict=True))) for t, row in zip(tensors, numbers, strict=True)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,22 +11,42 @@ from torch import Tensor
 USUAL = ((1, 4), (2, 8), (2, 4), (4, 8))  # the tightest first: who satisfies 1:4 satisfies 2:8 and 2:4
 
 
-def violations(kept: Tensor, n: int, m: int) -> Tensor:
-    """Return how many groups of ``m`` neighbours have more than ``n`` that are kept.
+@dataclass(frozen=True)
+class Groups:
+    """Groups of neighbours.
+
+    Attributes:
+        groups: How many there are.
+        violating: Those that have more weights than the pattern allows.
+    """
+
+    groups: int
+    violating: int
+
+    def __add__(self, other: Groups) -> Groups:
+        return Groups(self.groups + other.groups, self.violating + other.violating)
+
+
+def groups_of(kept: Tensor, length: int | None = None) -> dict[str, Groups]:
+    """Return the groups of each of the usual patterns that rows can be cut into.
 
     Args:
-        kept: ``(..., in)``, True where a weight is not 0; ``m`` divides ``in``.
-        n: Weights that a group may have.
-        m: Entries of a group.
+        kept: ``(..., in)``, True where a weight is not 0.
+        length: Of whole rows, where these are parts of them that cut no group.
     """
-    groups = kept.reshape(*kept.shape[:-1], kept.shape[-1] // m, m).sum(dim=-1)
-    return torch.count_nonzero(groups > n)
+    length = length or kept.shape[-1]
+    found = {}
+    for n, m in USUAL:
+        if length % m == 0 and kept.shape[-1] % m == 0:
+            weights = kept.reshape(*kept.shape[:-1], kept.shape[-1] // m, m).sum(dim=-1)
+            found[f"{n}:{m}"] = Groups(weights.numel(), int(torch.count_nonzero(weights > n)))
+    return found
 
 
-def satisfied(found: Mapping[str, float]) -> str | None:
+def satisfied(violating: Mapping[str, float]) -> str | None:
     """Return the tightest of the usual patterns, such as ``2:4``, that no group violates, or None.
 
     Args:
-        found: Violations by pattern; patterns that cannot be had of a shape are not in it.
+        violating: Groups that do, by pattern; one that cannot be had of a shape is not in it.
     """
-    return next((pattern for n, m in USUAL if found.get(pattern := f"{n}:{m}") == 0), None)
+    return next((pattern for n, m in USUAL if violating.get(pattern := f"{n}:{m}") == 0), None)

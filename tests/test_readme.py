@@ -34,12 +34,20 @@ def blocks(language: str) -> list[str]:
 COMMANDS = list(dict.fromkeys(line for block in blocks("bash") for line in block.splitlines()))
 
 
+RUN_ELSEWHERE = re.findall(
+    r"```python\n(.*?)```", (ROOT / "docs/integrations.md").read_text(), re.S
+)  # by its own tests
+
+
 def commands(*start: str) -> list[str]:
     return [line for line in COMMANDS if shlex.split(line)[: len(start)] == list(start)]
 
 
 def elsa_commands() -> list[str]:
-    return [*commands("elsa"), *commands("torchrun")]
+    return [*(line for line in commands("elsa") if line not in SPARSITY), *commands("torchrun")]
+
+
+SPARSITY = commands("elsa", "sparsity")
 
 
 def zeros(weight: torch.Tensor) -> float:
@@ -47,17 +55,25 @@ def zeros(weight: torch.Tensor) -> float:
 
 
 def test_every_command_is_of_a_kind_that_is_checked_here() -> None:
-    checked = [*commands("make"), *elsa_commands(), *commands("python", "train.py"), *benchmark_commands()]
+    checked = [*commands("make"), *elsa_commands(), *SPARSITY, *commands("python", "train.py"), *benchmark_commands()]
     assert sorted(checked) == sorted(COMMANDS)
 
 
-@pytest.mark.parametrize("block", blocks("python"))
+@pytest.mark.parametrize("block", [block for block in blocks("python") if block not in RUN_ELSEWHERE])
 def test_python_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: str) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_llama, tmp_path / "runs/elsa/lightning_logs/version_0/hf")  # where the demo leaves its model
     torch.manual_seed(0)
     theirs, model = BoringModel(), nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 2))
+    their_sparse, sparse = BoringModel(), nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 2))
+    with torch.no_grad():
+        for layer in (their_sparse.layer, sparse[0]):
+            layer.weight[:, 2:] = 0  # type: ignore[index]
+    if "sparse_model" in block:
+        model = sparse
     names = {
+        "your_sparse_module": their_sparse,
+        "sparse_model": sparse,
         "your_module": theirs,
         "your_data": DataLoader(RandomDataset(32, 64)),
         "model": model,
@@ -66,6 +82,10 @@ def test_python_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.Monke
         "loss": lambda model, batch: F.mse_loss(model(batch), batch[:, :2]),
     }
     exec(compile(block, "README.md", "exec"), names)
+    if "sparse_model" in block:
+        assert not sparse[0].weight[:, 2:].any() and sparse[0].weight[:, :2].all()
+    if "your_sparse_module" in block:
+        assert not their_sparse.layer.weight[:, 2:].any() and their_sparse.layer.weight[:, :2].all()
     if "your_module" in block:
         assert zeros(theirs.layer.weight) == pytest.approx(0.9, abs=0.01)
     if "ADMM(" in block and "select(model)" in block:
@@ -83,6 +103,16 @@ def test_elsa_command_parses(command: str, monkeypatch: pytest.MonkeyPatch, caps
         ends = ["--print_config"] if "help" not in command else []  # help ends by itself
         main([*(a for a in arguments[start + 1 :] if a != "--print_config"), *ends])
     assert exit_.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", SPARSITY)
+def test_sparsity_command_counts(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_llama, tmp_path / "runs/elsa/lightning_logs/version_0/hf")
+    main(shlex.split(command)[1:])
+    assert "model.layers.1.mlp.up_proj.weight" in capsys.readouterr().out
 
 
 THEIR_SCRIPT = """

@@ -1,0 +1,185 @@
+"""The tensors of a saved model, some rows at a time: nothing is loaded whole."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from elsa_lightning.anatomy import examine
+from elsa_lightning.errors import UnavailableError, UserError
+from elsa_lightning.layout.kernels import is_transposed
+from elsa_lightning.layout.sharded import clean
+from elsa_lightning.optim.moments import dtype_name
+
+_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")  # of those models, stored (in, out)
+_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+_TORCH = (".bin", ".pt", ".pth", ".ckpt")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that can be read in parts.
+
+    Attributes:
+        name: Of the tensor.
+        shape: Of the whole.
+        dtype: As it is called where it was saved.
+        floating: Whether its entries are numbers, and no codes or indices.
+        transposed: Whether it is a matrix ``(in, out)``.
+        rows: Returns rows from one index of the first dimension to another.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    floating: bool
+    transposed: bool
+    rows: Callable[[int, int], Tensor] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where tensors come from.
+
+    Attributes:
+        name: A path, or a class.
+        config: The model's configuration, empty where there is none.
+        tensors: Yields them, one after the other.
+    """
+
+    name: str
+    config: dict[str, Any]
+    tensors: Callable[[], Iterator[Stored]] = field(repr=False)
+
+
+def open_source(path_or_model: str | Path | nn.Module) -> Source:
+    """Find the tensors of a folder, a file or a module.
+
+    Raises:
+        UserError: There are none, or they are in a format that is not read.
+    """
+    if isinstance(path_or_model, nn.Module):
+        return _of_module(path_or_model)
+    path = Path(path_or_model).expanduser()
+    if not path.exists():
+        raise UnavailableError(f"{str(path)!r} does not exist; give the folder of a saved model or a .safetensors file")
+    files = _files(path)
+    folder = path if path.is_dir() else path.parent
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    transposed = config.get("model_type") in _CONV1D_MODELS
+
+    def tensors() -> Iterator[Stored]:
+        for file in files:
+            yield from (_of_safetensors if file.suffix == ".safetensors" else _of_torch)(file, transposed)
+
+    return Source(str(path), config, tensors)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        if path.name.endswith(".index.json"):
+            return _indexed(path)
+        if path.suffix == ".safetensors" or path.suffix in _TORCH:
+            return [path]
+        raise UserError(
+            f"{str(path)!r} is not read: give .safetensors, its .index.json, {', '.join(_TORCH)}, or a folder"
+        )
+    for index in _INDICES:
+        if (path / index).is_file():
+            return _indexed(path / index)
+    found = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+    if not found:
+        others = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+        raise UserError(
+            f"{str(path)!r} has no .safetensors and no pytorch_model.bin, but {others}; give a model's folder"
+        )
+    return found
+
+
+def _indexed(index: Path) -> list[Path]:
+    files = [index.parent / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise UnavailableError(
+            f"{str(index)!r} names {missing[0]}, which is not there: the model was saved or copied in part"
+        )
+    return files
+
+
+def _of_safetensors(file: Path, transposed: bool) -> Iterator[Stored]:
+    try:
+        opened: Any = safe_open(file, "pt")
+    except Exception as error:  # of the library's own kind
+        raise UserError(f"{str(file)!r} is no whole safetensors file: {error}") from None
+    with opened as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            part = tensors.get_slice(name)
+            shape, kind = tuple(part.get_shape()), str(part.get_dtype())
+            dtype = dtype_name(_DTYPES[kind]) if kind in _DTYPES else kind
+            read = partial(_slice, part) if shape else partial(_scalar, tensors, name)
+            floating, conv1d = kind.startswith(("F", "BF")), transposed and bool(_CONV1D.search(name))
+            yield Stored(name, shape, dtype, floating, conv1d, read)
+
+
+def _slice(part: Any, start: int, stop: int) -> Tensor:
+    rows: Tensor = part[start:stop]
+    return rows
+
+
+def _scalar(tensors: Any, name: str, start: int, stop: int) -> Tensor:
+    number: Tensor = tensors.get_tensor(name)
+    return number
+
+
+def _of_torch(file: Path, transposed: bool) -> Iterator[Stored]:
+    try:
+        loaded: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # of many kinds
+        first = str(error).splitlines()[0]
+        raise UserError(
+            f"{str(file)!r} cannot be read without running its code: {first}; save it as safetensors"
+        ) from None
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
+    if not tensors:
+        raise UserError(f"{str(file)!r} holds no tensors by name")
+    seen = set()
+    for name, t in tensors.items():
+        place = (t.untyped_storage().data_ptr(), t.storage_offset(), tuple(t.shape))
+        if place not in seen:  # tied weights are one
+            seen.add(place)
+            yield _of_tensor(name, t, transposed and bool(_CONV1D.search(name)))
+
+
+def _of_module(model: nn.Module) -> Source:
+    examine(model)  # marks what is stored (in, out)
+    config: Any = getattr(model, "config", None)
+
+    def tensors() -> Iterator[Stored]:
+        for name, p in model.named_parameters():
+            if isinstance(p, DTensor):
+                raise UserError(
+                    f"{name} is sharded over processes: save the model, and count the zeros of what is saved"
+                )
+            yield _of_tensor(clean(name), p.detach(), is_transposed(p))
+
+    return Source(type(model).__name__, config.to_dict() if hasattr(config, "to_dict") else {}, tensors)
+
+
+def _of_tensor(name: str, t: Tensor, transposed: bool) -> Stored:
+    def rows(start: int, stop: int) -> Tensor:
+        return t[start:stop] if t.dim() else t
+
+    return Stored(name, tuple(t.shape), dtype_name(t.dtype), t.is_floating_point(), transposed, rows)
