@@ -1,4 +1,4 @@
-"""The command line: ``elsa fit | validate | test | predict | plan | sparsity``."""
+"""The command line: ``elsa fit | validate | test | predict | plan | export | sparsity``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -227,11 +228,15 @@ def main(args: list[str] | None = None) -> None:
     """
     if args is None:  # LightningCLI reads sys.argv, and warns of both
         sys.argv[1:] = [_shipped(argument) for argument in sys.argv[1:]]
-    given = [argument.partition("=")[0] for argument in (sys.argv[1:] if args is None else args)]
+    arguments = sys.argv[1:] if args is None else args
+    given = [argument.partition("=")[0] for argument in arguments]
     asks_for_help = {"-h", "--help"} & {*given} and "--data" not in given
     try:
-        if given[:1] == ["sparsity"]:  # subcommands of LightningCLI are a Trainer's methods
-            return _print_sparsity(given[1:])
+        if arguments[:1] == ["sparsity"]:  # subcommands of LightningCLI are a Trainer's methods
+            return _print_sparsity(arguments[1:])
+        if arguments[:1] == ["export"]:  # no run, so no Trainer
+            import_module("elsa_lightning.export.command").main(arguments[1:])
+            return None
         ElsaCLI(
             CausalLM,
             CalibrationData if asks_for_help else None,  # of one class the help shows the options
@@ -239,8 +244,8 @@ def main(args: list[str] | None = None) -> None:
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "elsa",
-                "description": "Prune Hugging Face language models with Elsa. Another command, without a Trainer: "
-                "elsa sparsity PATH, where the zeros of a saved model are.",
+                "description": "Prune Hugging Face language models with Elsa. Two more commands have no Trainer: "
+                "elsa sparsity PATH says where the zeros of a saved model are, elsa export writes it for elsewhere.",
                 "allow_abbrev": False,
             },
             parser_class=OneLineParser,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import re
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +13,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from elsa_lightning.adapters import base_model, has_adapter, without_adapters
+from elsa_lightning.callbacks.record import run_record
 from elsa_lightning.errors import UserError
+from elsa_lightning.export.card import write_card
+from elsa_lightning.export.folders import ADAPTER, check_replaceable, edit, replace, save_tokenizer, zeros_in
 from elsa_lightning.families import find
 from elsa_lightning.layout.fsdp1 import mark_slices, settle, whole_on_first
 from elsa_lightning.layout.sharded import clean, part_of
@@ -29,7 +30,8 @@ class SaveHuggingFace(Callback):
 
     Looks for the model in the module's attribute ``model``, as :class:`~elsa_lightning.CausalLM` has it.
     Written under a temporary name and renamed: the folder is whole or not there. With a PEFT adapter on the model the
-    folder has the base model, and the adapter in a folder ``adapter`` inside it.
+    folder has the base model, and the adapter in a folder ``adapter`` inside it. A model card (README.md) and
+    ``elsa.json`` say how the model was made.
 
     Args:
         dirpath: Folder to write. One that is there when training begins is replaced if it holds nothing but a saved
@@ -56,17 +58,14 @@ class SaveHuggingFace(Callback):
         self._shrinks = bool(shrink)
         self.place: Path | None = None  # where the model was written, on the first process
         self._found: object = None  # what was at dirpath when training began
+        self._written: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a folder that holds something else, before training."""
         if stage != "fit" or self.dirpath is None:
             return
         folder = Path(self.dirpath).expanduser()
-        if (other := _what_else(folder)) is not None:
-            raise UserError(
-                f"dirpath {str(folder)!r} exists and holds {other!r}, which is no part of a saved model and would "
-                f"be lost; give an empty or a new folder"
-            )
+        check_replaceable(folder, "dirpath")
         self._found = _identity(folder)
         source = getattr(pl_module, "path", None)
         if isinstance(source, str) and folder.resolve() == Path(source).resolve():
@@ -102,15 +101,28 @@ class SaveHuggingFace(Callback):
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             whole = Path(temporary) / "whole"
             dtype = self._write(pl_module, model, whole_state, whole)
-            _save_tokenizer(getattr(pl_module, "path", None), whole)
+            source = getattr(pl_module, "path", None)
+            if source is not None and (problem := save_tokenizer(source, whole)) is not None:
+                rank_zero_warn(f"SaveHuggingFace: {problem}")
+            self._written = {"dtype": dtype, "sparsity": zeros_in(whole)}
+            write_card(whole, run_record(trainer, pl_module, **self._written))
             if self.dirpath is not None and self._found is not None and _identity(folder) == self._found:
-                folder.replace(Path(temporary) / "former")
-            self.place = place = _move(whole, folder)
-        if (place / _ADAPTER).is_dir():
+                replace(whole, folder)
+                place = folder
+            else:
+                place = _move(whole, folder)
+        self.place = place
+        if (place / ADAPTER).is_dir():
             _name_base(place)
         rank_zero_info(f"Model saved for from_pretrained, weights in {dtype}: {place}")
         if place != folder:
             rank_zero_warn(f"SaveHuggingFace: {folder} is another run's and is left alone; this model is in {place}")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the card anew, now that the module has measured the final model."""
+        if self.place is not None and self.place.is_dir():
+            write_card(self.place, run_record(trainer, pl_module, **self._written))
+        self.place = None
 
     def _write(self, pl_module: LightningModule, model: Any, whole_state: dict[str, Any], folder: Path) -> str:
         """Save the model, without its adapter if it has one, and return the name of the weights' dtype."""
@@ -139,9 +151,9 @@ class SaveHuggingFace(Callback):
         if integrated:
             base._hf_peft_config_loaded = True
         if target != kept:
-            _edit(folder / "config.json", dtype=dtype_name(target))
+            edit(folder / "config.json", dtype=dtype_name(target))
         if adapter:
-            model.save_pretrained(folder / _ADAPTER, **({} if integrated else {"save_embedding_layers": False}))
+            model.save_pretrained(folder / ADAPTER, **({} if integrated else {"save_embedding_layers": False}))
             rank_zero_warn(
                 "SaveHuggingFace: the zeros are in the base model; with the adapter on it a layer computes the sum of "
                 "both, and merging fills the zeros unless elsa_lightning.adapters.merge_and_keep_zeros does it"
@@ -157,9 +169,6 @@ class SaveHuggingFace(Callback):
         if given not in (torch.float32, torch.bfloat16, torch.float16) or given.itemsize > kept.itemsize:
             return kept
         return given  # type: ignore[no-any-return]
-
-
-_ADAPTER = "adapter"
 
 
 def _cast(state: dict[str, Tensor], model: Any, dtype: torch.dtype) -> tuple[dict[str, Tensor], torch.dtype]:
@@ -183,16 +192,9 @@ def _cast(state: dict[str, Tensor], model: Any, dtype: torch.dtype) -> tuple[dic
     return cast, dtype
 
 
-def _edit(file: Path, **values: str) -> None:
-    """Change values of a JSON file."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(json.loads(file.read_text()) | values, indent=2) + "\n")
-    temporary.replace(file)
-
-
 def _name_base(folder: Path) -> None:
     """Say in an adapter's configuration where its base model is."""
-    _edit(folder / _ADAPTER / "adapter_config.json", base_model_name_or_path=str(folder.resolve()))
+    edit(folder / ADAPTER / "adapter_config.json", base_model_name_or_path=str(folder.resolve()))
 
 
 def _identity(folder: Path) -> object:
@@ -237,37 +239,3 @@ def _gather(model: Any, root: nn.Module) -> dict[str, Any]:
         tensors |= {clean(f"{prefix}.{name}" if prefix else name): module.get_buffer(name) for name in sorted(lasting)}
     wholes = {t: whole_on_first(t) for t in dict.fromkeys(tensors.values())}  # tied ones once
     return {"state_dict": {name: whole for name, t in tensors.items() if (whole := wholes[t]) is not None}}
-
-
-def _save_tokenizer(path: str | None, folder: Path) -> None:
-    if path is None:
-        return
-    from transformers import AutoTokenizer
-
-    try:
-        AutoTokenizer.from_pretrained(path).save_pretrained(folder)
-    except (OSError, ValueError) as error:  # the trained model is worth more than its tokenizer
-        rank_zero_warn(f"SaveHuggingFace: {path} has no tokenizer to save beside the model: {error}")
-
-
-_WRITTEN = re.compile(  # what save_pretrained of models and tokenizers leaves
-    r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab|preprocessor_config)\.json|merges\.txt"
-    r"|.*\.(safetensors|safetensors\.index\.json|model|jinja|spm)"
-)
-_WRITTEN_ADAPTER = re.compile(r"adapter_(config\.json|model\.safetensors)|README\.md")
-
-
-def _what_else(folder: Path) -> str | None:
-    """Return the name of something in a folder that is no part of a model as this callback writes it."""
-    if not folder.exists():
-        return None
-    if not folder.is_dir():
-        return folder.name
-    for file in folder.iterdir():
-        if file.name == _ADAPTER and file.is_dir():
-            others = [inner.name for inner in file.iterdir() if not _WRITTEN_ADAPTER.fullmatch(inner.name)]
-        else:
-            others = [] if _WRITTEN.fullmatch(file.name) else [file.name]
-        if others:
-            return others[0]
-    return None

@@ -121,6 +121,7 @@ class CausalLM(LightningModule):
         self.perplexity = TokenPerplexity()
         self.dense_perplexity: float | None = None
         self.final_perplexity: float | None = None
+        self.protocol: str | None = None  # of both, once they were measured
         self._start: Zeros | None = None  # of the model before the first step
         self._table: str | None = None
         self.register_load_state_dict_pre_hook(match_names)  # type: ignore[no-untyped-call]
@@ -305,13 +306,19 @@ class CausalLM(LightningModule):
         for logger in self.trainer.loggers:
             logger.log_metrics({"val/final_perplexity": self.final_perplexity}, step=self.global_step)
         dense, zeros = self.dense_perplexity, self._start
+        self.protocol = self._protocol()
         self._table = perplexity_table(
             model=self.name,
             start=None if dense is None or zeros is None else (dense, zeros),
             final=(self.final_perplexity, self._zeros()),
-            protocol=self._protocol(),
+            protocol=self.protocol,
             distilled=self.distillation > 0,
         )
+
+    @property
+    def started_sparse(self) -> bool:
+        """Whether what the run began with was no dense model."""
+        return self._start is not None and self._start.sparse
 
     def _zeros(self) -> Zeros:
         """Count the zeros of what the run constrains; without an ElsaCallback, of what it would constrain."""

@@ -1,0 +1,86 @@
+"""What a run knows of the model that it leaves, for the model's card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from elsa_lightning.admm import ADMM
+from elsa_lightning.export.record import Record, command, settings_of, versions
+from elsa_lightning.watch import verdict
+
+_SCALAR = (bool, int, float, str)
+
+
+def run_record(trainer: Trainer, module: LightningModule, **known: Any) -> Record:
+    """Return the record of a run at its end.
+
+    Args:
+        trainer: Of the run.
+        module: What was trained; of others than CausalLM less is known.
+        known: More fields of the record.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    attached = [c.admm for c in callbacks if isinstance(getattr(c, "admm", None), ADMM)]
+    return Record(
+        base_model=getattr(module, "name", None) or _named_by_config(module),
+        method=[settings_of(admm.state_dict()) for admm in attached],
+        training=_training(trainer, module),
+        data=_data(getattr(trainer, "datamodule", None)),
+        perplexity=_perplexity(module),
+        convergence=_convergence(attached),
+        notes=_notes(attached),
+        command=command(),
+        versions=versions(),
+        **known,
+    )
+
+
+def _named_by_config(module: LightningModule) -> str | None:
+    name = getattr(getattr(getattr(module, "model", None), "config", None), "_name_or_path", None)
+    return name if isinstance(name, str) and name else None
+
+
+def _training(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    arguments = {name: value for name, value in module.hparams.items() if isinstance(value, _SCALAR) and name != "name"}
+    found: dict[str, Any] = {"optimizer steps": trainer.global_step, "precision": trainer.precision, **arguments}
+    for optimizer in trainer.optimizers:
+        defaults: dict[str, Any] = getattr(optimizer, "defaults", {})
+        numbers = {k: v for k, v in defaults.items() if isinstance(v, (float, tuple)) or (k == "lr")}
+        found.setdefault("optimizer", []).append(
+            f"{type(optimizer).__name__}({', '.join(f'{k}={v}' for k, v in numbers.items())})"
+        )
+    found["optimizer"] = ", ".join(found.get("optimizer", []))
+    found["gradient clipping"] = trainer.gradient_clip_val
+    return {name: value for name, value in found.items() if value not in (None, "")}
+
+
+def _data(data: Any) -> dict[str, Any]:
+    if data is None:
+        return {}
+    source = getattr(data, "source", None)
+    known = {name: getattr(data, name, None) for name in ("seq_len", "batch_size", "train_sequences", "seed")}
+    named = {"name": getattr(source, "name", None) or type(data).__name__}
+    return named | {name: value for name, value in known.items() if isinstance(value, _SCALAR)}
+
+
+def _perplexity(module: LightningModule) -> dict[str, Any]:
+    dense, sparse = getattr(module, "dense_perplexity", None), getattr(module, "final_perplexity", None)
+    found = {"start" if getattr(module, "started_sparse", False) else "dense": dense, "sparse": sparse}
+    found["protocol"] = getattr(module, "protocol", None)
+    return {name: value for name, value in found.items() if value is not None} if sparse or dense else {}
+
+
+def _convergence(attached: list[ADMM]) -> str | None:
+    done = [admm for admm in attached if admm.finished and admm.last_update is not None]
+    return "; ".join(verdict(admm.last_update, admm.last_stationarity) for admm in done) or None
+
+
+def _notes(attached: list[ADMM]) -> list[str]:
+    return [
+        f"The run was ended at step {admm.step} of {admm.total_steps}: its zeros are exact, and were not trained with "
+        f"as planned."
+        for admm in attached
+        if not admm.finished
+    ]

@@ -1,0 +1,60 @@
+"""``elsa export``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+_TO = ("hf", "shrunk", "quantized", "cpu-sparse", "gguf")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with status 2."""
+        sys.stderr.write(f"elsa: error: {message} (see elsa export --help)\n")
+        sys.exit(2)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; making it imports neither torch nor transformers."""
+    made = _Parser(
+        prog="elsa export",
+        description="Write a sparse model for somewhere else, and check that what was written is that model.",
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add("--from", dest="source", required=True, metavar="PATH", help="a model folder, a run's folder, or a .ckpt")
+    add("--to", required=True, choices=_TO, help="see docs/exports.md")
+    add("--output", required=True, metavar="FOLDER", help="to write; a model that is there is replaced at the end")
+    add("--model", metavar="NAME", help="the model that a checkpoint is of, where the checkpoint does not say so")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they were given)")
+    add("--bits", type=int, choices=(4, 8), default=4, help="of quantized (default: %(default)s)")
+    add(
+        "--group-size", "--group_size", type=int, default=128, metavar="N",
+        help="of quantized: weights that share a scale; 0 for a row (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--break-even", "--break_even", type=float, metavar="SHARE",
+        help="of cpu-sparse: zeros from which on a layer is kept as sparse rows (default: measured)",
+    )  # fmt: skip
+    return made
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Export as told.
+
+    Args:
+        arguments: Those after ``export``.
+    """
+    given = parser().parse_args(arguments)
+    from elsa_lightning.export.write import Options, export
+
+    options = Options(given.bits, given.group_size)
+    if given.break_even is not None:
+        options = Options(given.bits, given.group_size, given.break_even)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Sparse (CSR|invariant).*")
+        export(given.source, given.to, given.output, model=given.model, dtype=given.dtype, options=options)

@@ -1,0 +1,225 @@
+"""Decoding on a CPU without multiplying zeros: linear layers as compressed sparse rows (CSR) of torch.
+
+int32 indices and float32 values are what MKL has fast kernels for. Its products take no bfloat16, so the model is
+float32.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from elsa_lightning.errors import UnavailableError, UserError
+
+FILE = "cpu_sparse.safetensors"
+BREAK_EVEN = 0.6  # of zeros: from here on decoding was faster than dense float32 on one thread; see docs/exports.md
+
+
+class CSRLinear(nn.Module):
+    """A linear layer, x Wᵀ + b, whose W is kept as compressed sparse rows. For inference.
+
+    Attributes:
+        crow_indices: Where rows begin among the values, int32 ``(out + 1,)``.
+        col_indices: Columns of the values, int32 ``(values,)``.
+        values: Non-zeros, float32 ``(values,)``.
+        bias: float32 ``(out,)``, or None.
+
+    Args:
+        out_features: Rows of W.
+        in_features: Columns of W.
+        values: Non-zeros.
+        bias: Whether there is one.
+    """
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    values: Tensor
+    bias: Tensor | None
+
+    def __init__(self, out_features: int, in_features: int, values: int, bias: bool) -> None:
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+        self.register_buffer("crow_indices", torch.zeros(out_features + 1, dtype=torch.int32))
+        self.register_buffer("col_indices", torch.zeros(values, dtype=torch.int32))
+        self.register_buffer("values", torch.zeros(values, dtype=torch.float32))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32) if bias else None)
+        self._matrix: Tensor | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, weight: Tensor, bias: Tensor | None) -> CSRLinear:
+        """Return the layer of a dense weight ``(out, in)``."""
+        kept = weight != 0
+        rows = kept.sum(dim=1)
+        layer = cls(weight.shape[0], weight.shape[1], int(rows.sum()), bias is not None)
+        layer.crow_indices[1:] = rows.cumsum(0)
+        layer.col_indices.copy_(kept.nonzero()[:, 1])
+        layer.values.copy_(weight[kept])
+        if layer.bias is not None and bias is not None:
+            layer.bias.copy_(bias)
+        return layer
+
+    @property
+    def zeros(self) -> int:
+        """Zeros of W."""
+        return self.out_features * self.in_features - int(torch.count_nonzero(self.values))
+
+    def matrix(self) -> Tensor:
+        """Return W ``(out, in)`` as torch's sparse tensor, in the same memory."""
+        if self._matrix is None or self._matrix.values().data_ptr() != self.values.data_ptr():
+            size = (self.out_features, self.in_features)
+            self._matrix = torch.sparse_csr_tensor(
+                self.crow_indices, self.col_indices, self.values, size=size, check_invariants=False
+            )
+        return self._matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``(..., out)`` of ``(..., in)``: one row by a product with a vector, more by one with a matrix."""
+        rows = x.reshape(-1, self.in_features).to(self.values.dtype)
+        w = self.matrix()
+        y = (w @ rows[0])[None] if len(rows) == 1 else (w @ rows.T.contiguous()).T
+        if self.bias is not None:
+            y = y + self.bias
+        return y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def check(self) -> None:
+        """Raise UserError if the indices point outside of the matrix, which the products would not notice."""
+        starts, columns = self.crow_indices, self.col_indices
+        ends = int(starts[0]) == 0 and int(starts[-1]) == len(columns) == len(self.values)
+        inside = not len(columns) or (int(columns.min()) >= 0 and int(columns.max()) < self.in_features)
+        if not (ends and inside and bool((starts.diff() >= 0).all())):
+            raise UserError(f"{FILE} is broken: indices point outside of a matrix of {self.in_features} columns")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave torch's sparse tensor, which is made anew, out of copies."""
+        return {**self.__dict__, "_matrix": None}
+
+    def extra_repr(self) -> str:
+        """Return the shape and the share of zeros."""
+        size = self.out_features * self.in_features
+        return f"{self.in_features}, {self.out_features}, sparsity={1 - len(self.values) / max(1, size):.3f}"
+
+
+def to_cpu_sparse(model: nn.Module, break_even: float = BREAK_EVEN) -> nn.Module:
+    """Swap linear layers with enough zeros for :class:`CSRLinear`, and bring the rest to float32 on the CPU.
+
+    Linear layers are ``nn.Linear`` and GPT-2's ``Conv1D``; one that shares its weight with an embedding stays dense.
+
+    Args:
+        model: Of transformers, or any module; changed in place.
+        break_even: Least share of zeros of a layer that is swapped.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        UserError: No layer has enough zeros.
+    """
+    if not 0 <= break_even <= 1:
+        raise UserError(f"break_even is a share of zeros from 0 to 1, got {break_even}")
+    shares = shares_of_zeros(model)
+    if not any(share >= break_even for share in shares.values()):
+        most = max(shares.values(), default=0.0)
+        raise UserError(
+            f"no linear layer has {break_even:.0%} zeros, from which on sparse products are faster; the sparsest has "
+            f"{most:.1%}: keep the model dense, or set break_even if you measured another"
+        )
+    model.to("cpu", torch.float32).eval().requires_grad_(False)
+    made: dict[nn.Module, CSRLinear] = {}
+    for name, layer in list(_linear(model).items()):
+        if shares[name] >= break_even:
+            if layer not in made:
+                made[layer] = CSRLinear.of(_weight(layer), layer.bias)  # type: ignore[arg-type]
+            model.set_submodule(name, made[layer])
+    return _in_float32(model)
+
+
+def shares_of_zeros(model: nn.Module) -> dict[str, float]:
+    """Return the share of zeros of each linear layer that could be swapped, by module name."""
+    return {name: float((_weight(layer) == 0).float().mean()) for name, layer in _linear(model).items()}
+
+
+def _in_float32(model: nn.Module) -> nn.Module:
+    if (config := getattr(model, "config", None)) is not None:
+        config.dtype = torch.float32
+    return model
+
+
+def _linear(model: nn.Module) -> dict[str, nn.Module]:
+    from transformers.pytorch_utils import Conv1D
+
+    holders: dict[int, set[nn.Module]] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            holders.setdefault(id(p), set()).add(module)
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if type(module) in (nn.Linear, Conv1D) and len(holders[id(module.weight)]) == 1
+    }
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """Return W ``(out, in)``; Conv1D keeps its transpose."""
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
+    return weight if isinstance(layer, nn.Linear) else weight.T
+
+
+def save_cpu_sparse(model: Any, folder: str | Path) -> None:
+    """Save a model of transformers that :func:`to_cpu_sparse` made, for :func:`load_cpu_sparse`.
+
+    Args:
+        model: With layers of compressed rows.
+        folder: To write ``config.json``, ``generation_config.json`` and ``cpu_sparse.safetensors`` in.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, CSRLinear)}
+    sizes = {n: [m.out_features, m.in_features, len(m.values), m.bias is not None] for n, m in layers.items()}
+    save_model(model, str(folder / FILE), metadata={"format": "pt", "layers": json.dumps(sizes)})
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def load_cpu_sparse(folder: str | Path) -> Any:
+    """Load what :func:`save_cpu_sparse` wrote: plain tensors, so that nothing in the file is run.
+
+    Args:
+        folder: The export.
+
+    Returns:
+        The model of transformers in evaluation mode, float32 on the CPU; ``generate`` works.
+
+    Raises:
+        UserError: The folder is no such export, or its indices are broken.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.initialization import no_init_weights
+
+    file = Path(folder) / FILE
+    if not file.is_file():
+        raise UnavailableError(f"{str(folder)!r} has no {FILE}: give a folder that elsa export --to cpu-sparse wrote")
+    config = AutoConfig.from_pretrained(folder)
+    build: Any = AutoModelForCausalLM.from_config
+    with no_init_weights():  # memory that is not written is not taken
+        model = build(config, dtype=torch.float32)
+    with safe_open(file, framework="pt") as opened:
+        sizes = json.loads((opened.metadata() or {}).get("layers", "{}"))
+    for name, (rows, columns, values, bias) in sizes.items():
+        model.set_submodule(name, CSRLinear(rows, columns, values, bias))
+    model.tie_weights()
+    load_model(model, file)
+    for layer in model.modules():
+        if isinstance(layer, CSRLinear):
+            layer.check()
+    if (Path(folder) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,138 @@
+"""Model folders: written whole or not at all, and never in the place of something else."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from elsa_lightning.errors import UserError
+
+ADAPTER = "adapter"  # folder of a PEFT adapter inside that of its base
+RECORD = "elsa.json"
+CARD = "README.md"
+
+_WRITTEN = re.compile(  # what save_pretrained of models and tokenizers leaves, and the exports
+    r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab|preprocessor_config|elsa)\.json"
+    r"|merges\.txt|.*\.(safetensors|safetensors\.index\.json|model|jinja|spm|gguf)"
+)
+_WRITTEN_ADAPTER = re.compile(r"adapter_(config\.json|model\.safetensors)|README\.md")
+
+
+def what_else(folder: Path) -> str | None:
+    """Return the name of something in a folder that is no part of a model as this library writes it."""
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        return folder.name
+    ours = (folder / RECORD).is_file()  # or the README is somebody's own
+    for file in folder.iterdir():
+        if file.name == ADAPTER and file.is_dir():
+            others = [inner.name for inner in file.iterdir() if not _WRITTEN_ADAPTER.fullmatch(inner.name)]
+        elif file.name == "chat_templates" and file.is_dir():
+            others = [inner.name for inner in file.iterdir() if inner.suffix != ".jinja"]
+        else:
+            others = [] if _WRITTEN.fullmatch(file.name) or (ours and file.name == CARD) else [file.name]
+        if others:
+            return others[0]
+    return None
+
+
+def check_replaceable(folder: Path, argument: str) -> None:
+    """Raise UserError if a folder holds anything but a saved model, which would be lost.
+
+    Args:
+        folder: To be written.
+        argument: What it was given as.
+    """
+    if (other := what_else(folder)) is not None:
+        raise UserError(
+            f"{argument} {str(folder)!r} exists and holds {other!r}, which is no part of a saved model and would be "
+            f"lost; give an empty or a new folder"
+        )
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of ``folder`` at the end, and is gone if the block raises."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        whole = Path(temporary) / "whole"
+        whole.mkdir()
+        yield whole
+        replace(whole, folder)
+
+
+def replace(whole: Path, folder: Path) -> None:
+    """Give a folder another's name; whoever is there is found under ``whole`` afterwards, or beside it.
+
+    On Linux the two names are exchanged at once. Elsewhere the former one is moved away first, and a process that is
+    killed in between leaves it as ``former`` in the hidden folder beside it.
+    """
+    if folder.exists() and not _exchange(whole, folder):
+        folder.rename(whole.with_name("former"))
+    if whole.exists() and not folder.exists():
+        whole.rename(folder)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; return False where the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return int(rename(here, os.fsencode(one), here, os.fsencode(other), exchange)) == 0
+
+
+def edit(file: Path, **values: Any) -> None:
+    """Change values of a JSON file."""
+    write(file, json.dumps(json.loads(file.read_text()) | values, indent=2) + "\n")
+
+
+def write(file: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
+
+
+def save_tokenizer(path: str, folder: Path) -> str | None:
+    """Save the tokenizer of a model, with its chat template; return why there is none, or None."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(path).save_pretrained(folder)
+    except (OSError, ValueError) as error:  # the model is worth more than its tokenizer
+        return f"{path} has no tokenizer to save beside the model: {error}"
+    return None
+
+
+def zeros_in(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return (zeros, entries) of each matrix that a folder's safetensors files hold, one in memory at a time."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if len(tensors.get_slice(name).get_shape()) > 1:
+                    found[name] = count(tensors.get_tensor(name))
+    return found
+
+
+def zeros_of(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
+    """Return (zeros, entries) of each matrix of a state."""
+    return {name: count(t) for name, t in state.items() if t.dim() > 1}
+
+
+def count(t: torch.Tensor) -> tuple[int, int]:
+    """Return (zeros, entries) of a tensor."""
+    return t.numel() - int(torch.count_nonzero(t)), t.numel()

@@ -1,0 +1,128 @@
+"""What is known of how a sparse model was made: for people (README.md), and for machines (elsa.json)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import re
+import shlex
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import elsa_lightning
+from elsa_lightning.export.folders import RECORD
+
+_HUB_DATA = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a model; what is not known is empty, and nothing is said of it.
+
+    Attributes:
+        format: The export's: ``hf``, ``shrunk``, ``quantized``, ``cpu-sparse`` or ``gguf``.
+        base_model: Hub name or folder of what was pruned.
+        method: Set, form of the x-update and schedule, one mapping for each optimizer that was constrained.
+        training: Optimizer, steps, precision, and the module's own arguments.
+        data: Training text: ``name``, ``seq_len``, ``batch_size``.
+        perplexity: ``dense`` (or ``start``, of a start that was sparse), ``sparse``, ``protocol``.
+        convergence: In words.
+        notes: What else a user must know, such as that the run had not ended.
+        command: That made the model.
+        dtype: Of the weights.
+        sparsity: (zeros, entries) of each matrix.
+        export: What the export itself did.
+        versions: Of what it was made with.
+    """
+
+    format: str = "hf"
+    base_model: str | None = None
+    method: list[dict[str, Any]] = field(default_factory=list)
+    training: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    perplexity: dict[str, Any] = field(default_factory=dict)
+    convergence: str | None = None
+    notes: list[str] = field(default_factory=list)
+    command: str | None = None
+    dtype: str | None = None
+    sparsity: dict[str, tuple[int, int]] = field(default_factory=dict)
+    export: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def zeros(self) -> tuple[int, int]:
+        """(zeros, entries) of the matrices that have many zeros."""
+        sparse = [(zeros, size) for zeros, size in self.sparsity.values() if zeros > 0.05 * size]
+        return sum(zeros for zeros, _ in sparse), sum(size for _, size in sparse)
+
+    @property
+    def title(self) -> str:
+        """A short name of the base model; folders go by their last part."""
+        if self.base_model is None:
+            return "Sparse model"
+        return self.base_model if self.base_hub_name else Path(self.base_model).name
+
+    @property
+    def base_hub_name(self) -> str | None:
+        """The base model where it may be on the hub."""
+        name = self.base_model
+        on_hub = name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] not in "./~"
+        return name if on_hub and not Path(str(name)).exists() else None
+
+    @property
+    def data_hub_name(self) -> str | None:
+        """The training text where it is one of the hub's."""
+        return _HUB_DATA.get(str(self.data.get("name")))
+
+    def of_model(self) -> Record:
+        """Return what is said of the model alone, whatever it was exported to."""
+        return dataclasses.replace(self, format="hf", export={}, sparsity={}, dtype=None)
+
+    def to_json(self) -> str:
+        """Return all that is known."""
+        known = {name: value for name, value in dataclasses.asdict(self).items() if value or value == 0}
+        zeros, size = self.zeros
+        if size:
+            known["sparse_matrices"] = {"zeros": zeros, "entries": size}
+        known["sparsity"] = {name: {"zeros": z, "entries": n} for name, (z, n) in self.sparsity.items()}
+        return json.dumps(known, indent=2, default=str) + "\n"
+
+
+def read(folder: Path) -> Record | None:
+    """Return the record in a folder, or None where there is none that can be read."""
+    try:
+        known = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        known["sparsity"] = {name: (s["zeros"], s["entries"]) for name, s in known.get("sparsity", {}).items()}
+        names = {f.name for f in dataclasses.fields(Record)}
+        return Record(**{name: value for name, value in known.items() if name in names})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def settings_of(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that a state of ADMM names."""
+    settings = {name: value for name, value in state["settings"].items() if value is not None}
+    tensors = settings.pop("constrained tensors", [])
+    return {**settings, "constrained tensors": len(tensors), "steps": state["step"], "of": state["total_steps"]}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what makes a model here."""
+    found = {"elsa-lightning": elsa_lightning.__version__, "python": platform.python_version()}
+    for package in ("torch", "lightning", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def command() -> str:
+    """Return the command line of this process."""
+    program = Path(sys.argv[0])
+    ours = program.stem == "elsa" or program.parent.name == "elsa_lightning"
+    return shlex.join(["elsa" if ours else program.name, *sys.argv[1:]])

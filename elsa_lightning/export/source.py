@@ -1,0 +1,222 @@
+"""Where an export begins: a model folder, the folder of a run, or a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elsa_lightning.errors import UnavailableError, UserError
+from elsa_lightning.export.folders import ADAPTER
+from elsa_lightning.export.project import project
+from elsa_lightning.export.record import Record, read, settings_of, versions
+from elsa_lightning.layout.sharded import clean
+from elsa_lightning.lm import model_path
+
+_EXACT = ("frozen", "finished", "suspended")  # phases whose checkpoints have exact zeros
+_CONSOLIDATE = "python -m lightning.pytorch.utilities.consolidate_checkpoint"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A sparse model, loaded.
+
+    Attributes:
+        model: On the CPU, in evaluation mode.
+        record: What is known of it.
+        tokenizer: Folder or hub name to take the tokenizer from.
+        path: Where it was found.
+    """
+
+    model: Any
+    record: Record
+    tokenizer: str
+    path: Path
+
+
+def open_source(path: str | Path, model: str | None = None, dtype: str | None = None) -> Source:
+    """Load what is to be exported.
+
+    Args:
+        path: A model folder, the folder of a run (with ``hf`` or ``checkpoints`` in it), or a checkpoint of Lightning.
+        model: Name or folder of the model that a checkpoint is of, where the checkpoint does not say so.
+        dtype: Of the weights; None takes the one that was given to the run.
+
+    Raises:
+        UserError: There is no such thing, or nothing that can be exported.
+    """
+    place = find(Path(path).expanduser())
+    loaded = _of_folder(place) if place.is_dir() else _of_checkpoint(place, model)
+    name = dtype or loaded.record.dtype
+    if name is not None:
+        _cast(loaded.model, getattr(torch, name))
+    loaded.model.eval().requires_grad_(False)
+    record = replace(loaded.record, dtype=str(loaded.model.dtype).removeprefix("torch."))
+    return replace(loaded, record=record)
+
+
+def find(path: Path) -> Path:
+    """Return the model folder or checkpoint that a path leads to.
+
+    Raises:
+        UserError: To none, or to several.
+    """
+    if not path.exists():
+        raise UnavailableError(f"--from {str(path)!r} does not exist; give a model folder, a run's folder or a .ckpt")
+    if path.is_file():
+        return path
+    if (path / ".metadata").is_file() or (path / "meta.pt").is_file():
+        raise UserError(
+            f"--from {str(path)!r} is a distributed checkpoint, a file for each process: make one file of it with "
+            f"{_CONSOLIDATE} {path}, and give {path}.consolidated; or give the run's hf folder"
+        )
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"--from {str(path)!r} is a PEFT adapter: give the folder of its base model, which has the zeros"
+        )
+    if (path / "config.json").is_file():
+        return path
+    if (path / "hf/config.json").is_file():
+        return path / "hf"
+    checkpoints = sorted((path / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
+    if checkpoints:
+        last = [file for file in checkpoints if file.name.startswith("last")]
+        return find((last or checkpoints)[-1])
+    inside = [*path.glob("lightning_logs/version_*"), *path.glob("version_*")]
+    runs = [str(run) for run in sorted(inside) if (run / "hf").is_dir() or (run / "checkpoints").is_dir()]
+    if len(runs) == 1:
+        return find(Path(runs[0]))
+    several = f"holds several runs, give one: {', '.join(runs)}" if runs else (
+        "has no config.json of a model, no hf and no checkpoints of a run: give a model folder, a run's folder (its "
+        "version_0), or a .ckpt"
+    )  # fmt: skip
+    raise UserError(f"--from {str(path)!r} {several}")
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Bring a model to a dtype, zeros staying zeros and nothing becoming infinite."""
+    if getattr(model, "dtype", dtype) == dtype:
+        return
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and bool((p.isfinite() & ~p.to(dtype).isfinite()).any()):
+            raise UserError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}: give --dtype float32")
+    model.to(dtype)
+    model.config.dtype = dtype
+
+
+def _of_folder(folder: Path) -> Source:
+    from transformers import AutoModelForCausalLM
+
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("quantization_config") is not None:
+        raise UserError(f"--from {str(folder)!r} is quantized already: give the folder that it was made of")
+    if not [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")] or list(folder.glob("cpu_sparse*")):
+        raise UserError(f"--from {str(folder)!r} has no weights that transformers loads: give the folder of the run")
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    except ValueError as error:  # of a kind of model that transformers does not have
+        raise UserError(f"--from {str(folder)!r} could not be loaded: {error}") from error
+    record = read(folder)
+    notes = []
+    if (folder / ADAPTER).is_dir():
+        notes.append("The run trained a PEFT adapter, which is not part of this export: this is the base model.")
+    if record is None:
+        named = config.get("_name_or_path") or None
+        record = Record(base_model=named, versions=versions())
+    record = replace(record.of_model(), notes=[*record.notes, *notes])
+    return Source(model, record, str(folder), folder)
+
+
+def _of_checkpoint(file: Path, name: str | None) -> Source:
+    try:
+        checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        raise UserError(f"--from {str(file)!r} is no checkpoint that loads with weights_only=True: {error}") from error
+    arguments = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
+    name = name or arguments.get("name")
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"--from {str(file)!r} is no checkpoint of Lightning: it has no state_dict")
+    if name is None:
+        raise UserError(f"--from {str(file)!r} does not say of which model it is: give --model NAME_OR_FOLDER")
+    model, source = _build(model_path(name), arguments.get("revision"), checkpoint["state_dict"], file)
+    states = [
+        (value["admm"], checkpoint.get("optimizer_states", []))
+        for key, value in checkpoint.get("callbacks", {}).items()
+        if "ElsaCallback" in key and "admm" in value
+    ]
+    record = _record(checkpoint, name, arguments, [state for state, _ in states])
+    notes = [note for place, (state, of) in enumerate(states) if (note := _settle(model, state, of, place, file))]
+    if not states:
+        notes = ["The checkpoint has no state of ElsaCallback: its weights are exported as they are."]
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    given = source.dtype if source.dtype in (torch.bfloat16, torch.float16) else None  # never wider than trained
+    dtype = None if given is None else str(given).removeprefix("torch.")
+    return Source(model, replace(record, notes=notes, dtype=dtype), model_path(name), file)
+
+
+def _settle(model: nn.Module, state: dict[str, Any], optimizers: list[Any], place: int, file: Path) -> str | None:
+    """See to exact zeros, and return what to say of it."""
+    step, total = state["step"], state["total_steps"]
+    if state["phase"] in _EXACT:
+        unfinished = state["phase"] == "suspended" or step < total
+        return f"From a checkpoint of step {step} of {total}: zeros are exact." if unfinished else None
+    if state["phase"] != "admm":
+        raise UserError(f"--from {str(file)!r} was saved before the first projection: nothing is pruned yet")
+    if place >= len(optimizers):
+        raise UserError(
+            f"--from {str(file)!r} is of step {step} of {total}, before the zeros are exact, and has weights only: the "
+            f"projection needs the optimizer's state, so give a whole checkpoint or the finished run"
+        )
+    project(model, state, optimizers[place])
+    return (
+        f"From a checkpoint of step {step} of {total}, before the run had fixed its mask: the weights were projected "
+        f"onto {state['settings']['constraint']} for this export. The finished run's model is better."
+    )
+
+
+def _build(path: str, revision: str | None, state: Mapping[str, Tensor], file: Path) -> tuple[Any, Any]:
+    """Return the model of a checkpoint, and the configuration of the model that it was made of."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UnavailableError(f"the model {path!r} that {str(file)!r} is of could not be had: {error}") from error
+    names = {clean(name): t for name, t in state.items()}
+    if any("lora_" in name for name in names):
+        raise UserError(f"--from {str(file)!r} has a PEFT adapter in it: give the hf folder of the run")
+    weights = {name.removeprefix("model."): t for name, t in names.items() if name.startswith("model.")}
+    dtype = next((t.dtype for t in weights.values() if t.is_floating_point()), torch.float32)
+    build: Any = AutoModelForCausalLM.from_config
+    model = build(config, dtype=dtype)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    wrong = [*unexpected, *(set(missing) - set(getattr(model, "_tied_weights_keys", None) or ()))]
+    if wrong:
+        raise UserError(f"--from {str(file)!r} is not of the model {path!r}: {wrong[0]} does not fit; give --model")
+    with contextlib.suppress(OSError):  # it has none
+        model.generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
+    return model, config
+
+
+def _record(checkpoint: Mapping[str, Any], name: str, arguments: Mapping[str, Any], states: list[Any]) -> Record:
+    data = checkpoint.get("CalibrationData", {})
+    known = {key.removeprefix("data."): value for key, value in data.items() if key.startswith("data.") and value}
+    training = {key: value for key, value in arguments.items() if isinstance(value, (bool, int, float, str))}
+    training.pop("name", None)
+    dense = checkpoint.get("dense_perplexity")
+    return Record(
+        base_model=name,
+        method=[settings_of(state) for state in states],
+        training={"optimizer steps": checkpoint.get("global_step"), **training},
+        data=known,
+        perplexity={} if dense is None else {"dense": dense},
+        versions=versions(),
+    )
