@@ -19,7 +19,7 @@ from elsa_lightning.errors import UserError
 from elsa_lightning.export.folders import edit
 
 BITS = (4, 8)
-_SIZES = (32, 64, 128, 256)  # groups that kernels of serving software know
+_SIZES = (16, 32, 64, 128, 256)  # of groups, to propose
 _ROWS = 1 << 22  # entries looked at together
 
 
@@ -114,7 +114,7 @@ def _search(groups: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tens
     scales = torch.ones(len(groups), dtype=dtype)
     done = torch.zeros(len(groups), dtype=torch.bool)
     for code in range(most, 0, -1):
-        for step in (0, 1, -1):  # the quotient is rounded, and the scale may be its neighbour
+        for step in (0, 1, -1, 2, -2):  # product and quotient were rounded, and the scale may be near
             left = (~done).nonzero().flatten()
             if not len(left):
                 return codes, scales, done
@@ -260,7 +260,7 @@ def load_unpacked(folder: str | Path) -> Any:
     Args:
         folder: That :func:`write_quantized` wrote.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     folder = Path(folder)
     described = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -275,5 +275,5 @@ def load_unpacked(folder: str | Path) -> Any:
         base = name.removesuffix("_packed")
         codes = unpack(state.pop(name), bits, int(state.pop(f"{base}_shape")[1]))
         state[base] = Grid(codes, state.pop(f"{base}_scale")).weight()
-    build: Any = AutoModelForCausalLM.from_pretrained
-    return build(None, config=config, state_dict=state, dtype=config.dtype).eval()
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return kind.from_pretrained(None, config=config, state_dict=state, dtype=config.dtype).eval()

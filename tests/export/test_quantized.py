@@ -58,8 +58,6 @@ def test_weights_on_a_symmetric_grid_lose_nothing_whatever_codes_they_use(
     weight = on_grid(bits, dtype, group, max(1, int(share * (2 ** (bits - 1) - 1))), seed)
     assert torch.equal(find_grid(weight, bits, group).weight(), weight)
     assert torch.equal(find_grid(weight, bits, 16).weight(), weight)  # smaller groups share the scale
-    assert torch.equal(find_grid(weight.half().double().float() if dtype == torch.float16 else weight, bits, group).weight().float(),
-                       weight.float())  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,13 +109,11 @@ def test_a_model_on_the_grid_is_not_rounded_and_another_says_what_it_cost(
     folder: Path, tmp_path: Path, tiny_llama: str
 ) -> None:
     model = load(folder)
-    for seed, module in enumerate(m for m in model.modules() if isinstance(m, nn.Linear)):
-        if module is not model.get_output_embeddings():
-            with torch.no_grad():
-                grid = on_grid(4, torch.float32, 16, 6, seed).flatten()
-                module.weight.copy_(
-                    grid.repeat(module.weight.numel() // len(grid) + 1)[: module.weight.numel()].view_as(module.weight)
-                )
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not model.get_output_embeddings()]
+    for seed, layer in enumerate(layers):
+        size = layer.weight.numel()
+        values = on_grid(4, torch.float32, 16, 6, seed).flatten().repeat(size // 384 + 1)[:size]
+        layer.weight.data.copy_(values.view_as(layer.weight))
     model.save_pretrained(tmp_path / "grid")
     told: list[str] = []
     export(tmp_path / "grid", "quantized", tmp_path / "w4", options=Options(4, 16), fresh=False, say=told.append)
@@ -131,7 +127,9 @@ def test_a_model_on_the_grid_is_not_rounded_and_another_says_what_it_cost(
 
 
 def test_group_sizes_that_do_not_divide_a_row_are_refused_with_those_that_do(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"group_size 128 does not divide the 32 columns .* or 0, which is one scale"):
+    with pytest.raises(
+        ValueError, match=r"group_size 128 does not divide the 32 columns of model.layers.0.* give 16, or 0, which"
+    ):
         export(folder, "quantized", tmp_path / "out", say=lambda line: None)
     with pytest.raises(ValueError, match=r"group_size -1 does not divide"):
         export(folder, "quantized", tmp_path / "out", options=Options(4, -1), say=lambda line: None)
