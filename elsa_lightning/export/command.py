@@ -40,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
         "--break-even", "--break_even", type=float, metavar="SHARE",
         help="of cpu-sparse: zeros from which on a layer is kept as sparse rows (default: measured)",
     )  # fmt: skip
+    add("--gguf-type", "--gguf_type", default="f16", metavar="TYPE", help="of gguf: f32, f16, bf16 or q8_0")
+    add("--converter", metavar="PATH", help="of gguf: llama.cpp's convert_hf_to_gguf.py, if it is no command")
     return made
 
 
@@ -50,11 +52,11 @@ def main(arguments: Sequence[str]) -> None:
         arguments: Those after ``export``.
     """
     given = parser().parse_args(arguments)
+    from elsa_lightning.export.cpu_sparse import BREAK_EVEN
     from elsa_lightning.export.write import Options, export
 
-    options = Options(given.bits, given.group_size)
-    if given.break_even is not None:
-        options = Options(given.bits, given.group_size, given.break_even)
+    even = BREAK_EVEN if given.break_even is None else given.break_even
+    options = Options(given.bits, given.group_size, even, given.gguf_type, given.converter)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*Sparse (CSR|invariant).*")
         export(given.source, given.to, given.output, model=given.model, dtype=given.dtype, options=options)

@@ -23,8 +23,9 @@ from elsa_lightning.errors import UserError
 from elsa_lightning.export import cpu_sparse, reload
 from elsa_lightning.export.card import write_card
 from elsa_lightning.export.folders import check_replaceable, new_folder, save_tokenizer, zeros_of
+from elsa_lightning.export.gguf import check_gguf, write_gguf
 from elsa_lightning.export.quantized import check_groups, write_quantized
-from elsa_lightning.export.source import find, open_source
+from elsa_lightning.export.source import Source, find, open_source
 
 Say = Callable[[str], None]
 
@@ -37,11 +38,15 @@ class Options:
         bits: Of ``quantized``.
         group_size: Of ``quantized``; 0 is one scale a row.
         break_even: Least share of zeros of a layer that ``cpu-sparse`` swaps.
+        gguf_type: Numbers of ``gguf``: ``f32``, ``f16``, ``bf16`` or ``q8_0``, which keep zeros.
+        converter: Path of llama.cpp's ``convert_hf_to_gguf.py``; None looks for it among the commands.
     """
 
     bits: int = 4
     group_size: int = 128
     break_even: float = cpu_sparse.BREAK_EVEN
+    gguf_type: str = "f16"
+    converter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,14 @@ class Made:
         sparsity: (zeros, entries) of each matrix.
         tolerance: Largest difference of logits, relative to the largest of them.
         does: What the export did, for the card.
+        checked: What to say of a folder that its writer has read back, and transformers does not load.
     """
 
     logits: Tensor
     sparsity: dict[str, tuple[int, int]]
     tolerance: float
     does: dict[str, Any] = field(default_factory=dict)
+    checked: str | None = None
 
 
 def export(
@@ -76,7 +83,7 @@ def export(
 
     Args:
         source: A model folder, the folder of a run, or a checkpoint of Lightning.
-        to: ``hf``, ``shrunk``, ``quantized`` or ``cpu-sparse``.
+        to: ``hf``, ``shrunk``, ``quantized``, ``cpu-sparse`` or ``gguf``.
         output: Folder to write; a model that is there is replaced when the new one is complete.
         model: Name or folder of the model that a checkpoint is of, where it does not say so.
         dtype: Of the weights: ``float32``, ``bfloat16`` or ``float16``; None takes the one that was given.
@@ -97,21 +104,23 @@ def export(
     found = find(Path(source).expanduser())
     if found.resolve() == folder.resolve():
         raise UserError(f"--output {str(folder)!r} is the folder to export; give another")
+    if to == "gguf":
+        check_gguf(options.gguf_type, options.converter)
     loaded = open_source(found, model, dtype)
     for note in loaded.record.notes:
         say(note)
     if not any(zeros > 0.05 * size for zeros, size in zeros_of(loaded.model.state_dict()).values()):
         say("No matrix has more than 5 % zeros: this model is not sparse.")
     with new_folder(folder) as whole:
-        made = WRITERS[to](loaded.model, whole, options, say)
-        if (problem := save_tokenizer(loaded.tokenizer, whole)) is not None:
+        made = WRITERS[to](loaded, whole, options, say)
+        if to != "gguf" and (problem := save_tokenizer(loaded.tokenizer, whole)) is not None:
             say(problem)
         kept = str(loaded.model.dtype).removeprefix("torch.")
         write_card(whole, replace(loaded.record, format=to, dtype=kept, export=made.does, sparsity=made.sparsity))
         ids = _probe(loaded.model)
         del loaded
         gc.collect()
-        say(_verify(whole, ids, made, fresh))
+        say(made.checked or _verify(whole, ids, made, fresh))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     say(f"{to}: {folder}, {size / 1e6:,.1f} MB")
     return folder
@@ -130,18 +139,18 @@ def _made(model: Any, does: dict[str, Any] | None = None) -> Made:
     return Made(logits.float(), zeros_of(model.state_dict()), tolerance, does or {})
 
 
-def _hf(model: Any, folder: Path, options: Options, say: Say) -> Made:
-    model.save_pretrained(folder)
-    return _made(model)
+def _hf(source: Source, folder: Path, options: Options, say: Say) -> Made:
+    source.model.save_pretrained(folder)
+    return _made(source.model)
 
 
-def _shrunk(model: Any, folder: Path, options: Options, say: Say) -> Made:
+def _shrunk(source: Source, folder: Path, options: Options, say: Say) -> Made:
     try:
         shrink = import_module("elsa_lightning.shrink").shrink
     except ImportError:
         raise UserError("--to shrunk: this version of elsa_lightning cannot cut a model smaller") from None
-    whole, size = _made(model), model.num_parameters()
-    model = shrink(model) or model
+    whole, size = _made(source.model), source.model.num_parameters()
+    model = shrink(source.model) or source.model
     made = _made(model, {"parameters": f"{model.num_parameters():,} of {size:,}"})
     if (off := _difference(made.logits, whole.logits)) > made.tolerance:
         raise UserError(
@@ -152,7 +161,8 @@ def _shrunk(model: Any, folder: Path, options: Options, say: Say) -> Made:
     return made
 
 
-def _quantized(model: Any, folder: Path, options: Options, say: Say) -> Made:
+def _quantized(source: Source, folder: Path, options: Options, say: Say) -> Made:
+    model = source.model
     check_groups(model, options.bits, options.group_size)
     whole = _made(model)
     does = write_quantized(model, folder, options.bits, options.group_size)
@@ -168,7 +178,8 @@ def _quantized(model: Any, folder: Path, options: Options, say: Say) -> Made:
     return replace(made, does=does)
 
 
-def _cpu_sparse(model: Any, folder: Path, options: Options, say: Say) -> Made:
+def _cpu_sparse(source: Source, folder: Path, options: Options, say: Say) -> Made:
+    model = source.model
     shares = cpu_sparse.shares_of_zeros(model)
     model.float()
     made = _made(model)
@@ -184,11 +195,18 @@ def _cpu_sparse(model: Any, folder: Path, options: Options, say: Say) -> Made:
     return replace(made, does={"sparse layers": len(shares) - len(dense), "break-even": options.break_even})
 
 
-WRITERS: dict[str, Callable[[Any, Path, Options, Say], Made]] = {
+def _gguf(source: Source, folder: Path, options: Options, say: Say) -> Made:
+    command = check_gguf(options.gguf_type, options.converter)
+    checked = write_gguf(source.model, source.tokenizer, folder, options.gguf_type, command)
+    return replace(_made(source.model, {"type": options.gguf_type}), checked=checked)
+
+
+WRITERS: dict[str, Callable[[Source, Path, Options, Say], Made]] = {
     "hf": _hf,
     "shrunk": _shrunk,
     "quantized": _quantized,
     "cpu-sparse": _cpu_sparse,
+    "gguf": _gguf,
 }
 
 

@@ -133,8 +133,8 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
 def test_what_does_not_give_the_model_back_is_not_kept(
     wrong: str, foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoilt(model: Any, folder: Path, options: Any, say: Any) -> Any:
-        made = write._hf(model, folder, options, say)
+    def spoilt(source: Any, folder: Path, options: Any, say: Any) -> Any:
+        made = write._hf(source, folder, options, say)
         return write.replace(
             made, **({"logits": made.logits + 1} if wrong == "logits" else {"sparsity": {"x": (1, 2)}})
         )

@@ -1,0 +1,141 @@
+"""Decoding speed, first-token latency and memory on a CPU: the dense model and its exports, in one process.
+
+    python benchmarks/decode/run.py --shape wide --sparsity 0.5 0.7 0.9 0.95 --threads 1
+
+Weights are random: speed does not depend on them. Greedy tokens of each sparse export are compared with those of the
+dense model with the same zeros. All variants are measured in turn, several times over; the best time of each counts, so
+that what else the machine does falls on all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import os
+import tempfile
+import time
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from elsa_lightning.export import to_cpu_sparse
+from elsa_lightning.export.quantized import write_quantized
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 1},
+    "smollm2": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                "num_attention_heads": 9, "num_key_value_heads": 3},
+    "wide": {"vocab_size": 8192, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 6,
+             "num_attention_heads": 32, "num_key_value_heads": 4},
+}  # fmt: skip
+
+
+def build(shape: str) -> Any:
+    """Return a random Llama of a shape, float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, max_position_embeddings=1024, eos_token_id=None)
+    return LlamaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def prune(model: Any, sparsity: float) -> Any:
+    """Return a copy whose linear layers, but the head, have so many zeros at random places."""
+    model = copy.deepcopy(model)
+    made = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            module.weight.masked_fill_(torch.rand(module.weight.shape, generator=made) < sparsity, 0)
+    return model
+
+
+def quantize(model: Any) -> Any:
+    """Return what transformers makes of the W4A16 export: unpacked at the first forward pass."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_quantized(copy.deepcopy(model), Path(folder), bits=4, group_size=64)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def megabytes(model: nn.Module) -> float:
+    """Return the memory of a model's weights, shared ones once."""
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values()) / 1e6
+
+
+def times(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[float, float, list[int]]:
+    """Return seconds to the first token, seconds for each one after it, and the tokens."""
+    asked = {"do_sample": False, "pad_token_id": 0}
+    start = time.perf_counter()
+    model.generate(prompt, max_new_tokens=1, **asked)
+    first = time.perf_counter() - start
+    start = time.perf_counter()
+    out = model.generate(prompt, max_new_tokens=1 + tokens, min_new_tokens=1 + tokens, **asked)
+    whole = time.perf_counter() - start
+    return first, (whole - first) / tokens, out[0, prompt.shape[1] :].tolist()
+
+
+def variants(dense: Any, sparsities: list[float], break_even: float, prompt: torch.Tensor) -> dict[str, Any]:
+    """Return the models to measure; a sparse one must give the tokens of the dense one with its zeros."""
+    made = {"dense float32": dense, "dense bfloat16": copy.deepcopy(dense).bfloat16()}
+    for sparsity in sparsities:
+        zeros = prune(dense, sparsity)
+        expected = times(zeros, prompt, 8)[2]
+        made[f"cpu-sparse {sparsity:.0%}"] = to_cpu_sparse(zeros, break_even)
+        assert times(zeros, prompt, 8)[2] == expected, f"{sparsity}: other tokens than the dense model's"
+        gc.collect()
+    if find_spec("compressed_tensors"):
+        made["quantized W4A16"] = quantize(prune(dense, sparsities[-1]))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="wide")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
+    parser.add_argument(
+        "--break-even", type=float, default=0.0, help="layers with fewer zeros stay dense (default: none)"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=16, help="tokens before the first one that is decoded")
+    parser.add_argument("--tokens", type=int, default=16, help="that are decoded")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="append results to this file, a line a variant")
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*Sparse (CSR|invariant).*")
+    torch.set_num_threads(given.threads)
+    prompt = torch.randint(5, 500, (1, given.prompt), generator=torch.Generator().manual_seed(2))
+    models = variants(build(given.shape), given.sparsity, given.break_even, prompt)
+    best: dict[str, list[float]] = {name: [float("inf")] * 2 for name in models}
+    for _ in range(given.rounds):
+        for name, model in models.items():
+            first, each, _ = times(model, prompt, given.tokens)
+            best[name] = [min(best[name][0], first), min(best[name][1], each)]
+    load = os.getloadavg()[0]
+    print(
+        f"{given.shape}, {given.threads} thread(s), prompt of {given.prompt}, {given.tokens} tokens, best of "
+        f"{given.rounds}; load {load:.1f} on {os.cpu_count()} cores; tokens of sparse and dense models are equal"
+    )
+    print(f"{'':18}{'tokens/s':>10}{'× float32':>11}{'× bfloat16':>12}{'first token, ms':>17}{'weights, MB':>13}")
+    for name, (first, each) in best.items():
+        ratios = [best[f"dense {dtype}"][1] / each for dtype in ("float32", "bfloat16")]
+        size = megabytes(models[name])
+        print(f"{name:18}{1 / each:>10.1f}{ratios[0]:>11.2f}{ratios[1]:>12.2f}{first * 1e3:>17.0f}{size:>13.0f}")
+        if given.json is not None:
+            row = {"shape": given.shape, "threads": given.threads, "variant": name, "tokens_per_second": 1 / each}
+            row |= {"first_token_seconds": first, "weights_mb": size, "load": load, "torch": torch.__version__}
+            with given.json.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
