@@ -3,9 +3,9 @@
     python benchmarks/decode/run.py --shape wide --sparsity 0.5 0.7 0.9 0.95 --threads 1
 
 Weights are random: speed does not depend on them. Greedy tokens of each sparse export are compared with those of the
-dense model with the same zeros. All variants are measured in turn, several times over, so that what else the machine does
-falls on all alike; medians count. On one thread the default clock is the processor's time, which a busy machine lengthens
-least.
+dense model with the same zeros. All variants are measured in turn, several times over, so that what else the machine
+does falls on all alike; medians count. On one thread the default clock is the processor's time, which a busy machine
+lengthens least.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def main() -> None:
     load = os.getloadavg()[0]
     print(
         f"{given.shape}, {given.threads} thread(s), prompt of {given.prompt}, {given.tokens} tokens, "
-        f"{given.rounds} rounds, {given.clock} time; load {load:.1f} on {os.cpu_count()} cores; tokens of sparse and dense "
-        f"models are equal"
+        f"{given.rounds} rounds, {given.clock} time; load {load:.1f} on {os.cpu_count()} cores; tokens of sparse and "
+        f"dense models are equal"
     )
     print(f"{'':18}{'tokens/s':>10}{'× float32':>11}{'× bfloat16':>12}{'first token, ms':>17}{'weights, MB':>13}")
     for name, (begun, step) in typical.items():

@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from elsa_lightning.export.folders import check_replaceable, new_folder, save_to
 from elsa_lightning.export.gguf import check_gguf, write_gguf
 from elsa_lightning.export.quantized import check_groups, write_quantized
 from elsa_lightning.export.source import Source, find, open_source
+from elsa_lightning.slicing import shrink
 
 Say = Callable[[str], None]
 
@@ -145,12 +145,13 @@ def _hf(source: Source, folder: Path, options: Options, say: Say) -> Made:
 
 
 def _shrunk(source: Source, folder: Path, options: Options, say: Say) -> Made:
-    try:
-        shrink = import_module("elsa_lightning.shrink").shrink
-    except ImportError:
-        raise UserError("--to shrunk: this version of elsa_lightning cannot cut a model smaller") from None
     whole, size = _made(source.model), source.model.num_parameters()
-    model = shrink(source.model) or source.model
+    model = shrink(source.model)
+    if model.num_parameters() == size:
+        raise UserError(
+            "--to shrunk: no neuron, head, layer or expert of this model is zero as a whole, so nothing can be cut "
+            "out; train under Neurons, Heads, Layers or Experts, or use --to hf"
+        )
     made = _made(model, {"parameters": f"{model.num_parameters():,} of {size:,}"})
     if (off := _difference(made.logits, whole.logits)) > made.tolerance:
         raise UserError(

@@ -1,10 +1,7 @@
 """gguf and shrunk: what they need, what they refuse, and that a failure leaves nothing."""
 
 import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -65,24 +62,25 @@ def test_other_zeros_and_other_values_are_found() -> None:
     assert "none lost" in compare(more, "q8_0")  # small values round to zero
 
 
-def test_a_smaller_model_that_computes_something_else_is_not_written(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "elsa_lightning.shrink", None)
-    with pytest.raises(ValueError, match="cannot cut a model smaller"):
-        export(folder, "shrunk", tmp_path / "out", say=lambda line: None)
-
-    def shrink(model: Any) -> Any:
-        model.model.layers = model.model.layers[:1]
-        model.config.num_hidden_layers = 1
-        return model
-
-    made = ModuleType("elsa_lightning.shrink")
-    monkeypatch.setitem(sys.modules, "elsa_lightning.shrink", made)
-    made.shrink = shrink  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="the smaller model's logits differ by"):
+def test_a_model_without_empty_units_is_not_cut(tiny_llama: str, tmp_path: Path, tmp_path_factory: Any) -> None:
+    folder = sparse_folder(tiny_llama, tmp_path_factory.mktemp("half") / "model", 0.3)
+    with pytest.raises(ValueError, match="no neuron, head, layer or expert of this model is zero as a whole"):
         export(folder, "shrunk", tmp_path / "out", say=lambda line: None)
     assert list(tmp_path.iterdir()) == []
-    made.shrink = lambda model: model  # type: ignore[attr-defined]
-    export(folder, "shrunk", tmp_path / "out", fresh=False, say=lambda line: None)
-    assert (tmp_path / "out/elsa.json").exists()
+
+
+def test_empty_neurons_are_cut_out_and_logits_stay(tiny_llama: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    width = model.config.intermediate_size
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for p, dim in ((layer.mlp.gate_proj, 0), (layer.mlp.up_proj, 0), (layer.mlp.down_proj, 1)):
+                p.weight.index_fill_(dim, torch.arange(0, width, 2), 0)
+    model.save_pretrained(tmp_path / "sparse")
+    export(tmp_path / "sparse", "shrunk", tmp_path / "out", say=lambda line: None)
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert smaller.config.intermediate_size == width // 2
+    ids = torch.arange(12)[None]
+    assert torch.allclose(smaller(ids).logits, model(ids).logits, atol=1e-5)
