@@ -62,7 +62,9 @@ def test_other_zeros_and_other_values_are_found() -> None:
     assert "none lost" in compare(more, "q8_0")  # small values round to zero
 
 
-def test_a_model_without_empty_units_is_not_cut(tiny_llama: str, tmp_path: Path, tmp_path_factory: Any) -> None:
+def test_a_model_without_empty_units_is_not_cut(
+    tiny_llama: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = sparse_folder(tiny_llama, tmp_path_factory.mktemp("half") / "model", 0.3)
     with pytest.raises(ValueError, match="no neuron, head, layer or expert of this model is zero as a whole"):
         export(folder, "shrunk", tmp_path / "out", say=lambda line: None)
