@@ -17,10 +17,10 @@ from elsa_lightning.sets.tied import Member, Tie
 
 @dataclass(frozen=True)
 class Experts(Structured):
-    """A share of each layer's experts is zero, and the router passes them over.
+    """A share of each layer's experts adds nothing: their output matrices are zero, and the router passes them over.
 
-    Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the experts with the largest Σ Fᵢ vᵢ² over their
-    matrices, unchanged. Equal ones go to the lower number.
+    Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the output matrices with the largest Σ Fᵢ vᵢ²,
+    unchanged. Equal ones go to the lower number. All else that these experts have is free, and is removed with them.
 
     From :meth:`fitted` on, the routers of the model give an expert whose output matrix is zero the logit −∞, so that
     its probability goes to the others, as in the smaller model without it; no gradient brings it back. Saved without
@@ -53,8 +53,7 @@ class Experts(Structured):
             )
         ties = []
         for index in filter(known.experts, range(known.blocks)):
-            start = known.block(index) + family.experts
-            ties.append(Tie(total, kept, tuple(Member(f"{start}.{name}", 2) for name in STACKS)))
+            ties.append(Tie(total, kept, (Member(f"{known.block(index)}{family.experts}.{STACKS[1]}", 2),)))
         return ties
 
     def fitted(self, model: nn.Module) -> Self:

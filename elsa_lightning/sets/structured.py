@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 class Structured(Tied):
     """Units of a Hugging Face model, as many in every layer, since a config holds one number.
 
-    It learns their names from the model (:meth:`fitted`); on a ramp their number falls from all there are. Biases are
-    free: a unit whose output weights are zero adds nothing, whatever it computes.
+    It learns their names from the model (:meth:`fitted`); on a ramp their number falls from all there are. A unit is
+    zero if its output weights are: it adds nothing then, whatever it computes, and all else that it has is free until
+    ``shrink`` cuts it away. So its output weights still have a gradient, by which it can return.
     """
 
     _ties: tuple[Tie, ...] | None = field(default=None, init=False, repr=False, compare=False)
@@ -103,10 +104,11 @@ def is_structured(constraint: object) -> bool:
 
 @dataclass(frozen=True)
 class Neurons(Structured):
-    """A share of each layer's hidden neurons is zero: a neuron is its row in gate and up and its column in down.
+    """A share of each layer's hidden neurons adds nothing: their columns in the down projection are zero.
 
-    Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the neurons with the largest Σ Fᵢ vᵢ² over their
-    entries in all three matrices, unchanged. Equal ones go to the lower number.
+    Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the columns with the largest Σ Fᵢ vᵢ², unchanged.
+    Equal ones go to the lower number. The rows of these neurons in the gate and up projections, and their biases, are
+    free, and are removed with them.
 
     Args:
         fraction: Share of the neurons that is removed, 0 ≤ fraction < 1, to the nearest number; one survives.
@@ -135,13 +137,8 @@ def _width(known: Known) -> int:
 
 def _neurons(known: Known, kept: int) -> list[Tie]:
     family, width = known.family, _width(known)
-    reads, writes = (1, 0) if family.transposed else (0, 1)
-    ties = []
-    for index in range(known.blocks):
-        block = known.block(index)
-        members = [Member(f"{block}{name}.weight", reads) for name in family.mlp_in]
-        ties.append(Tie(width, kept, (*members, Member(f"{block}{family.mlp_out}.weight", writes))))
-    return ties
+    names = [f"{known.block(index)}{family.mlp_out}.weight" for index in range(known.blocks)]
+    return [Tie(width, kept, (Member(name, 0 if family.transposed else 1),)) for name in names]
 
 
 # ---------------------------------------------------------------------- heads
@@ -149,11 +146,11 @@ def _neurons(known: Known, kept: int) -> list[Tie]:
 
 @dataclass(frozen=True)
 class Heads(Structured):
-    """A share of each layer's attention heads is zero, in whole groups of a key-value head with its query heads.
+    """A share of each layer's attention heads adds nothing, in whole groups of a key-value head with its query heads.
 
-    Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the groups with the largest Σ Fᵢ vᵢ² over their
-    rows in the query, key and value projections and their columns in the output projection, unchanged. Equal ones go
-    to the lower number.
+    Their columns in the output projection are zero. Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps
+    the groups of columns with the largest Σ Fᵢ vᵢ², unchanged. Equal ones go to the lower number. The rows of these
+    heads in the query, key and value projections, and their biases, are free, and are removed with them.
 
     Args:
         fraction: Share of the groups that is removed, 0 ≤ fraction < 1, to the nearest number that is left; one
@@ -188,14 +185,8 @@ class Heads(Structured):
 
 def _heads(known: Known, kept: int) -> list[Tie]:
     groups, queries, width = known.heads
-    names, ties = known.family.attention_in, []
-    for index in range(known.blocks):
-        block = known.block(index)
-        rows = [Member(f"{block}{name}.weight", 0, width) for name in names[1:]]
-        first = Member(f"{block}{names[0]}.weight", 0, width * queries)
-        last = Member(f"{block}{known.family.attention_out}.weight", 1, width * queries)
-        ties.append(Tie(groups, kept, (first, *rows, last)))
-    return ties
+    names = [f"{known.block(index)}{known.family.attention_out}.weight" for index in range(known.blocks)]
+    return [Tie(groups, kept, (Member(name, 1, width * queries),)) for name in names]
 
 
 # ---------------------------------------------------------------------- both, to a budget
@@ -224,13 +215,13 @@ class Width(Structured):
 
     def of(self, known: Known) -> list[Tie]:
         """Return two ties a layer."""
-        width, (groups, *_) = _width(known), known.heads
+        family, width, (groups, *_) = known.family, _width(known), known.heads
         sizes = {known.prefix + clean(name): shape_of(p).numel() for name, p in known.model.named_parameters()}
-        a_neuron = _size_of_one(_neurons(known, width), sizes, known.family.mlp_out)
-        a_group = _size_of_one(_heads(known, groups), sizes, known.family.attention_out)
+        a_neuron = _size_of_all(known, sizes, family.mlp_in, family.mlp_out) // width
+        a_group = _size_of_all(known, sizes, family.attention_in, family.attention_out) // groups
         total = sum(sizes.values())
         fixed = total - a_neuron * width - a_group * groups
-        possible = possible_groups(known.family, known.config)
+        possible = possible_groups(family, known.config)
         choices = [(math.floor((self.keep - fixed - a_group * count) / a_neuron), count) for count in possible]
         fitting = [(neurons, count) for neurons, count in choices if neurons >= 1]
         least = fixed + a_neuron + a_group * possible[0]
@@ -245,18 +236,15 @@ class Width(Structured):
         neurons, kept = min(fitting, key=order)
         neurons = min(neurons, width)
         log.info("%s: %d of %d neurons and %d of %d groups of heads", self, neurons, width, kept, groups)
-        heads = _heads(known, kept) if known.family.heads else []
+        heads = _heads(known, kept) if family.heads else []
         return _neurons(known, neurons) + heads
 
 
-def _size_of_one(ties: list[Tie], sizes: Mapping[str, int], last: str) -> int:
-    """Return how many parameters one unit of every layer has, biases included but for those of what it writes."""
-    count = 0
-    for tie in ties:
-        for member in tie.members:
-            bias = "" if member.name.endswith(f"{last}.weight") else member.name.removesuffix("weight") + "bias"
-            count += (sizes[member.name] + sizes.get(bias, 0)) // tie.units
-    return count
+def _size_of_all(known: Known, sizes: Mapping[str, int], reads: Iterable[str], writes: str) -> int:
+    """Return how many parameters the units of all blocks have, biases of what they write not among them."""
+    blocks = [known.block(index) for index in range(known.blocks)]
+    names = [f"{name}.{kind}" for name in reads for kind in ("weight", "bias")]
+    return sum(sizes.get(block + name, 0) for block in blocks for name in (*names, f"{writes}.weight"))
 
 
 # ---------------------------------------------------------------------- layers
@@ -264,10 +252,10 @@ def _size_of_one(ties: list[Tie], sizes: Mapping[str, int], last: str) -> int:
 
 @dataclass(frozen=True)
 class Layers(Structured):
-    """A share of the layers is zero, attention and MLP together; what passes such a layer comes out as it went in.
+    """A share of the layers adds nothing: the output projections of attention and MLP are zero.
 
-    Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the layers with the largest Σ Fᵢ vᵢ² over their
-    matrices, unchanged. Equal ones go to the lower number.
+    Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the layers with the largest Σ Fᵢ vᵢ² over both,
+    unchanged. Equal ones go to the lower number. All else that these layers have is free, and is removed with them.
 
     Args:
         fraction: Share of the layers that is removed, 0 ≤ fraction < 1, to the nearest number; one survives.
@@ -291,7 +279,7 @@ class Layers(Structured):
                 f"layers of this {kind!r} cannot be removed: without its matrices a layer still adds {bias}, and "
                 f"nothing before it can take that constant"
             )
-        names = (*family.attention_in, family.attention_out, *family.mlp_in, family.mlp_out)
+        names = (family.attention_out, family.mlp_out)
         members = (Member(f"{known.block(i)}{name}.weight", 0, _WHOLE, i) for i in range(blocks) for name in names)
         return [Tie(blocks, kept_of(self.fraction, blocks), tuple(members))]
 

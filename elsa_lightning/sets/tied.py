@@ -91,7 +91,9 @@ class Tied(Constraint):
                 cost = point.v.to(exact).square()
                 cost = cost if point.importance is None else cost * point.importance
                 for index, member in members[points.names[point.tensor]]:
-                    costs[index].index_add_(0, _units(point, member).flatten(), cost.flatten())
+                    units = _units(point, member)
+                    sums = cost.sum_to_size(units.shape)  # of whole rows or columns, where these are of one unit
+                    costs[index].index_put_((units.flatten(),), sums.flatten(), accumulate=True)  # in one order
         joined = torch.split(points.add(torch.cat(costs)), [tie.units for tie in ties])
         stays = []
         for tie, cost in zip(ties, joined, strict=True):
@@ -105,5 +107,5 @@ class Tied(Constraint):
 
 
 def _units(point: Point, member: Member) -> Tensor:
-    """Return the unit of each entry, int64 of the shape of ``point.v``."""
-    return (point.place(member.axis) // member.entries + member.first).expand(point.v.shape)
+    """Return the unit of each entry, int64, broadcastable to the shape of ``point.v``."""
+    return point.place(member.axis) // member.entries + member.first

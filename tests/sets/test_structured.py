@@ -245,9 +245,9 @@ def test_equal_units_go_by_their_number(fill: float) -> None:
         fitted = Neurons(0.75).fitted(model)
         chosen = select(model, quiet=True).within(fitted).parameters
         points = WholePoints([(torch.full_like(p, fill), None) for p in chosen.values()], list(chosen))
-    for name, mask in zip(chosen, fitted.support(points), strict=True):
-        units = mask.any(dim=0) if "down" in name else mask.any(dim=1)
-        assert units.nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
+    for mask in fitted.support(points):
+        assert torch.equal(mask.any(dim=0), mask.all(dim=0))
+        assert mask.any(dim=0).nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
 
 
 def test_the_number_of_units_falls_along_the_ramp() -> None:
@@ -357,10 +357,10 @@ def test_a_tensor_that_has_no_such_units_is_refused() -> None:
     fitted = Heads(0.5).fitted(make("qwen3"))
     shapes = {name: p.shape for name, p in make("qwen3").named_parameters() if fitted.covers(name)}
     fitted.check(shapes)
-    with pytest.raises(UserError, match=r"q_proj.weight of shape \(47, 32\) has 47 along axis 0"):
-        fitted.check(shapes | {"model.layers.0.self_attn.q_proj.weight": torch.Size((47, 32))})
+    with pytest.raises(UserError, match=r"o_proj.weight of shape \(32, 47\) has 47 along axis 1"):
+        fitted.check(shapes | {"model.layers.0.self_attn.o_proj.weight": torch.Size((32, 47))})
     with pytest.raises(UserError, match=r"is tied to .* and is not constrained: add a target"):
-        fitted.check({name: shape for name, shape in shapes.items() if "k_proj" not in name})
+        fitted.check({name: shape for name, shape in shapes.items() if "1.self_attn" not in name})
 
 
 # ---------------------------------------------------------------------- shrinking what nobody constrained
