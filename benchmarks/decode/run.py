@@ -18,7 +18,6 @@ import os
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,7 +122,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="append results to this file, a line a variant")
     given = parser.parse_args()
     given.clock = given.clock or ("cpu" if given.threads == 1 else "wall")
-    warnings.filterwarnings("ignore", message=".*Sparse (CSR|invariant).*")
     torch.set_num_threads(given.threads)
     prompt = torch.randint(5, 500, (1, given.prompt), generator=torch.Generator().manual_seed(2))
     models = variants(build(given.shape), given.sparsity, given.break_even, prompt)

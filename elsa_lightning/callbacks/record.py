@@ -24,7 +24,7 @@ def run_record(trainer: Trainer, module: LightningModule, **known: Any) -> Recor
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     attached = [c.admm for c in callbacks if isinstance(getattr(c, "admm", None), ADMM)]
     return Record(
-        base_model=getattr(module, "name", None) or _named_by_config(module),
+        base_model=_base_model(module),
         method=[settings_of(admm.state_dict()) for admm in attached],
         training=_training(trainer, module),
         data=_data(getattr(trainer, "datamodule", None)),
@@ -37,13 +37,21 @@ def run_record(trainer: Trainer, module: LightningModule, **known: Any) -> Recor
     )
 
 
-def _named_by_config(module: LightningModule) -> str | None:
+def _is_causal_lm(module: LightningModule) -> bool:
+    return hasattr(module, "given_dtype") and hasattr(module, "dense_perplexity")
+
+
+def _base_model(module: LightningModule) -> str | None:
+    if _is_causal_lm(module):
+        known: Any = module
+        return str(known.name) if known.pretrained else None
     name = getattr(getattr(getattr(module, "model", None), "config", None), "_name_or_path", None)
     return name if isinstance(name, str) and name else None
 
 
 def _training(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-    arguments = {name: value for name, value in module.hparams.items() if isinstance(value, _SCALAR) and name != "name"}
+    ours = module.hparams.items() if _is_causal_lm(module) else ()  # those of others may be secrets
+    arguments = {name: value for name, value in ours if isinstance(value, _SCALAR) and name != "name"}
     found: dict[str, Any] = {"optimizer steps": trainer.global_step, "precision": trainer.precision, **arguments}
     for optimizer in trainer.optimizers:
         defaults: dict[str, Any] = getattr(optimizer, "defaults", {})

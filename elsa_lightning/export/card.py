@@ -14,8 +14,7 @@ _BLOCK = re.compile(r"(?<![^.])(\d+)(?![^.])")
 _USE = {
     "hf": "from transformers import AutoModelForCausalLM\n\n"
     'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")',
-    "cpu-sparse": "from elsa_lightning.export import load_cpu_sparse\n\n"
-    'model = load_cpu_sparse("path/to/this/folder")\nmodel.generate',
+    "cpu-sparse": 'from elsa_lightning.export import load_cpu_sparse\n\nmodel = load_cpu_sparse("path/to/this/folder")',
 }
 _WHAT = {
     "hf": "The weights are stored dense, with exact zeros: they load anywhere, and are as large and as fast as a dense "

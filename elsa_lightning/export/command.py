@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -57,6 +56,4 @@ def main(arguments: Sequence[str]) -> None:
 
     even = BREAK_EVEN if given.break_even is None else given.break_even
     options = Options(given.bits, given.group_size, even, given.gguf_type, given.converter)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*Sparse (CSR|invariant).*")
-        export(given.source, given.to, given.output, model=given.model, dtype=given.dtype, options=options)
+    export(given.source, given.to, given.output, model=given.model, dtype=given.dtype, options=options)

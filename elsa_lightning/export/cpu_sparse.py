@@ -7,6 +7,7 @@ float32.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,11 @@ class CSRLinear(nn.Module):
         """Return W ``(out, in)`` as torch's sparse tensor, in the same memory."""
         if self._matrix is None or self._matrix.values().data_ptr() != self.values.data_ptr():
             size = (self.out_features, self.in_features)
-            self._matrix = torch.sparse_csr_tensor(
-                self.crow_indices, self.col_indices, self.values, size=size, check_invariants=False
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")  # beta; they were checked
+                self._matrix = torch.sparse_csr_tensor(
+                    self.crow_indices, self.col_indices, self.values, size=size, check_invariants=False
+                )
         return self._matrix
 
     def forward(self, x: Tensor) -> Tensor:

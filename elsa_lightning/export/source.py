@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -155,8 +154,6 @@ def _of_checkpoint(file: Path, name: str | None) -> Source:
     notes = [note for place, (state, of) in enumerate(states) if (note := _settle(model, state, of, place, file))]
     if not states:
         notes = ["The checkpoint has no state of ElsaCallback: its weights are exported as they are."]
-    for note in notes:
-        warnings.warn(note, stacklevel=2)
     given = source.dtype if source.dtype in (torch.bfloat16, torch.float16) else None  # never wider than trained
     dtype = None if given is None else str(given).removeprefix("torch.")
     return Source(model, replace(record, notes=notes, dtype=dtype), model_path(name), file)

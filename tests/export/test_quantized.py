@@ -1,5 +1,6 @@
 """quantized: packed integers whose zeros are zeros, and whose grid is found where there is one."""
 
+import functools
 import importlib.util
 import json
 import subprocess
@@ -124,6 +125,16 @@ def test_a_model_on_the_grid_is_not_rounded_and_another_says_what_it_cost(
     record = json.loads((tmp_path / "w8/elsa.json").read_text())
     assert record["export"]["exact layers"] == 0 and record["export"]["relative change of the logits"] > 0
     assert (tmp_path / "w4/model.safetensors").stat().st_size < (tmp_path / "w8/model.safetensors").stat().st_size
+
+
+def test_a_model_in_several_files_stays_whole(folder: Path, tmp_path: Path) -> None:
+    model = load(folder)
+    model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size="100KB")
+    write_quantized(model, tmp_path, 4, 16)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    where = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert sum(name.endswith("weight_packed") for name in where) == 14
+    assert torch.equal(load_unpacked(tmp_path)(IDS).logits, model(IDS).logits)
 
 
 def test_group_sizes_that_do_not_divide_a_row_are_refused_with_those_that_do(folder: Path, tmp_path: Path) -> None:
