@@ -23,6 +23,7 @@ from torch import nn
 
 from elsa_lightning.callbacks.elsa import ElsaCallback
 from elsa_lightning.callbacks.export import SaveHuggingFace
+from elsa_lightning.callbacks.keep_mask import KeepMask
 from elsa_lightning.callbacks.progress import LineProgress
 from elsa_lightning.callbacks.versions import SaveConfigOnce, claim_versions, unused
 from elsa_lightning.errors import UserError
@@ -71,7 +72,7 @@ class ElsaTrainer(Trainer):
     def memory(self, model: CausalLM, datamodule: LightningDataModule) -> Plan:
         """Return the memory plan of this Trainer's run."""
         precision = str(self.precision)
-        elsa = self.elsa
+        elsa = None if isinstance(self.elsa, KeepMask) else self.elsa  # which keeps one bit a weight
         meta = model.on_meta()
         tokens = 0
         if isinstance(datamodule, CalibrationData):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,18 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elsa_lightning import update as updates
-from elsa_lightning.adapters import has_adapter
 from elsa_lightning.admm import ADMM
-from elsa_lightning.anatomy import examine
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.sharded import exact_dtype, local
 from elsa_lightning.patterns import USUAL, groups_of, satisfied
-from elsa_lightning.selection import ALL_LINEAR, Selection, count_zeros, select
 from elsa_lightning.sets.base import Constraint, Points
+from elsa_lightning.sparse import MIN_SPARSITY, Counted, Kept, check_min_sparsity, some
 from elsa_lightning.tensors import KEYS, MASK, ConstrainedTensor
-
-MIN_SPARSITY = 0.05  # chance and rounding to few bits make less
-_SHOWN = 6  # names in a message
 
 
 @dataclass(frozen=True)
@@ -36,53 +30,6 @@ class Zeros(Constraint):
         """Yield the masks."""
         for point in points:
             yield point.v != 0
-
-
-@dataclass(frozen=True)
-class Counted:
-    """The zeros of one tensor.
-
-    Attributes:
-        name: Of the tensor.
-        zeros: How many.
-        size: Of how many entries.
-        pattern: The tightest of the usual N:M patterns that they form, such as ``2:4``, or None.
-    """
-
-    name: str
-    zeros: int
-    size: int
-    pattern: str | None = None
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What is kept sparse and what is not; its ``str`` says so.
-
-    Attributes:
-        kept: Tensors whose zeros stay.
-        left_alone: Those with too few zeros, which train as they would have.
-    """
-
-    kept: tuple[Counted, ...]
-    left_alone: tuple[Counted, ...]
-
-    def __str__(self) -> str:
-        """Return one line."""
-        zeros, size = sum(t.zeros for t in self.kept), sum(t.size for t in self.kept)
-        count = len(self.kept) + len(self.left_alone)
-        line = (
-            f"{len(self.kept)} of {count} tensors keep {zeros:,} zeros of {size:,} weights ({zeros / max(size, 1):.1%})"
-        )
-        patterns = [t.pattern for t in self.kept if t.pattern is not None]
-        for pattern in sorted(set(patterns)):
-            line += f"; {pattern} in {patterns.count(pattern)} of them"
-        if empty := [t.name for t in self.kept if t.zeros == t.size]:
-            line += f"; nothing but zeros, and so not trained: {_some(empty)}"
-        if self.left_alone:
-            named = _some([f"{t.name} ({t.zeros:,} zeros of {t.size:,})" for t in self.left_alone])
-            line += f"; {len(self.left_alone)} left alone, with too few zeros: {named}"
-        return line
 
 
 class KeptZeros(ADMM):
@@ -101,7 +48,7 @@ class KeptZeros(ADMM):
 
     Args:
         optimizer: Any torch optimizer, or accelerate's or Fabric's wrapper of one.
-        parameters: Which weights, by name; see :func:`sparse_weights`.
+        parameters: Which weights, by name; see :func:`elsa_lightning.sparse.sparse_weights`.
         min_sparsity: Fraction of zeros from which a tensor's are kept; one with fewer is left alone.
         begin: Take the masks now. False where the weights have yet to be loaded; :meth:`begin` takes them then.
         replicas: The processes that train copies of the parameters (DDP), so that they skip a broken step together.
@@ -194,7 +141,7 @@ class KeptZeros(ADMM):
         now = self._count_zeros([self.tensors[name] for name in began])
         lost = {t.name: began[t.name] - zeros for t, zeros in now.items() if zeros < began[t.name]}
         if lost:
-            named = _some([f"{name}: {count:,} of {began[name]:,}" for name, count in lost.items()])
+            named = some([f"{name}: {count:,} of {began[name]:,}" for name, count in lost.items()])
             raise AssertionError(f"zeros were lost although their places are held at 0 ({named})")
 
     def state_dict(self) -> dict[str, Any]:
@@ -307,61 +254,5 @@ class KeptZeros(ADMM):
         return {t: satisfied(dict(zip(names, row, strict=True))) for t, row in zip(tensors, numbers, strict=True)}
 
 
-def sparse_weights(
-    model: nn.Module,
-    targets: Sequence[str] | None = None,
-    ignore: Sequence[str] = (),
-    *,
-    trained: Any = None,
-    min_sparsity: float = MIN_SPARSITY,
-) -> Selection:
-    """Choose the weights whose zeros may be kept.
-
-    Args:
-        model: Any module, with its sparse weights.
-        targets: As in :func:`elsa_lightning.selection.select`. None takes what ``all-linear`` means, and every other
-            matrix, such as an embedding, that has ``min_sparsity`` zeros.
-        ignore: Regular expressions of parameter names whose zeros may be lost.
-        trained: The parameters of the optimizer, where the model has several.
-        min_sparsity: See above.
-
-    Raises:
-        ValueError: A pattern selects nothing; or all weights are frozen, as under an adapter.
-    """
-    found = examine(model)
-    trained = None if trained is None else list(trained)
-    frozen = not any(p.requires_grad for name, p in found.parameters.items() if name not in found.adapters)
-    if frozen and has_adapter(model):
-        raise UserError(
-            "the model trains an adapter alone, and its frozen weights lose no zero: train without KeepMask, and merge "
-            "with elsa_lightning.adapters.merge_and_keep_zeros, which keeps the zeros and says what that costs"
-        )
-    chosen = list(targets or [ALL_LINEAR])
-    if targets is None:
-        known = found.multiply - found.embeddings - found.heads - found.depthwise
-        others = set(found.parameters) - known - found.vectors - found.adapters - set(found.computed)
-        ours = {id(p) for p in (model.parameters() if trained is None else trained)}
-        candidates = {n: p for n, p in found.parameters.items() if n in others and p.requires_grad and id(p) in ours}
-        chosen += [f"^{re.escape(n)}$" for n, p in candidates.items() if _sparse(model, p, min_sparsity)]
-    return select(model, chosen, ignore, trained=trained, quiet=True)
-
-
-def check_min_sparsity(value: float) -> float:
-    """Return a fraction of zeros, or raise UserError if it is none."""
-    if not 0 <= value <= 1:
-        raise UserError(f"min_sparsity must be a fraction of zeros from 0 to 1, such as 0.05, got {value}")
-    return value
-
-
-def _sparse(model: nn.Module, p: nn.Parameter, least: float) -> bool:
-    zeros, size = count_zeros(model, [p])
-    return zeros >= max(1, least * size)
-
-
 def _size(tensor: ConstrainedTensor) -> int:
     return tensor.part.shape.numel()
-
-
-def _some(items: Sequence[str]) -> str:
-    more = len(items) - _SHOWN
-    return ", ".join(items[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

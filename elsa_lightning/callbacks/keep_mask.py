@@ -14,9 +14,10 @@ from elsa_lightning.callbacks.elsa import ElsaCallback
 from elsa_lightning.callbacks.rng import restore_random_states
 from elsa_lightning.callbacks.strategies import check_strategy
 from elsa_lightning.errors import UserError
-from elsa_lightning.keep import MIN_SPARSITY, KeptZeros, Zeros, check_min_sparsity, sparse_weights
+from elsa_lightning.keep import KeptZeros, Zeros
 from elsa_lightning.selection import Selection
 from elsa_lightning.sets import Constraint
+from elsa_lightning.sparse import MIN_SPARSITY, check_min_sparsity, sparse_weights
 
 
 class KeepMask(ElsaCallback):

@@ -13,7 +13,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from elsa_lightning.adapters import has_adapter
 from elsa_lightning.admm import ADMM
 from elsa_lightning.integrations.hf_trainer import ElsaTrainerCallback
-from elsa_lightning.keep import MIN_SPARSITY, KeptZeros, Zeros, check_min_sparsity, sparse_weights
+from elsa_lightning.keep import KeptZeros, Zeros
+from elsa_lightning.sparse import MIN_SPARSITY, check_min_sparsity, sparse_weights
 
 log = logging.getLogger(__name__)
 

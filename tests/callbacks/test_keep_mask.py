@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import LearningRateFinder, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.precision import MixedPrecision
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from elsa_lightning import KeepMask, KeptZeros
-from elsa_lightning.keep import sparse_weights
+from elsa_lightning import NM, CalibrationData, CausalLM, ElsaCallback, KeepMask, KeptZeros, sparsity
+from elsa_lightning.callbacks import SaveHuggingFace
+from elsa_lightning.inspection import TensorZeros
+from elsa_lightning.sparse import sparse_weights
 from tests.callbacks.tiny import WIDTH, At, Net, adam8bit, assert_same, every_step, load, loader, make_trainer
 
 FRAGMENT = Path(__file__).parents[2] / "callbacks/keep_mask.yaml"
@@ -55,9 +58,9 @@ def prune(model: Any) -> None:
 class Sparse(Net):
     """A net that is pruned already, with a dense layer beside it."""
 
-    def __init__(self, optimizer: str = "adamw", manual: bool = False) -> None:
+    def __init__(self, optimizer: str = "adamw", manual: bool = False, lr: float | None = None) -> None:
         super().__init__("adam", manual=manual)
-        self.kind = optimizer
+        self.kind, self.lr = optimizer, lr
         self.norms: list[float] = []
         prune(self)
         self.dense = nn.Linear(WIDTH, WIDTH)
@@ -66,7 +69,10 @@ class Sparse(Net):
         return super().loss(batch) + self.dense(batch).square().mean()
 
     def configure_optimizers(self) -> Any:
-        return OPTIMIZERS[self.kind](self.parameters())
+        optimizer = OPTIMIZERS[self.kind](self.parameters())
+        if self.lr is not None:  # which a finder sets
+            optimizer.param_groups[0]["lr"] = self.lr
+        return optimizer
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.norms.append(float(nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])))
@@ -296,3 +302,27 @@ class Data(LightningDataModule):
 
     def train_dataloader(self) -> Any:
         return loader()
+
+
+def test_pruned_saved_measured_fine_tuned_and_saved_again(
+    tiny_llama: str, text_file: Path, token_cache: str, tmp_path: Path
+) -> None:
+    def run(model: str, name: str, callback: Any) -> dict[str, TensorZeros]:
+        seed_everything(1, verbose=False)
+        data = CalibrationData(str(text_file), tokenizer=model, seq_len=32, batch_size=4, eval_segments=4,
+                               cache_dir=token_cache)  # fmt: skip
+        trainer = make_trainer(tmp_path, callback, SaveHuggingFace(str(tmp_path / name)), max_steps=6)
+        trainer.fit(CausalLM(model), data)
+        return {t.name: t for t in sparsity(tmp_path / name).tensors}
+
+    pruned = run(tiny_llama, "pruned", ElsaCallback(constraint=NM(2, 4)))
+    tuned = run(str(tmp_path / "pruned"), "tuned", KeepMask())
+    assert pruned.keys() == tuned.keys()
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "tuned"))
+    for name, t in pruned.items():
+        assert not after[name][before[name] == 0].any() and not torch.equal(before[name], after[name]), name
+        assert tuned[name].pattern == t.pattern == ("2:4" if "proj" in name else None)
+
+
+def test_a_learning_rate_finder_leaves_the_zeros_alone(tmp_path: Path) -> None:
+    assert_zeros_kept(fit(tmp_path, LearningRateFinder(num_training_steps=5), net={"lr": 1e-3}))
