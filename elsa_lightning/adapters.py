@@ -91,7 +91,7 @@ def merge_and_keep_zeros(model: Any, loss: Callable[[nn.Module], float] | None =
         added += at_zeros + float((p[mask].float() - former[1].float()).square().sum())
         p.masked_fill_(~mask, 0)
     if kept:
-        raise RuntimeError(f"merging renamed {', '.join(kept)}, whose zeros are filled now")
+        raise UserError(f"merging renamed {', '.join(kept)}, whose zeros are filled now")
     line = f"Merged under the mask: {lost / added if added else 0:.1%} of what the adapter adds (squared) was at zeros"
     if loss is not None and before is not None:
         after = float(loss(whole))

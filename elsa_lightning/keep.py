@@ -126,7 +126,7 @@ class KeptZeros(ADMM):
             resumable: Makes no difference: a run can always go on.
 
         Raises:
-            AssertionError: Some are lost.
+            UserError: Some are lost.
         """
         super().finish()
         self.check()
@@ -135,14 +135,14 @@ class KeptZeros(ADMM):
         """Count the zeros of the weights again.
 
         Raises:
-            AssertionError: A tensor has fewer than it began with.
+            UserError: A tensor has fewer than it began with.
         """
         began = {t.name: t.zeros for t in self.kept.kept}
         now = self._count_zeros([self.tensors[name] for name in began])
         lost = {t.name: began[t.name] - zeros for t, zeros in now.items() if zeros < began[t.name]}
         if lost:
             named = some([f"{name}: {count:,} of {began[name]:,}" for name, count in lost.items()])
-            raise AssertionError(f"zeros were lost although their places are held at 0 ({named})")
+            raise UserError(f"zeros were lost although their places are held at 0 ({named})")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scalars, and which tensors are kept sparse; the masks are in the optimizer's state."""

@@ -103,7 +103,7 @@ class KeepMask(ElsaCallback):
         """Count the zeros, after what other hooks moved is 0 again.
 
         Raises:
-            AssertionError: Some are lost.
+            UserError: Some are lost.
         """
         self._hold(trainer)
         self.keep.check()

@@ -91,7 +91,7 @@ class KeepMaskTrainerCallback(ElsaTrainerCallback):
         """Put back zeros that something else moved, with a warning, and count them all.
 
         Raises:
-            AssertionError: Some are lost.
+            UserError: Some are lost.
         """
         self.keep.finish()
         self._detach()

@@ -223,7 +223,7 @@ def test_a_lost_zero_is_an_error_at_the_end(tmp_path: Path) -> None:
         with torch.no_grad():
             tensor.p[0] = 1.0
 
-    with pytest.raises(AssertionError, match=r"zeros were lost .*layers.0.weight: \d+ of"):
+    with pytest.raises(ValueError, match=r"zeros were lost .*layers.0.weight: \d+ of"):
         fit(tmp_path, At(8, lose), keep=keep)
 
 
