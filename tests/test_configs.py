@@ -60,8 +60,8 @@ def test_sparsity_can_be_overridden_on_the_command_line(config: Path) -> None:
 @pytest.mark.parametrize(
     "config", [ROOT / f"configs/{n}.yaml" for n in ("elsa", "elsa_l", "shrink", "pretrain")], ids=name
 )
-def test_offline_configs_name_nothing_on_a_hub(stem: str) -> None:
-    cli = built(ROOT / f"configs/{stem}.yaml")
+def test_offline_configs_name_nothing_on_a_hub(config: Path) -> None:
+    cli = built(config)
     assert Path(cli.model.path, "tokenizer.json").is_file()
     assert cli.datamodule.tokenizer == cli.model.path
     assert {cli.datamodule.source.name, cli.datamodule.eval_source.name} == {"pydocs"}

@@ -145,7 +145,7 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
             self._say_late(state)
         callbacks: Any = state.stateful_callbacks  # where the Trainer looks at a save, also on another run's way
         callbacks.setdefault(type(self).__name__, self.state())
-        self._global_step = state.global_step
+        self._global_step, self._counts = state.global_step, self.admm.frozen
         self._count_from_here(state)
         self._hook = model.register_state_dict_pre_hook(self._before_saving)  # type: ignore[no-untyped-call]
         for level, line in said if state.is_world_process_zero else ():
