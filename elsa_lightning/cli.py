@@ -87,6 +87,7 @@ class ElsaTrainer(Trainer):
             autocast=precision.endswith("-mixed"),
             targets=elsa.targets if elsa else (),
             ignore=elsa.ignore if elsa else (),
+            constraint=elsa.constraint if elsa else None,
             state_dtype=elsa.state_dtype if elsa else None,
             teacher=model.distillation > 0,
             tokens=tokens,

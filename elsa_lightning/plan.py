@@ -16,6 +16,7 @@ from elsa_lightning.layout.lowbit import BLOCK, StateDtype
 from elsa_lightning.layout.rows import PIECE
 from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.selection import ALL_LINEAR, select
+from elsa_lightning.sets import Constraint
 
 _LARGE = 1 << 16  # entries from which an optimizer's state is taken to grow in proportion
 _PROJECTION = 32  # bytes an entry of a piece: v, score, magnitude, their bits, bins, masks
@@ -93,6 +94,7 @@ def plan(
     autocast: bool = False,
     targets: Sequence[str] = (ALL_LINEAR,),
     ignore: Sequence[str] = (),
+    constraint: Constraint | None = None,
     state_dtype: StateDtype | None = "float32",
     teacher: bool = False,
     tokens: int = 0,
@@ -107,6 +109,7 @@ def plan(
         autocast: Whether computations run in bfloat16 on weights of ``dtype``.
         targets: As in :func:`elsa_lightning.selection.select`.
         ignore: Likewise.
+        constraint: The set, which may constrain fewer of them; None plans for all that are selected.
         state_dtype: Of Elsa's state; None plans without Elsa.
         teacher: Whether a bfloat16 copy of the dense model is kept for distillation.
         tokens: Tokens a batch on a device.
@@ -115,6 +118,8 @@ def plan(
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
     selection = select(model, targets, ignore, quiet=True) if state_dtype is not None else None
+    if selection is not None and constraint is not None:
+        selection = selection.within(constraint.fitted(model))
     chosen = selection.parameters.values() if selection is not None else ()
     width = dtype.itemsize
 

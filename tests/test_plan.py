@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
-from elsa_lightning import ADMM, CausalLM, Unstructured
+from elsa_lightning import ADMM, CausalLM, Heads, Neurons, Unstructured
 from elsa_lightning.cli import main
+from elsa_lightning.errors import UserError
 from elsa_lightning.optim.adam8bit import Adam8bit
 from elsa_lightning.plan import plan
 from elsa_lightning.selection import select
@@ -137,6 +138,15 @@ def test_sharding_divides_all_but_activations_and_one_block() -> None:
     assert 0 < less.activations < planned.activations
     more = plan(model, OPTIMIZERS["Adam"], teacher=True)
     assert sum(more.exact.values()) - sum(planned.exact.values()) == 2 * planned.parameters
+
+
+def test_a_set_of_units_takes_state_for_their_output_weights_alone() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(SIZES["small"])
+    planned = plan(model, OPTIMIZERS["Adam"], constraint=Neurons(0.5))
+    assert planned.constrained == 2 * 256 * 768
+    with pytest.raises(UserError, match=r"possible fractions are 0, 0\.5, 0\.75"):
+        plan(model, OPTIMIZERS["Adam"], constraint=Heads(0.25))
 
 
 def test_the_command_loads_no_weights_and_says_whether_it_fits(
