@@ -39,12 +39,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build(shape: str) -> Any:
-    """Return a random Llama of a shape, float32."""
+def build(shape: str, layers: int | None) -> Any:
+    """Return a random Llama of a shape, float32, with as many layers as that or as told."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, max_position_embeddings=1024, eos_token_id=None)
+    config = LlamaConfig(
+        **(SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})),
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+        eos_token_id=None,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -110,6 +115,7 @@ def variants(dense: Any, sparsities: list[float], break_even: float, prompt: tor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="wide")
+    parser.add_argument("--layers", type=int, help="other than the shape has")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
     parser.add_argument(
         "--break-even", type=float, default=0.0, help="layers with fewer zeros stay dense (default: none)"
@@ -124,7 +130,7 @@ def main() -> None:
     given.clock = given.clock or ("cpu" if given.threads == 1 else "wall")
     torch.set_num_threads(given.threads)
     prompt = torch.randint(5, 500, (1, given.prompt), generator=torch.Generator().manual_seed(2))
-    models = variants(build(given.shape), given.sparsity, given.break_even, prompt)
+    models = variants(build(given.shape, given.layers), given.sparsity, given.break_even, prompt)
     clock = time.process_time if given.clock == "cpu" else time.perf_counter
     first: dict[str, list[float]] = {name: [] for name in models}
     each: dict[str, list[float]] = {name: [] for name in models}
@@ -135,10 +141,11 @@ def main() -> None:
             each[name] += steps
     typical = {name: (statistics.median(first[name]), statistics.median(each[name])) for name in models}
     load = os.getloadavg()[0]
+    layers = f" of {given.layers} layers" if given.layers else ""
     print(
-        f"{given.shape}, {given.threads} thread(s), prompt of {given.prompt}, {given.tokens} tokens, "
-        f"{given.rounds} rounds, {given.clock} time; load {load:.1f} on {os.cpu_count()} cores; tokens of sparse and "
-        f"dense models are equal"
+        f"{given.shape}{layers}, {given.threads} thread(s), prompt of {given.prompt}, {given.tokens} tokens, "
+        f"{given.rounds} rounds, {given.clock} time; load {load:.1f} on {os.cpu_count()} cores; sparse and dense "
+        f"models' tokens are equal"
     )
     print(f"{'':18}{'tokens/s':>10}{'× float32':>11}{'× bfloat16':>12}{'first token, ms':>17}{'weights, MB':>13}")
     for name, (begun, step) in typical.items():
@@ -146,7 +153,13 @@ def main() -> None:
         size = megabytes(models[name])
         print(f"{name:18}{1 / step:>10.1f}{ratios[0]:>11.2f}{ratios[1]:>12.2f}{begun * 1e3:>17.0f}{size:>13.0f}")
         if given.json is not None:
-            row = {"shape": given.shape, "threads": given.threads, "variant": name, "tokens_per_second": 1 / step}
+            row = {
+                "shape": given.shape,
+                "layers": given.layers,
+                "threads": given.threads,
+                "variant": name,
+                "tokens_per_second": 1 / step,
+            }
             row |= {
                 "first_token_seconds": begun,
                 "clock": given.clock,
