@@ -32,8 +32,10 @@ __all__ = [
     "KeptZeros",
     "Layers",
     "Neurons",
+    "Quantized",
     "Unstructured",
     "Width",
+    "project",
     "shrink",
     "sparsity",
 ]
@@ -52,8 +54,10 @@ _HOMES = {
     "Layers": "sets",
     "NM": "sets",
     "Neurons": "sets",
+    "Quantized": "sets",
     "Unstructured": "sets",
     "Width": "sets",
+    "project": "oneshot",
     "shrink": "slicing",
     "sparsity": "inspection",
 }

@@ -14,7 +14,7 @@ and one mask ``elsa_mask`` in ``optimizer.state[p]`` replace z, u and the former
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.optim.rounding import WeightRounding
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.sets.base import Constraint
-from elsa_lightning.tensors import KEYS, MASK, REMOVED, SCALE, SPLIT, ConstrainedTensor
+from elsa_lightning.tensors import KEYS, MASK, NUMBERS, REMOVED, SCALE, SPLIT, ConstrainedTensor
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class ADMM:
         ValueError: A parameter is not the optimizer's or cannot be in the set, or an argument is out of range.
     """
 
-    _room: Collection[str] = (SPLIT, SCALE, MASK)  # what a distributed checkpoint that is loaded may have
+    _room: Collection[str] = (SPLIT, SCALE, MASK, NUMBERS)  # what a distributed checkpoint that is loaded may have
 
     def __init__(
         self,
@@ -241,7 +241,20 @@ class ADMM:
         if self._waiting and (late := self.tensors.agreed([tensor.stepped for tensor in self._waiting], self._waiting)):
             self._waiting = [tensor for tensor in self._waiting if tensor not in late]
             self._project_in_place(late, resumable=False)
-        updates.hold(self.tensors.holding(MASK), self._copies)
+            for tensor in late if self.constraint.fixes_values and not self.finished else ():
+                tensor.allocate(SPLIT, SCALE)
+        forgets: dict[int, Tensor] = {}
+        if self.constraint.fixes_values and not self.finished:
+            start = self.schedule.freeze_step(self.total_steps)
+            progress = min(1.0, (self.step - start) / max(1, self.total_steps - start))
+            places = self.tensors.places
+            remembering = {places[tensor.p]: tensor for tensor in self.tensors.holding(SPLIT)}
+            forgets = self.form.forgets(self.optimizer, remembering, max(0.0, progress))
+        self._hold(self._seeds_of(_OF_STEPS), forgets)
+
+    def _hold(self, seed: Callable[[nn.Parameter], int] | None, forgets: Mapping[int, Tensor]) -> None:
+        masked = self.tensors.holding(MASK)
+        updates.hold(self.constraint, masked, self.tensors.places, self._copies, seed, forgets)
 
     def _noise(self, layout: Rows, rows: slice, p: nn.Parameter) -> Tensor:
         return layout.noise(rows, self._seed(p, _OF_WEIGHTS))
@@ -304,8 +317,8 @@ class ADMM:
             )  # fmt: skip
 
     def _freeze(self) -> None:
-        """Fix the mask, make the zeros exact, and release the split."""
-        updates.fix(self.tensors.holding(MASK))
+        """Fix the mask, make the zeros exact, and release the split where it is of no more use."""
+        updates.fix(self.constraint, self.tensors.holding(MASK))
         self._begin_frozen("frozen")
         self.hold()
 
@@ -354,20 +367,21 @@ class ADMM:
         return None
 
     def stray(self) -> int:
-        """Return how many entries of this process were cut and are not 0: something moved them since.
+        """Return how many entries of this process are not as the set has them any more: something moved them since.
 
         While the mask still moves that is 0, and so it is of a set that fixes values while the run is suspended.
         """
         if self.frozen:
-            return updates.stray(self.tensors.holding(MASK), suspended=False)
-        removed = [] if self.constraint.fixes_values else self.tensors.holding(REMOVED)
-        return updates.stray(removed, suspended=True) if self.suspended else 0
+            return updates.stray(self.constraint, self.tensors.holding(MASK), self.tensors.places, suspended=False)
+        if not self.suspended or self.constraint.fixes_values:
+            return 0
+        return updates.stray(self.constraint, self.tensors.holding(REMOVED), self.tensors.places, suspended=True)
 
     @torch.no_grad()
     def hold(self) -> None:
         """Put the zeros back where the mask is fixed, or the run suspended, and somebody moved the weights."""
         if self.frozen:
-            updates.hold(self.tensors.holding(MASK), self._copies)
+            self._hold(None, {})
         elif self.suspended and not self.constraint.fixes_values:
             updates.cut_again(self.tensors.holding(REMOVED))
 
@@ -386,7 +400,7 @@ class ADMM:
         # state put in before the optimizer's own breaks its set-up
         keeps = resumable or tensor.stepped or self.tensors.flat
         place = self.tensors.places[tensor.p]
-        updates.cut(self.constraint, tensor, place, packed, keeps=keeps, resumable=resumable)
+        updates.cut(self.constraint, tensor, place, packed, self.importance, keeps=keeps, resumable=resumable)
 
     @torch.no_grad()
     def resume(self) -> None:

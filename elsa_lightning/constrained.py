@@ -74,7 +74,11 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
         if is_transposed(p):
             rows, columns = columns, rows
         rows, columns = rows or part.shape[-2], columns or part.shape[-1]
-        if part.start is not None and rows * columns > 1:
+        shared = constraint.shared(name)
+        if shared is not None:
+            high, wide = reversed(shared) if is_transposed(p) else shared
+            shared = (high or part.shape[-2], wide or part.shape[-1])
+        if part.start is not None and (rows * columns > 1 or shared is not None):
             raise UserError(
                 f"{name}: {type(constraint).__name__} keeps {rows} × {columns} entries together, and flat slices "
                 f"(FSDP1) cut anywhere: shard the model with ModelParallelStrategy (FSDP2)"
@@ -85,7 +89,7 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
                 f"these must be a multiple of {BLOCK}: shard the model with ModelParallelStrategy (FSDP2)"
             )
         check_grain(name, p, rows, math.lcm(columns, BLOCK if self.state_dtype == "float8_e4m3fn" else 8))
-        return ConstrainedTensor(name, p, part, self.optimizer, self.state_dtype, rows)
+        return ConstrainedTensor(name, p, part, self.optimizer, self.state_dtype, rows, shared)
 
     def __getitem__(self, name: str) -> ConstrainedTensor:
         return self._tensors[name]

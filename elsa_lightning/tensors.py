@@ -25,8 +25,9 @@ from elsa_lightning.sets.base import Point
 SPLIT = "elsa_split"  # s = z − u; with weights that stay on the set −u alone
 SCALE = SPLIT + "_scale"  # of float8 blocks
 MASK = "elsa_mask"  # one bit a weight, 1 where it is kept
+NUMBERS = "elsa_numbers"  # what the set chose for each group of weights, such as the scale of its grid
 REMOVED = "elsa_removed"  # what finish(resumable=True) took off the weights
-KEYS = (SPLIT, SCALE, MASK, REMOVED)
+KEYS = (SPLIT, SCALE, MASK, NUMBERS, REMOVED)
 DENSE = (MASK, SPLIT, REMOVED)  # what FSDP1 saves
 
 
@@ -40,11 +41,14 @@ class ConstrainedTensor:
         optimizer: Who trains it and keeps its state.
         state_dtype: What the split is kept in.
         grain: Rows that no piece cuts.
+        shared: Rows × columns for which the set chooses one number; None if it chooses none.
     """
 
     def __init__(
-        self, name: str, p: nn.Parameter, part: Part, optimizer: Optimizer, state_dtype: StateDtype, grain: int = 1
-    ) -> None:
+        self, name: str, p: nn.Parameter, part: Part, optimizer: Optimizer, state_dtype: StateDtype, grain: int = 1,
+        shared: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
+        self.shared = shared
         self.name, self.p, self.part, self.optimizer, self.state_dtype = name, p, part, optimizer, state_dtype
         x = local(p)
         if not _in_rows(x, part):
@@ -82,7 +86,8 @@ class ConstrainedTensor:
             v: Their x + u.
             importance: Their F̂.
         """
-        return Point(v, importance, index, self.name, piece, self.layout)
+        numbers = self.numbers(piece.rows) if self.has(NUMBERS) else None
+        return Point(v, importance, index, self.name, piece, self.layout, numbers, self.p.dtype)
 
     @property
     def stepped(self) -> bool:
@@ -169,6 +174,12 @@ class ConstrainedTensor:
         if scale is not None:
             layout.groups(self.state[SCALE], rows, each).copy_(scale)
 
+    def numbers(self, rows: slice) -> Tensor:
+        """Return the numbers of the groups of rows, in the same memory."""
+        assert self.shared is not None
+        each = self.shared[0]
+        return self.layout.take(self.state[NUMBERS], slice(rows.start // each, -(-rows.stop // each)))
+
     def removed(self, rows: slice) -> Tensor:
         """Return rows of what was taken off the weights, 0 where nothing was."""
         return self.layout.take(self.state[REMOVED], rows)
@@ -182,9 +193,13 @@ class ConstrainedTensor:
         for key in keys:
             if key in self.state or (key == SCALE and self.state_dtype != "float8_e4m3fn"):
                 continue
+            if key == NUMBERS and self.shared is None:
+                continue
             each, dtype = self._kinds[key]
-            empty = torch.zeros(self.layout.room(each), dtype=dtype, device=self.layout.device)
-            self.optimizer.state[self.p][key] = laid_out_like(self.p, empty, -(-self.part.shape[-1] // each))
+            rows = self.shared[0] if key == NUMBERS and self.shared is not None else 1
+            empty = torch.zeros(self.layout.room(each, rows), dtype=dtype, device=self.layout.device)
+            whole = self.part.shape
+            self.optimizer.state[self.p][key] = laid_out_like(self.p, empty, -(-whole[-1] // each), whole[-2] // rows)
 
     @property
     def _kinds(self) -> dict[str, tuple[int, torch.dtype]]:
@@ -195,6 +210,7 @@ class ConstrainedTensor:
             SPLIT: (1, dtypes[self.state_dtype]),
             SCALE: (BLOCK, torch.int8),
             MASK: (8, torch.uint8),
+            NUMBERS: (1 if self.shared is None else self.shared[1], torch.bfloat16),
             REMOVED: (1, self.p.dtype),
         }
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elsa_lightning.forms import Form, Sums
+from elsa_lightning.forms.on_set import on_values
 from elsa_lightning.layout.sharded import Processes, exact_dtype, local
 from elsa_lightning.sets.base import Constraint, Point, Points, project
-from elsa_lightning.tensors import KEYS, MASK, REMOVED, SCALE, SPLIT, ConstrainedTensor
+from elsa_lightning.tensors import KEYS, MASK, NUMBERS, REMOVED, SCALE, SPLIT, ConstrainedTensor
 from elsa_lightning.watch import Stationarity, Update
 
 Value = Callable[[ConstrainedTensor, slice], Tensor]
@@ -65,6 +67,19 @@ def decide(constraint: Constraint, points: LivePoints) -> list[Tensor]:
     return packed
 
 
+def fit(constraint: Constraint, points: LivePoints, packed: Sequence[Tensor]) -> None:
+    """Choose the numbers that groups of entries share, for the supports decided; v does not depend on them."""
+    for index, tensor in enumerate(points.tensors):
+        if tensor.shared is None:
+            continue
+        tensor.allocate(NUMBERS)
+        for piece in tensor.pieces():
+            rows = piece.rows
+            v, importance = points.value(tensor, rows), points.importance(tensor, rows)
+            z = v.masked_fill(~tensor.unpacked(packed[index], rows), 0)
+            tensor.numbers(rows).copy_(constraint.fit(z, tensor.point(index, piece, v, importance)))
+
+
 def dual_sum(form: Form, tensor: ConstrainedTensor, rows: slice) -> Tensor:
     """v = x + u."""
     x = tensor.x(rows)
@@ -91,12 +106,13 @@ def update(
         seed: Of the rounding of a tensor's split.
     """
     packed = decide(constraint, points)
+    fit(constraint, points, packed)
     fresh = [not tensor.has(SPLIT) for tensor in points.tensors]
     sums = _count(form, constraint, points, packed, places, count)
-    sums[:, 10] = form.seen(count, points.device)
+    sums[:, 10:] = form.seen(count, points.device)
     points.add(sums)
-    kept, former, z2, memory, cut, entries, steps = sums[:, 4:].unbind(1)
-    factors = form.factors(Sums(entries, kept, former, z2, memory, cut, steps), rescale, penalty, span)
+    kept, former, z2, memory, cut, entries, steps, inner = sums[:, 4:].unbind(1)
+    factors = form.factors(Sums(entries, kept, former, z2, memory, cut, steps, inner), rescale, penalty, span)
     for index, tensor in enumerate(points.tensors):
         for piece in tensor.pieces():  # v, before the mask that it is made with changes
             rows = piece.rows
@@ -124,9 +140,9 @@ def update(
 def _count(
     form: Form, constraint: Constraint, points: LivePoints, packed: Sequence[Tensor], places: Sequence[int], count: int
 ) -> Tensor:
-    """Return what an update will change, of each tensor, on this process, ``(tensors, 11)``; the last is left 0."""
-    # ‖x − z‖², ‖x‖², ‖z − z_before‖², flips, kept, formerly kept, Σ z², Σ u², Σ (v − z)², entries
-    sums = torch.zeros(count, 11, dtype=exact_dtype(points.device), device=points.device)
+    """Return what an update will change, of each tensor, on this process, ``(tensors, 12)``, the last two 0."""
+    # ‖x − z‖², ‖x‖², ‖z − z_before‖², flips, kept, formerly kept, Σ z², Σ u² before and after, entries
+    sums = torch.zeros(count, 12, dtype=exact_dtype(points.device), device=points.device)
     for index, tensor in enumerate(points.tensors):
         fresh = not tensor.has(SPLIT)
         for piece in tensor.pieces() if tensor.part.counts else ():
@@ -138,7 +154,7 @@ def _count(
             numbers = [
                 (x - z).square().sum(), x.to(v.dtype).square().sum(), (z - before).square().sum(),
                 (mask ^ former).sum(), mask.sum(), former.sum(), z.square().sum(),
-                v.masked_fill(former, 0).square().sum(), (v - z).square().sum(),
+                v.masked_fill(former, 0).square().sum(), v.masked_fill(mask, 0).square().sum(),
                 torch.full((), mask.numel(), device=v.device),
             ]  # fmt: skip
             sums[places[index], :10] += torch.stack([number.to(sums.dtype) for number in numbers])
@@ -191,7 +207,8 @@ def stationarity(
         for piece in tensor.pieces() if tensor.part.counts else ():
             rows = piece.rows
             y, mask = forward(tensor, rows), tensor.unpacked(packed[index], rows)
-            z = project(constraint, y, mask, tensor.point(index, piece, y))
+            point = replace(tensor.point(index, piece, y, importance(tensor, rows)), numbers=None)  # fits its own
+            z = project(constraint, y, mask, point)
             x = tensor.x(rows).float()
             numbers = [(x - z).square().sum(), x.square().sum(), (mask & ~tensor.mask(rows)).sum()]
             found += torch.stack([number.to(found.dtype) for number in numbers])
@@ -201,8 +218,29 @@ def stationarity(
     )
 
 
-def hold(tensors: Sequence[ConstrainedTensor], copies: Collection[str]) -> None:
-    """Put the zeros back that a step on a fixed mask disturbed, in the optimizer's own copies of the weights too."""
+def hold(
+    constraint: Constraint, tensors: Sequence[ConstrainedTensor], places: Mapping[nn.Parameter, int],
+    copies: Collection[str],    seed: Callable[[nn.Parameter], int] | None, forgets: Mapping[int, Tensor],
+) -> None:  # fmt: skip
+    """Put the zeros and values back that a step on a fixed mask disturbed, in the optimizer's own copies the zeros too.
+
+    Args:
+        constraint: The set.
+        tensors: Those with a mask.
+        places: Of the parameters among all.
+        copies: The optimizer's copies of the weights.
+        seed: Of the rounding of a parameter's split, where what the values do not hold of a step is to be remembered;
+            None where no step was made.
+        forgets: What that memory loses, by the place of a tensor; see :meth:`Form.forgets`.
+    """
+    for tensor in tensors if constraint.fixes_values else ():
+        for piece in tensor.pieces():
+            remembers = seed is not None and tensor.has(SPLIT)
+            split = tensor.split(piece.rows) if remembers else tensor.x(piece.rows).new_zeros(())
+            place = places[tensor.p]
+            split = on_values(constraint, place, tensor, piece, split, forgets.get(place) if remembers else None)
+            if seed is not None and remembers:
+                tensor.set_split(piece.rows, split, seed(tensor.p))
     for tensor in tensors:
         others = [local(tensor.state[key]) for key in copies if key in tensor.state]
         for rows, *_ in tensor.pieces():
@@ -248,34 +286,50 @@ def _is_like_weights(tensor: ConstrainedTensor, key: str) -> bool:
     return local(value).shape == local(tensor.p).shape
 
 
-def stray(tensors: Sequence[ConstrainedTensor], suspended: bool) -> int:
-    """Return how many entries of this process that were cut are not 0.
+def stray(
+    constraint: Constraint, tensors: Sequence[ConstrainedTensor], places: Mapping[nn.Parameter, int], suspended: bool
+) -> int:
+    """Return how many entries of this process that were cut are not 0, or that were kept have none of the set's values.
 
     Args:
+        constraint: The set.
         tensors: Those with a mask, or with what was removed.
+        places: Of the parameters among all.
         suspended: Whether what was cut is told by what was removed.
     """
     if not tensors:
         return 0
     count = torch.zeros((), dtype=torch.int64, device=tensors[0].p.device)
     for tensor in tensors:
-        for rows, *_ in tensor.pieces():
-            cut = tensor.removed(rows) != 0 if suspended else ~tensor.mask(rows)
-            count += (cut & (tensor.x(rows) != 0)).sum()
+        for piece in tensor.pieces():
+            x = tensor.x(rows := piece.rows)
+            if constraint.fixes_values:
+                count += (
+                    x != project(constraint, x, tensor.mask(rows), tensor.point(places[tensor.p], piece, x))
+                ).sum()
+            else:
+                count += ((tensor.removed(rows) != 0 if suspended else ~tensor.mask(rows)) & (x != 0)).sum()
     return int(count)
 
 
-def fix(tensors: Sequence[ConstrainedTensor]) -> None:
-    """Make the zeros of the masks exact, whatever the weights are, and release the split."""
+def fix(constraint: Constraint, tensors: Sequence[ConstrainedTensor]) -> None:
+    """Make the zeros of the masks exact, whatever the weights are, and release the split.
+
+    Where the set fixes values the split goes on to remember what these do not hold of a step.
+    """
     for tensor in tensors:
         for rows, *_ in tensor.pieces():
-            tensor.x(rows).masked_fill_(~tensor.mask(rows), 0)
-        tensor.release(SPLIT, SCALE)
+            off = ~tensor.mask(rows)
+            tensor.x(rows).masked_fill_(off, 0)
+            if constraint.fixes_values and tensor.has(SPLIT):
+                tensor.set_split(rows, tensor.split(rows).masked_fill(off, 0), seed=0)  # rounds nothing
+        if not constraint.fixes_values:
+            tensor.release(SPLIT, SCALE)
 
 
 def cut(
-    constraint: Constraint, tensor: ConstrainedTensor, place: int, packed: Tensor | None, *, keeps: bool,
-    resumable: bool,
+    constraint: Constraint, tensor: ConstrainedTensor, place: int, packed: Tensor | None, importance: Importance, *,
+    keeps: bool, resumable: bool,
 ) -> None:  # fmt: skip
     """x ← Π_S(x) of one tensor.
 
@@ -284,15 +338,22 @@ def cut(
         tensor: Which.
         place: Of it among all.
         packed: The mask; None takes the tensor's own.
+        importance: F̂ of some rows, for numbers that the set has yet to choose.
         keeps: Whether the mask, or what is removed, is kept in the state.
         resumable: Keep what is removed, for :func:`restore`, not the mask.
     """
-    tensor.allocate(*[REMOVED if resumable else MASK] * keeps)
+    chosen = tensor.has(NUMBERS)
+    tensor.allocate(*([REMOVED] if resumable else [MASK, NUMBERS]) * keeps)
     for piece in tensor.pieces():
         rows = piece.rows
         x = tensor.x(rows)
         mask = tensor.mask(rows) if packed is None else tensor.unpacked(packed, rows)
-        z = project(constraint, x, mask, tensor.point(place, piece, x))
+        point = tensor.point(place, piece, x, None if chosen else importance(tensor, rows))
+        if tensor.shared is not None and not chosen:
+            point = replace(point, numbers=constraint.fit(x.masked_fill(~mask, 0), point))
+            if keeps and not resumable and point.numbers is not None:
+                tensor.numbers(rows).copy_(point.numbers)
+        z = project(constraint, x, mask, point)
         if resumable:
             tensor.set_removed(rows, torch.where(x == z, 0, x))
         elif keeps:
@@ -314,6 +375,8 @@ def restore(tensors: Sequence[ConstrainedTensor]) -> None:
 def reopen(form: Form, tensors: Sequence[ConstrainedTensor], seed: Callable[[ConstrainedTensor], int]) -> None:
     """Let masks that were fixed move again, without a dual."""
     for tensor in tensors:
+        if tensor.has(SPLIT):  # it remembers what the set's values did not hold
+            continue
         tensor.allocate(SPLIT, SCALE)
         for rows, *_ in tensor.pieces():
             tensor.set_split(rows, form.reopen(tensor, rows), seed(tensor))

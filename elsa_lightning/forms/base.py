@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,8 @@ class Sums:
         z: Σ z².
         memory: Σ u² over what was not kept, before the update.
         cut: Σ (v − z)², the memory after it.
-        steps: Σ d² of the optimizer's step just before it, where :meth:`Form.seen` measured it.
+        steps: Σ d² of the optimizer's step just before it, off the former mask, where :meth:`Form.seen` measured it.
+        inner: The same on the mask, where the set fixes values.
     """
 
     entries: Tensor
@@ -59,6 +60,7 @@ class Sums:
     memory: Tensor
     cut: Tensor
     steps: Tensor
+    inner: Tensor
 
 
 class Form(ABC):
@@ -110,8 +112,22 @@ class Form(ABC):
         """Return z of the last update, as the steps since have left it; what the mask does not keep is no matter."""
 
     def seen(self, count: int, device: torch.device) -> Tensor:
-        """Return what this process saw of the step before an update, ``(tensors,)``; see :class:`Sums`."""
-        return torch.zeros(count, device=device)
+        """Return what this process saw of the step before an update, ``(tensors, 2)``, as in :class:`Sums`."""
+        return torch.zeros(count, 2, device=device)
+
+    def forgets(
+        self, optimizer: Optimizer, tensors: Mapping[int, ConstrainedTensor], progress: float
+    ) -> dict[int, Tensor]:
+        """Return what memory below the resolution of the set's values loses in a step on a fixed mask, by place.
+
+        That is a share of it, times the distance of neighbouring values; nothing for those that forget nothing.
+
+        Args:
+            optimizer: Which stepped.
+            tensors: By their place among all.
+            progress: How much of the frozen phase is over.
+        """
+        return {}
 
     def factors(self, sums: Sums, rescale: float, penalty: float, span: int) -> Tensor:
         """Return what the dual of each tensor is multiplied with at an update, ``(tensors,)``.

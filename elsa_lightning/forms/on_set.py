@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.forms.base import Form, Step, Sums, relative_rates
+from elsa_lightning.layout.rows import Piece
 from elsa_lightning.layout.sharded import exact_dtype
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.sets.base import Constraint, project
@@ -41,17 +44,18 @@ class OnSet(Form):
                 d = x.masked_fill(mask, 0)
                 if step.updates:
                     self.watch(index, tensor, d)
+                if step.updates and step.constraint.fixes_values:  # all that is not a value is of this step
+                    moved = x.masked_fill(~mask, 0)
+                    at = project(step.constraint, moved, mask, tensor.point(index, piece, moved))
+                    self.watch(index, tensor, moved - at, inner=True)
                 split.sub_(d.to(split.dtype) / slow) if isinstance(slow, Tensor) else split.sub_(d, alpha=1 / slow)
                 x.mul_(mask)
                 if step.constraint.fixes_values:
-                    v = x - split
-                    z = project(step.constraint, v, mask, tensor.point(index, piece, v))
-                    split = torch.where(mask, z - v, split)
-                    x.copy_(z)
+                    split = on_values(step.constraint, index, tensor, piece, split)
                 tensor.set_split(rows, split, seed)
 
-    def watch(self, index: int, tensor: ConstrainedTensor, d: Tensor) -> None:
-        """Look at a step off the mask, before an update."""
+    def watch(self, index: int, tensor: ConstrainedTensor, d: Tensor, inner: bool = False) -> None:
+        """Look at a step off the mask, or on it, before an update."""
 
     def former_z(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
         """Return the weights."""
@@ -64,8 +68,9 @@ class OnSet(Form):
     def settle(
         self, tensor: ConstrainedTensor, rows: slice, v: Tensor, mask: Tensor, z: Tensor, factor: Any, seed: int
     ) -> None:
-        """Store −u; x ← z."""
-        tensor.set_split(rows, (z - v) * factor, seed)
+        """Store −u; x ← z. What the set's values do not hold on the mask is remembered whole."""
+        lost = z - v
+        tensor.set_split(rows, torch.where(mask, lost, lost * factor), seed)
         tensor.x(rows).copy_(z)
 
     def reopen(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
@@ -75,6 +80,30 @@ class OnSet(Form):
     def dual(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
         """Return u."""
         return -tensor.split(rows)
+
+
+def on_values(
+    constraint: Constraint, place: int, tensor: ConstrainedTensor, piece: Piece, split: Tensor,
+    forgets: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Bring weights that a step moved back to the set's values; return the split, which remembers what that takes.
+
+    Args:
+        constraint: The set.
+        place: Of the tensor among all.
+        tensor: Whose weights.
+        piece: Which rows.
+        split: Their split, with what was lost before.
+        forgets: What share of that is forgotten first, times the distance of neighbouring values.
+    """
+    x, mask = tensor.x(piece.rows), tensor.mask(piece.rows)
+    point = tensor.point(place, piece, x)
+    if forgets is not None and (apart := constraint.resolution(point)) is not None:
+        split = split * (1 - forgets.to(split.dtype) / apart).clamp_min(0)
+    v = x - split
+    z = project(constraint, v, mask, point)
+    x.copy_(z)
+    return torch.where(mask, z - v, split)
 
 
 class Feedback(OnSet):
@@ -108,12 +137,21 @@ class Linearized(OnSet):
     a whole run chance alone brings an entry to a 16th of w, whatever the rate, the batch and the length: what returns
     has a drift that stands out from its noise. θ is the x-update's own pull λ u, with the least λ of each tensor that
     holds the dual: its fixed points are u = −D⁻¹∇f/λ, λ-stationary points. A larger κ holds it to less.
+
+    Where the set fixes values, memory below their distance s is whole while the mask moves, so that weights whose best
+    place is between two values change between these. In the frozen phase λ grows,
+
+        on a fixed mask, every step    u ← (1 − c ‖d‖/s) u    c from 0 to 8, ‖d‖ the root mean square of a step
+
+    until all rest: a drift d moves a weight as long as it is above c/2 ‖d‖, so the clearest cases are settled first and
+    the others make up for them.
     """
 
     name = "linearized"
     penalty = 4.0
 
     _NOISE = 1 / 16
+    _SETTLED = 8.0
 
     def __init__(self) -> None:
         self._slow: Tensor = torch.empty(0)  # ρ of each tensor; 1 until a step was seen
@@ -121,6 +159,9 @@ class Linearized(OnSet):
         self._peaks: list[float] = []
         self._steps: dict[int, Tensor] = {}  # Σ d² of this process, of each tensor
         self._rates: dict[int, float] = {}  # from the root mean square of d to σ
+        self._inner: dict[int, Tensor] = {}  # Σ d² on the mask
+        self._relative: dict[int, float] = {}  # learning rates over the largest
+        self._pace: Tensor = torch.empty(0)  # root mean square of d on the mask at the largest rate
 
     def slowness(self, index: int, penalty: float) -> Any:
         """Return ρ."""
@@ -131,28 +172,41 @@ class Linearized(OnSet):
         if step.updates:
             rates, self._peaks = relative_rates(step.optimizer, self._peaks)
             walks = {p: _walk(group) for group in step.optimizer.param_groups for p in group["params"]}
-            self._steps = {}
-            self._rates = {i: walks[t.p] / max(1e-3, rates[t.p]) for i, t in step.tensors.items()}
+            self._steps, self._inner = {}, {}
+            self._relative = {i: max(1e-3, rates[t.p]) for i, t in step.tensors.items()}
+            self._rates = {i: walks[t.p] / self._relative[i] for i, t in step.tensors.items()}
         super().after_step(step)
 
-    def watch(self, index: int, tensor: ConstrainedTensor, d: Tensor) -> None:
+    def watch(self, index: int, tensor: ConstrainedTensor, d: Tensor, inner: bool = False) -> None:
         """Measure how large a step is."""
         if tensor.part.counts:
-            square = d.to(torch.promote_types(d.dtype, torch.float32)).square().sum()
-            self._steps[index] = self._steps.get(index, 0) + square
+            square, seen = d.to(torch.promote_types(d.dtype, torch.float32)).square().sum(), self._steps
+            seen = self._inner if inner else seen
+            seen[index] = seen.get(index, 0) + square
 
     def seen(self, count: int, device: torch.device) -> Tensor:
-        """Return Σ d² off the mask of the step before an update, ``(tensors,)``, of this process."""
-        steps = torch.zeros(count, dtype=exact_dtype(device), device=device)
-        for index, square in self._steps.items():
-            steps[index] = square
+        """Return Σ d² off the mask and on it of the step before an update, ``(tensors, 2)``, of this process."""
+        steps = torch.zeros(count, 2, dtype=exact_dtype(device), device=device)
+        for column, squares in enumerate((self._steps, self._inner)):
+            for index, square in squares.items():
+                steps[index, column] = square
         return steps
+
+    def forgets(
+        self, optimizer: Optimizer, tensors: Mapping[int, ConstrainedTensor], progress: float
+    ) -> dict[int, Tensor]:
+        """Return c ‖d‖ at this step's learning rate."""
+        if not len(self._pace):
+            return {}
+        rates, self._peaks = relative_rates(optimizer, self._peaks)
+        return {i: self._pace[i] * (self._SETTLED * progress * rates[tensor.p]) for i, tensor in tensors.items()}
 
     def factors(self, sums: Sums, rescale: float, penalty: float, span: int) -> Tensor:
         """Return θ, and take the new ρ."""
         count = len(sums.z)
         if len(self._slow) != count:
             self._slow, self._memory = torch.ones_like(sums.z), torch.zeros_like(sums.z)
+            self._pace = torch.zeros_like(sums.z)
         w = _rms(sums.z, sums.kept)
         before = _rms(sums.memory, sums.entries - sums.former)
         most = torch.maximum(w / penalty, self._memory) if penalty > 0 else torch.full_like(w, torch.inf)
@@ -164,7 +218,10 @@ class Linearized(OnSet):
         sigma = _rms(sums.steps, sums.entries - sums.former) * factors
         slow = sigma * (math.sqrt(span) / self._NOISE) / w
         self._slow = torch.where((sigma > 0) & (w > 0), slow.bfloat16().to(slow.dtype), self._slow)
-        self._rates = {}
+        relative = torch.tensor([self._relative.get(i, 1.0) for i in range(count)], device=w.device, dtype=w.dtype)
+        pace = (_rms(sums.inner, sums.former) / relative).bfloat16().to(w.dtype)
+        self._pace = torch.where(sums.inner > 0, pace, self._pace)
+        self._rates, self._relative = {}, {}
         return theta
 
     def inverse_penalty(self, tensor: ConstrainedTensor, penalty: float, off: Tensor, kept: Tensor) -> Any:
@@ -172,13 +229,16 @@ class Linearized(OnSet):
         return torch.where(off > 0, kept / (penalty * off.clamp_min(torch.finfo(off.dtype).tiny)), 0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return ρ, what the dual was, and the largest learning rates."""
-        return {"slow": self._slow.tolist(), "memory": self._memory.tolist(), "peaks": list(self._peaks)}
+        """Return ρ, what the dual was, how large steps were, and the largest learning rates."""
+        numbers = {"slow": self._slow, "memory": self._memory, "pace": self._pace}
+        return {**{name: t.tolist() for name, t in numbers.items()}, "peaks": list(self._peaks)}
 
     def load_state_dict(self, state_dict: dict[str, Any], device: torch.device) -> None:
         """Restore them."""
-        self._slow = torch.tensor(state_dict["slow"], device=device, dtype=exact_dtype(device))
-        self._memory = torch.tensor(state_dict["memory"], device=device, dtype=exact_dtype(device))
+        self._slow, self._memory, self._pace = (
+            torch.tensor(state_dict[name], device=device, dtype=exact_dtype(device))
+            for name in ("slow", "memory", "pace")
+        )
         self._peaks = list(state_dict["peaks"])
 
 

@@ -118,7 +118,7 @@ class FlatSlice(Rows):
         first = self.start // each
         return t[None, (self.start + rows.start) // each - first : -(-(self.start + rows.stop) // each) - first]
 
-    def room(self, each: int) -> tuple[int, ...]:
+    def room(self, each: int, rows: int = 1) -> tuple[int, ...]:
         """Return the length of a tensor with one number for every group that the slice touches."""
         return (-(-(self.count + self.start % each) // each) if self.count else 0,)
 

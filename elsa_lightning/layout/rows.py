@@ -94,9 +94,9 @@ class Rows:
         """Return what ``t``, with one number for every ``each`` entries of a row, has of these rows."""
         return self.take(t, rows)
 
-    def room(self, each: int) -> tuple[int, ...]:
-        """Return the shape of a tensor with one number for every ``each`` entries of a row."""
-        return (*self.shape[:-1], -(-self.shape[-1] // each))
+    def room(self, each: int, rows: int = 1) -> tuple[int, ...]:
+        """Return the shape of a tensor with one number for every ``each`` entries of a row, or of ``rows`` rows."""
+        return (*self.shape[:-2], -(-self.shape[-2] // rows), -(-self.shape[-1] // each))
 
     def noise(self, rows: slice, seed: int) -> Tensor:
         """Return random int32 for rows, by their place in the whole."""

@@ -242,17 +242,18 @@ def exact_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
 
 
-def laid_out_like(p: Tensor, t: Tensor, n: int) -> Tensor:
+def laid_out_like(p: Tensor, t: Tensor, n: int, rows: int | None = None) -> Tensor:
     """Return local entries as a tensor that is sharded as ``p`` is, so that checkpoints can reshard it.
 
     Args:
         p: The parameter.
         t: Local entries, ``(..., k)`` with the leading dimensions of the local part of ``p``; of kernels ``(out, k)``.
         n: Length of the last dimension of the whole.
+        rows: Of the one before it; None for that of ``p``.
     """
     if not isinstance(p, DTensor):
         return t
-    shape = torch.Size((*p.shape[: t.dim() - 1], n))
+    shape = torch.Size((*p.shape[: t.dim() - 2], p.shape[t.dim() - 2] if rows is None else rows, n))
     stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
     return DTensor.from_local(t, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -31,6 +31,8 @@ class Point:
         name: Of the tensor.
         piece: Which rows these are.
         layout: Where they lie in the whole.
+        numbers: What :meth:`Constraint.fit` chose for these rows at the last update, or None.
+        dtype: Of the weights that z is stored in; None for that of ``v``.
     """
 
     v: Tensor
@@ -39,6 +41,8 @@ class Point:
     name: str
     piece: Piece
     layout: Rows
+    numbers: Tensor | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def transposed(self) -> bool:
@@ -154,6 +158,13 @@ class Constraint(ABC):
         """Return the grain of a tensor, where it is not the same for all."""
         return self.grain
 
+    def shared(self, name: str) -> tuple[int, int] | None:
+        """Return of which rows × columns of ``(out, in)`` :meth:`fit` chooses one number, or None if it has none.
+
+        They divide the grain, and the tensor; 0 for all there are. Of transposed weights they are turned.
+        """
+        return None
+
     def covers(self, name: str) -> bool:
         """Say whether a tensor of this name can ever have zeros in this set; one that cannot is left alone."""
         return True
@@ -185,14 +196,30 @@ class Constraint(ABC):
         ``points`` may be read in any order and as often as need be; every process does so equally often.
         """
 
-    def values(self, v: Tensor, point: Point) -> Tensor:
-        """Return what kept entries become.
+    def fit(self, v: Tensor, point: Point) -> Tensor:
+        """Return the number of each group of entries (see :meth:`shared`) that holds until the next update.
 
         Args:
             v: ``(rows, in)`` of the point, with 0 where nothing is kept.
-            point: Which rows these are.
+            point: Which rows these are, and their importance.
+
+        Returns:
+            ``(rows of groups, columns of groups)``, exact in bfloat16.
+        """
+        raise NotImplementedError
+
+    def values(self, v: Tensor, point: Point) -> Tensor:
+        """Return what kept entries become; of its own values it changes none.
+
+        Args:
+            v: ``(rows, in)`` of the point, with 0 where nothing is kept.
+            point: Which rows these are, and their numbers where they have some.
         """
         return v
+
+    def resolution(self, point: Point) -> Tensor | None:
+        """Return how far apart the values of each entry are, in the shape of the point; None if unknown."""
+        return None
 
 
 def distance(v: Tensor, importance: Tensor | None) -> Tensor:
@@ -203,4 +230,10 @@ def distance(v: Tensor, importance: Tensor | None) -> Tensor:
 def project(constraint: Constraint, v: Tensor, mask: Tensor, point: Point) -> Tensor:
     """Return z: v on the mask, brought to the set's values where it fixes them, and 0 off it."""
     z = v.masked_fill(~mask, 0)
-    return constraint.values(z, point).masked_fill(~mask, 0) if constraint.fixes_values else z
+    if not constraint.fixes_values:
+        return z
+    z = z.to(torch.promote_types(v.dtype, torch.float32))
+    if point.numbers is None and constraint.shared(point.name) is not None:
+        point = replace(point, numbers=constraint.fit(z, point))
+    z = constraint.values(z, point).masked_fill_(~mask, 0)
+    return z.to(v.dtype if point.dtype is None else point.dtype).to(v.dtype)  # as the weights can hold it

@@ -60,6 +60,10 @@ class ByPattern(Constraint):
         """Return the grain of its set."""
         return self._of(name).grain_of(name)
 
+    def shared(self, name: str) -> tuple[int, int] | None:
+        """Return of which rows × columns its set chooses one number."""
+        return self._of(name).shared(name)
+
     def check(self, shapes: Mapping[str, torch.Size], transposed: Collection[str] = ()) -> None:
         """Raise UserError if a pattern matches nothing, or a set cannot be had."""
         for name in shapes:
@@ -102,6 +106,14 @@ class ByPattern(Constraint):
                 masks.setdefault(indices[point.tensor], []).append(mask)
         for point in points:
             yield masks[point.tensor].pop(0)
+
+    def fit(self, v: Tensor, point: Point) -> Tensor:
+        """Return the numbers of the tensor's set."""
+        return self._of(point.name).fit(v, point)
+
+    def resolution(self, point: Point) -> Tensor | None:
+        """Return how far apart the values of the tensor's set are."""
+        return self._of(point.name).resolution(point)
 
     def values(self, v: Tensor, point: Point) -> Tensor:
         """Return what the tensor's set makes of kept entries."""

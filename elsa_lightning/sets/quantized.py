@@ -1,0 +1,184 @@
+"""An integer grid per group of weights, inside another set: what few-bit formats store without loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from elsa_lightning.errors import UserError
+from elsa_lightning.sets.base import Constraint, Point, Points
+
+_LOWEST = {
+    2: 0.25,
+    3: 0.35,
+    4: 0.5,
+    8: 0.85,
+}  # of the scales tried, beside max|v|/q
+_CANDIDATES = 16
+_TINY = torch.finfo(torch.bfloat16).tiny
+
+
+@dataclass(frozen=True)
+class Quantized(Constraint):
+    """Weights are integers from −(2^(bits−1) − 1) to 2^(bits−1) − 1 times the scale of their group, and in another set.
+
+    With S' that set and a scale s for each group of neighbours along the input, its projection is
+
+        argmin_{s, z} Σᵢ Fᵢ (zᵢ − vᵢ)²,   z ∈ s · {−q, ..., q},  q = 2^(bits−1) − 1,
+
+    over z with the support that Π_S'(v) has: each entry goes to its nearest level, and of 16 scales, evenly from
+    max|v|/q of the group down to a fraction of it that depends on ``bits``, the one with the least error is taken, the
+    largest of equals. Scales are numbers of bfloat16, so that float32 and float16 hold them too. Groups lie as those of
+    :class:`~elsa_lightning.NM`. Zero is a level, so that zeros stay zeros; a group of zeros has scale 1.
+
+    Scales are chosen at every update and kept in between, where each step is rounded to the grid and what is lost in
+    that is remembered; in the frozen phase too.
+
+    Args:
+        bits: 2, 3, 4 or 8. The most negative integer of so many bits is not used.
+        group_size: Weights that share a scale; None for all inputs of an output.
+        inside: The other set; None asks for no zeros.
+
+    Raises:
+        UserError: A value is out of range, or ``group_size`` does not divide the inputs of a tensor.
+    """
+
+    bits: int
+    group_size: int | None = None
+    inside: Constraint | None = None
+    fixes_values = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in _LOWEST:
+            raise UserError(f"bits must be one of {list(_LOWEST)}, got {self.bits}")
+        if self.group_size is not None and self.group_size < 1:
+            raise UserError(
+                f"group_size must be a number of weights that share a scale, such as 128, or None for whole rows; got "
+                f"{self.group_size}"
+            )
+        if self.inside is not None and self.inside.fixes_values:
+            raise UserError(f"inside must be a set that leaves the values of kept weights free, got {self.inside}")
+
+    # ------------------------------------------------------------------ the other set
+
+    def _inside(self, names: Sequence[str]) -> list[int]:
+        """Return the indices of the tensors that the other set has zeros in."""
+        return [] if self.inside is None else [i for i, name in enumerate(names) if self.inside.covers(name)]
+
+    def fitted(self, model: nn.Module) -> Quantized:
+        """Fit the other set."""
+        return self if self.inside is None else replace(self, inside=self.inside.fitted(model))
+
+    def sized(self, shapes: Mapping[str, torch.Size]) -> Quantized:
+        """Size the other set by its tensors."""
+        if self.inside is None:
+            return self
+        names = list(shapes)
+        mine = {names[index]: shapes[names[index]] for index in self._inside(names)}
+        return replace(self, inside=self.inside.sized(mine)) if mine else self
+
+    def relaxed(self, tightness: float) -> Quantized:
+        """Relax the other set."""
+        return self if self.inside is None else replace(self, inside=self.inside.relaxed(tightness))
+
+    def members(self, names: Sequence[str]) -> list[tuple[Constraint, list[int]]]:
+        """Return what the other set is made of, and those that it leaves dense."""
+        inside = self._inside(names)
+        found: list[tuple[Constraint, list[int]]] = []
+        if self.inside is not None and inside:
+            theirs = self.inside.members([names[index] for index in inside])
+            found = [(member, [inside[i] for i in indices]) for member, indices in theirs]
+        rest = [index for index in range(len(names)) if index not in set(inside)]
+        return [*found, (replace(self, inside=None), rest)] if rest else found
+
+    def support(self, points: Points) -> Iterator[Tensor]:
+        """Yield the masks of the other set; all is kept where there is none."""
+        if self.inside is None:
+            for point in points:
+                yield torch.ones_like(point.v, dtype=torch.bool)
+            return
+        inside = self._inside(points.names)
+        masks = self.inside.support(points.only(inside)) if inside else iter(())
+        for point in points:
+            yield next(masks) if point.tensor in inside else torch.ones_like(point.v, dtype=torch.bool)
+        next(masks, None)
+
+    def grain_of(self, name: str) -> tuple[int, int]:
+        """Return whole groups that are whole in the other set too."""
+        if self.inside is None or not self.inside.covers(name):
+            return (1, self.group_size or 0)
+        rows, columns = self.inside.grain_of(name)
+        return (rows, math.lcm(columns, self.group_size or 0))
+
+    def check(self, shapes: Mapping[str, torch.Size], transposed: Collection[str] = ()) -> None:
+        """Raise UserError if a group would be cut, or the other set cannot be had."""
+        super().check(shapes, transposed)
+        inputs = {name: shape[-2 if name in transposed else -1] for name, shape in shapes.items()}
+        for name, n in inputs.items():
+            if self.group_size is not None and n % self.group_size:
+                common = math.gcd(*inputs.values())
+                sizes = [size for size in range(common, 7, -1) if common % size == 0] or [common]
+                raise UserError(
+                    f"{name} has {n} inputs, which is no multiple of group_size={self.group_size}; of all constrained "
+                    f"tensors these are: {', '.join(map(str, sizes))}. Take one of them, or null for whole rows, or "
+                    f"leave the tensor out with ignore=['{name}$']"
+                )
+        names = list(shapes)
+        if self.inside is not None and (mine := [names[index] for index in self._inside(names)]):
+            self.inside.check({name: shapes[name] for name in mine}, [name for name in mine if name in transposed])
+
+    # ------------------------------------------------------------------ the grid
+
+    @property
+    def largest(self) -> int:
+        """The largest integer."""
+        return int(2 ** (self.bits - 1)) - 1
+
+    def shared(self, name: str) -> tuple[int, int]:
+        """Return one group."""
+        return (1, self.group_size or 0)
+
+    def _groups(self, t: Tensor, point: Point) -> tuple[Tensor, int]:
+        """Return entries as groups, and along which dimension of these they lie."""
+        if point.transposed:
+            rows = self.group_size or t.shape[0] // point.piece.matrices
+            return t.reshape(-1, rows, t.shape[-1]), 1
+        return t.reshape(t.shape[0], -1, self.group_size or t.shape[-1]), 2
+
+    def fit(self, v: Tensor, point: Point) -> Tensor:
+        """Return the scale of each group that has the least error of all that are tried."""
+        size, dim = self._groups(v.abs().to(torch.promote_types(v.dtype, torch.float32)), point)
+        largest = size.amax(dim=dim, keepdim=True)
+        size = size / torch.where(largest > 0, largest, 1)  # or the squares of small ones would be 0
+        weight: Tensor | None = None
+        if point.importance is not None:
+            weight, _ = self._groups(point.importance.to(size.dtype), point)
+            most = weight.amax(dim=dim, keepdim=True)
+            weight = torch.where(most > 0, weight / torch.where(most > 0, most, 1), 1)
+        best, least = torch.ones_like(largest), torch.full_like(largest, torch.inf)
+        for share in torch.linspace(1, _LOWEST[self.bits], _CANDIDATES).tolist():
+            scale = (largest * (share / self.largest)).bfloat16().to(largest.dtype)
+            usable = scale >= _TINY
+            level = torch.where(usable, scale / torch.where(usable, largest, 1), 1)
+            error = (size / level).round_().clamp_(max=self.largest).mul_(level).sub_(size).square_()
+            error = (error if weight is None else error.mul_(weight)).sum(dim=dim, keepdim=True)
+            better = usable & (error < least)
+            best, least = torch.where(better, scale, best), torch.where(better, error, least)
+        return best.squeeze(dim)
+
+    def values(self, v: Tensor, point: Point) -> Tensor:
+        """Return the nearest level of each entry."""
+        assert point.numbers is not None
+        groups, dim = self._groups(v, point)
+        scale = point.numbers.to(v.dtype).unsqueeze(dim)
+        return (groups / scale).round_().clamp_(-self.largest, self.largest).mul_(scale).view(v.shape)
+
+    def resolution(self, point: Point) -> Tensor:
+        """Return the scales."""
+        assert point.numbers is not None
+        groups, dim = self._groups(point.v, point)
+        return point.numbers.unsqueeze(dim).expand(groups.shape).reshape(point.v.shape)

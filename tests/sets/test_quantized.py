@@ -1,0 +1,338 @@
+"""Integer grids inside other sets: the projection, steps below the resolution, resuming, and what it is worth."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from elsa_lightning import ADMM, NM, ByPattern, Quantized, Unstructured
+from elsa_lightning import project as at_once
+from elsa_lightning.errors import UserError
+from elsa_lightning.schedule import Schedule
+from elsa_lightning.selection import select
+from elsa_lightning.sets import Constraint
+from elsa_lightning.sets.base import WholePoints, project
+from elsa_lightning.tensors import NUMBERS
+from tests.sets.test_patterns import Mixed
+
+BITS = [2, 3, 4, 8]
+LOWEST = {2: 0.25, 3: 0.35, 4: 0.5, 8: 0.85}
+STATES = ["float32", "bfloat16", "float8_e4m3fn"]
+
+
+def projected(constraint: Constraint, v: Tensor, f: Tensor | None = None, transposed: bool = False) -> Tensor:
+    points = WholePoints([(v, f)], transposed=[transposed])
+    (point,), (mask,) = list(points), list(constraint.support(points))
+    return project(constraint, point.v, mask.view(point.v.shape), point).view(v.shape)
+
+
+def error(z: Tensor, v: Tensor, f: Tensor | None) -> float:
+    return float(((z - v).double().square() * (1 if f is None else f.double())).sum())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([2, 3]), st.booleans())
+def test_no_scale_that_is_tried_and_no_levels_are_better(seed: int, bits: int, weighted: bool) -> None:
+    """Against every scale of the list and every combination of levels."""
+    generator = torch.Generator().manual_seed(seed)
+    v = torch.randn(1, 4, generator=generator)
+    f = torch.rand(1, 4, generator=generator) if weighted else None
+    q = 2 ** (bits - 1) - 1
+    codes = torch.tensor(list(itertools.product(range(-q, q + 1), repeat=4)), dtype=torch.float64)
+    best = min(
+        float(((codes * scale - v.double()).square() * (1.0 if f is None else f.double())).sum(dim=1).min())
+        for share in torch.linspace(1, LOWEST[bits], 16).tolist()
+        for scale in [float((v.abs().max() * share / q).bfloat16())]
+    )
+    assert error(projected(Quantized(bits), v, f), v, f) == pytest.approx(best, rel=1e-4, abs=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, -1.0, 0.3, 1e-42, 1e-30, 1e30]), min_size=12, max_size=12),
+    st.sampled_from([None, 0.0, 1.0, 1e-30]), st.sampled_from(BITS),
+)  # fmt: skip
+def test_special_numbers_stay_finite_zeros_stay_zeros_and_again_changes_nothing(
+    numbers: list[float], f: float | None, bits: int
+) -> None:
+    v = torch.tensor(numbers).view(3, 4)
+    importance = None if f is None else torch.full_like(v, f)
+    for constraint in (Quantized(bits), Quantized(bits, 2), Quantized(bits, 4, NM(2, 4))):
+        z = projected(constraint, v, importance)
+        assert z.isfinite().all() and not z[v == 0].any()
+        if bits > 2:  # the largest is not rounded away
+            rows = v.abs().amax(dim=1) > 1e-30
+            assert (z.abs().amax(dim=1) > 0)[rows].all()
+        assert torch.equal(projected(constraint, v, importance), z)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("bits", BITS)
+def test_the_grid_holds_its_own_values(bits: int, dtype: torch.dtype) -> None:
+    """Projected again on the kept grid nothing changes, in every dtype of the weights."""
+    p = nn.Parameter(torch.randn(8, 64, dtype=dtype, generator=torch.Generator().manual_seed(0)))
+    optimizer = torch.optim.SGD([p], lr=1e-3)
+    admm = ADMM(optimizer, {"p": p}, Quantized(bits, 16), total_steps=10)
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+    admm.finish()
+    before = p.detach().clone()
+    assert admm.stray() == 0
+    admm.hold()
+    assert torch.equal(p, before)
+    assert_on_grid(admm)
+    with torch.no_grad():  # somebody moves a weight
+        p[0, 5] = 1.4 * float(codes(admm, "p")[1][0, 0])
+    assert admm.stray() == 1
+    admm.hold()
+    assert admm.stray() == 0
+    assert_on_grid(admm, bits)
+
+
+def codes(admm: ADMM, name: str) -> tuple[Tensor, Tensor]:
+    """Return integers and scales ``(out, groups)`` of a matrix, as an export would have them."""
+    tensor = admm.tensors[name]
+    scales = tensor.state[NUMBERS]
+    x = tensor.p.detach().reshape(tensor.part.shape).double()
+    if tensor.layout.transposed:
+        x, scales = x.mT, scales.mT
+    groups = x.reshape(*x.shape[:-1], scales.shape[-1], -1)
+    return (groups / scales.double()[..., None]).round(), scales
+
+
+def assert_on_grid(admm: ADMM, bits: int | None = None) -> None:
+    """Fail unless integers times scales, in the weights' own dtype, are the weights, to the bit."""
+    for name, tensor in admm.tensors.items():
+        integers, scales = codes(admm, name)
+        dtype = tensor.p.dtype
+        assert scales.dtype == torch.bfloat16
+        if bits is not None:
+            assert float(integers.abs().max()) <= 2 ** (bits - 1) - 1
+        wide = torch.promote_types(dtype, torch.float32)
+        x = (integers.to(wide) * scales.to(wide)[..., None]).to(dtype).flatten(-2)
+        expected = tensor.p.detach().reshape(tensor.part.shape)
+        assert torch.equal(x, expected.mT if tensor.layout.transposed else expected), name
+
+
+@pytest.mark.parametrize("state_dtype", STATES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_on_the_grid_and_in_the_other_set_after_every_step(
+    bits: int, state_dtype: Any, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 16)).to(dtype)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    admm = ADMM(
+        optimizer, select(model).parameters, Quantized(bits, 16, NM(2, 4)), total_steps=12, state_dtype=state_dtype,
+        schedule=Schedule(interval=3, ramp=0),
+    )  # fmt: skip
+    phases = set()
+    for batch in torch.randn(12, 8, 32, dtype=dtype):
+        optimizer.zero_grad()
+        (model(batch) - batch[:, :16]).square().mean().backward()
+        optimizer.step()
+        phases.add(admm.phase)
+        assert_on_grid(admm, bits)
+        for layer in (model[0], model[2]):
+            assert int((layer.weight.view(-1, 4) != 0).sum(dim=1).max()) <= 2
+        if admm.step in (4, 9):
+            before = [p.detach().clone() for p in model.parameters()]
+            admm.finish(resumable=True)
+            assert_on_grid(admm, bits)
+            admm.resume()
+            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    admm.finish()
+    assert phases == {"admm", "frozen"}
+    assert_on_grid(admm, bits)
+
+
+@pytest.mark.parametrize(("prox", "frozen"), [("linearized", 0.0), ("feedback", 0.0), ("feedback", 0.9)])
+@pytest.mark.parametrize("state_dtype", STATES)
+def test_a_drift_below_half_a_level_moves_a_weight_when_it_has_come_together(
+    prox: Any, state_dtype: Any, frozen: float
+) -> None:
+    """Levels are 1 apart; after n steps of 1/64 a weight at 0 is at round(n/64), on a moving mask and a fixed one."""
+    p = nn.Parameter(torch.tensor([[7.0, 0.0, 0.0, 7.0]]))
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    constraint = Quantized(4)
+    admm = ADMM(optimizer, {"p": p}, constraint, total_steps=400, state_dtype=state_dtype, prox=prox,
+                schedule=Schedule(interval=400, ramp=0, frozen=frozen))  # fmt: skip
+    seen = []
+    for n in range(1, 161):
+        p.grad = torch.tensor([[0.0, -1 / 64, 1 / 64, 0.0]])
+        optimizer.step()
+        seen.append(p.detach().clone())
+        exact = round(n / 64)
+        if state_dtype == "float32" and (n % 64) != 32:
+            assert p.tolist() == [[7.0, exact, -exact, 7.0]], n
+    assert float((seen[-1] - torch.tensor([[7.0, 2.5, -2.5, 7.0]])).abs().max()) <= (0.5 if "32" in state_dtype else 1)
+    assert admm.frozen == (frozen > 0)
+    admm.finish()
+    assert_on_grid(admm, 4)
+
+
+@pytest.mark.parametrize("prox", ["linearized", "feedback"])
+def test_weights_between_two_levels_change_between_these_until_the_frozen_phase_settles_them(prox: Any) -> None:
+    """Before, their mean is where the loss has them; then each comes to rest, mostly at the nearer level."""
+    torch.manual_seed(0)
+    target = torch.randn(16, 64)
+    p = nn.Parameter(target.clone())
+    optimizer = torch.optim.Adam([p], lr=0.02)
+    ADMM(optimizer, {"p": p}, Quantized(3, 16), total_steps=600, prox=prox,
+         schedule=Schedule(interval=300, ramp=0, frozen=0.5))  # fmt: skip
+    total, changes = torch.zeros_like(target), []
+    for n in range(1, 601):
+        optimizer.zero_grad()
+        (0.5 * (p - target).square().sum()).backward()
+        before = p.detach().clone()
+        optimizer.step()
+        total += p.detach() * (100 <= n < 300)
+        changes.append(int((p != before).sum()))
+    scale = (p.detach().view(16, 4, 16).abs().amax(-1) / 3).repeat_interleave(16, 1).view(16, 64)
+    inside = target.abs() < 3 * scale
+    assert float(((total / 200 - target).abs() / scale)[inside].mean()) < 0.1  # 0.25 if each were rounded by itself
+    away = float(((p.detach() - target).abs() / scale)[inside].mean())
+    assert sum(changes[250:300]) > 500  # they do change
+    if prox == "linearized":
+        assert sum(changes[-50:]) < 0.05 * sum(changes[250:300]) and away < 0.3
+    else:
+        assert sum(changes[-50:]) > 0.5 * sum(changes[250:300])
+
+
+MIXED: dict[str, Constraint] = {
+    "grid": Quantized(4, 4), "rows": Quantized(8), "2:4": Quantized(4, 4, NM(2, 4)),
+    "rows 2:4": Quantized(3, None, NM(2, 4)), "half": Quantized(4, 4, Unstructured(0.5, "model")),
+    "keep": Quantized(4, 4, Unstructured(keep=200)),
+    "patterns inside": Quantized(4, 4, ByPattern({"turned|kernels": NM(2, 4)})),
+    "by pattern": ByPattern({"turned|experts": Quantized(4, 8, NM(2, 4)), "": Unstructured(0.75)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state_dtype", STATES)
+@pytest.mark.parametrize("name", MIXED)
+def test_an_interrupted_run_goes_on_to_the_bit_in_either_phase(name: str, state_dtype: Any) -> None:
+    """Transposed weights, kernels and a stack of matrices; the last five of twelve steps are frozen."""
+    torch.manual_seed(0)
+    start, data = Mixed().state_dict(), torch.randn(12, 8, 16)
+
+    def run(stop: int | None, saved: Any = None) -> Any:
+        torch.manual_seed(5)
+        model = Mixed()
+        model.load_state_dict(start if saved is None else saved[0])
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        chosen = select(model, ["all-linear", "experts"], quiet=True).parameters
+        admm = ADMM(optimizer, chosen, MIXED[name], total_steps=12, state_dtype=state_dtype,
+                    schedule=Schedule(interval=3, frozen=5 / 12))  # fmt: skip
+        if saved is not None:
+            optimizer.load_state_dict(saved[1])
+            admm.load_state_dict(saved[2])
+        for batch in data[admm.step : stop]:
+            optimizer.zero_grad()
+            (model(batch) - batch.sum(1)).square().mean().backward()
+            optimizer.step()
+        if stop is not None:
+            admm.finish(resumable=True)
+            state = model.state_dict(), optimizer.state_dict(), admm.state_dict()
+            return [{key: value.clone() for key, value in state[0].items()}, *state[1:]]
+        admm.finish()
+        return model, admm
+
+    model, admm = run(None)
+    if isinstance(MIXED[name], Quantized):
+        assert_on_grid(admm, MIXED[name].bits)  # type: ignore[attr-defined]
+    for stop in (5, 10):
+        resumed, _ = run(None, run(stop))
+        for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+def test_groups_of_transposed_weights_run_along_the_input() -> None:
+    generator = torch.Generator().manual_seed(0)
+    v, f = (torch.randn(2, 16, 6, generator=generator) for _ in range(2))
+    for constraint in (Quantized(3, 4), Quantized(3), Quantized(3, 8, NM(2, 4))):
+        turned = projected(constraint, v, f.abs(), transposed=True)
+        assert torch.equal(turned, projected(constraint, v.mT.contiguous(), f.abs().mT.contiguous()).mT)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Quantized(5), r"bits must be one of \[2, 3, 4, 8\], got 5"),
+        (lambda: Quantized(4, 0), "group_size must be a number of weights"),
+        (lambda: Quantized(4, 32, Quantized(8)), "leaves the values of kept weights free"),
+        (
+            lambda: Quantized(4, 128).check({"a": torch.Size((8, 576)), "b": torch.Size((576, 192))}, ["b"]),
+            r"a has 576 inputs, .* group_size=128; .* these are: 576, 288, 192, .*64, .*32.*null for whole rows",
+        ),
+        (lambda: Quantized(4, 2, NM(2, 4)).check({"a": torch.Size((4, 6))}), "a has 6 inputs, .* m=4"),
+    ],
+)
+def test_what_cannot_be_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("prox", ["coupled", "decoupled", "published"])
+def test_forms_that_cannot_hold_a_grid_refuse_it(prox: Any) -> None:
+    p = nn.Parameter(torch.randn(4, 4))
+    with pytest.raises(UserError, match="Quantized fixes the values of kept weights"):
+        ADMM(torch.optim.Adam([p]), {"p": p}, Quantized(4), total_steps=4, prox=prox)
+
+
+def regression(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return correlated inputs, their outputs, and the weights that explain these."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(32, 32, generator=generator) / 4 + torch.eye(32)
+    inputs = torch.randn(512, 32, generator=generator) @ mixing
+    weights = torch.randn(16, 32, generator=generator)
+    return inputs, inputs @ weights.T, weights
+
+
+def trained(seed: int, constraint: Constraint) -> Tensor:
+    inputs, outputs, weights = regression(seed)
+    p = nn.Parameter(weights.clone())
+    optimizer = torch.optim.Adam([p], lr=0.02)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.01, 300)
+    admm = ADMM(optimizer, {"p": p}, constraint, total_steps=300)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (inputs @ p.T - outputs).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+    admm.finish()
+    return p.detach()
+
+
+def rounded(weights: Tensor, constraint: Constraint) -> Tensor:
+    layer = nn.Linear(32, 16, bias=False)
+    layer.weight.data.copy_(weights)
+    at_once(layer, constraint)
+    return layer.weight.detach()
+
+
+def loss(seed: int, weights: Tensor) -> float:
+    inputs, outputs, _ = regression(seed)
+    return float((inputs @ weights.T - outputs).square().mean())
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_training_on_the_grid_is_better_than_rounding_the_best_weights(bits: int) -> None:
+    grid = Quantized(bits, 32)
+    ours = [loss(seed, trained(seed, grid)) for seed in range(2)]
+    theirs = [loss(seed, rounded(regression(seed)[2], grid)) for seed in range(2)]
+    assert sum(ours) < 0.85 * sum(theirs)
+
+
+def test_both_at_once_is_better_than_sparse_first_and_rounded_then() -> None:
+    both = Quantized(3, 32, NM(2, 4))
+    jointly = [loss(seed, trained(seed, both)) for seed in range(2)]
+    after = [loss(seed, rounded(trained(seed, NM(2, 4)), both)) for seed in range(2)]
+    assert sum(jointly) < 0.95 * sum(after)
