@@ -115,6 +115,7 @@ class ADMM:
         self.constraint = self.tensors.constraint
         self.step = 0
         self.penalty = 0.0
+        self._tightness, self._relaxed = 1.0, self.constraint  # of the last update
         self.phase: Phase = "setting up"
         self._suspended_from: Phase = "setting up"
         self.paused = False
@@ -227,7 +228,7 @@ class ADMM:
         if self.phase == "admm":
             split = {place: t for place, t in enumerate(self.tensors.values()) if t.has(SPLIT)}
             seed = self._seeds_of(_OF_STEPS)
-            self.form.after_step(Step(self.optimizer, split, self.constraint, self.penalty, seed, is_due))
+            self.form.after_step(Step(self.optimizer, split, self._relaxed, self.penalty, seed, is_due))
         if is_due:
             self._update()
         if freezes:
@@ -287,9 +288,11 @@ class ADMM:
         before, self.penalty = self.penalty, self.schedule.penalty_at(self.step, self.total_steps)
         tensors = list(self.tensors.values())  # the others' first gradient makes the optimizer's state
         active = self.tensors.agreed([bool(tensor.state) or tensor.p.grad is not None for tensor in tensors], tensors)
+        self._tightness = self.schedule.tightness_at(self.step, self.total_steps)
+        self._relaxed = self.constraint.relaxed(self._tightness)
         self.last_update = updates.update(
             self.form,
-            self._target(self.step),
+            self._relaxed,
             self._points(active, lambda tensor, rows: updates.dual_sum(self.form, tensor, rows)),
             [self.tensors.places[tensor.p] for tensor in active],
             len(tensors),
@@ -400,7 +403,10 @@ class ADMM:
         # state put in before the optimizer's own breaks its set-up
         keeps = resumable or tensor.stepped or self.tensors.flat
         place = self.tensors.places[tensor.p]
-        updates.cut(self.constraint, tensor, place, packed, self.importance, keeps=keeps, resumable=resumable)
+        updates.cut(
+            self.constraint, tensor, place, packed, self.importance, keeps=keeps, resumable=resumable,
+            refits=self._tightness < 1 or self.step == 0,  # no numbers, but for room that was made to load some
+        )  # fmt: skip
 
     @torch.no_grad()
     def resume(self) -> None:
@@ -417,6 +423,7 @@ class ADMM:
         return {
             "step": self.step,
             "penalty": self.penalty,
+            "tightness": self._tightness,
             "phase": self.phase,
             "suspended_from": self._suspended_from if self.suspended else self.phase,
             "calls": self._calls,
@@ -454,6 +461,8 @@ class ADMM:
             )
         self._hooks.vouch()
         self.step, self.penalty, self._calls = (state_dict[key] for key in ("step", "penalty", "calls"))
+        self._tightness = state_dict["tightness"]
+        self._relaxed = self.constraint.relaxed(self._tightness)
         self.phase, self._suspended_from = state_dict["phase"], state_dict["suspended_from"]
         self.form.load_state_dict(state_dict["form"], self.tensors.device)
         self.resume()

@@ -329,7 +329,7 @@ def fix(constraint: Constraint, tensors: Sequence[ConstrainedTensor]) -> None:
 
 def cut(
     constraint: Constraint, tensor: ConstrainedTensor, place: int, packed: Tensor | None, importance: Importance, *,
-    keeps: bool, resumable: bool,
+    keeps: bool, resumable: bool, refits: bool = False,
 ) -> None:  # fmt: skip
     """x ← Π_S(x) of one tensor.
 
@@ -341,8 +341,9 @@ def cut(
         importance: F̂ of some rows, for numbers that the set has yet to choose.
         keeps: Whether the mask, or what is removed, is kept in the state.
         resumable: Keep what is removed, for :func:`restore`, not the mask.
+        refits: Whether the numbers that were chosen are of a looser set.
     """
-    chosen = tensor.has(NUMBERS)
+    chosen = tensor.has(NUMBERS) and not refits
     tensor.allocate(*([REMOVED] if resumable else [MASK, NUMBERS]) * keeps)
     for piece in tensor.pieces():
         rows = piece.rows

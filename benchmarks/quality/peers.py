@@ -14,8 +14,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from elsa_lightning.layout.kernels import is_transposed
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.selection import select
+from elsa_lightning.sets.base import Constraint, WholePoints
 
 
 def largest(scores: Tensor, sparsity: float) -> Tensor:
@@ -149,4 +151,36 @@ class GradualPruning(Callback):
                 parts = kept.split([score.numel() for score in scores])
                 self.masks = [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
         for p, mask in zip(parameters, self.masks, strict=True):
+            p.mul_(mask)
+
+
+class GradualSet(Callback):
+    """Gradual pruning to any set: as Elsa projects, at the same steps and by the same score, without penalty or dual.
+
+    Args:
+        constraint: The set; of one that fixes values the support alone, since rounding at every step loses the steps.
+    """
+
+    def __init__(self, constraint: Constraint) -> None:
+        self.constraint = constraint
+        self.schedule = Schedule()
+        self.masks: list[Tensor] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the weights."""
+        constraint = self.constraint.fitted(pl_module)
+        self.parameters = select(pl_module, quiet=True).within(constraint).parameters
+        self.constraint = constraint.sized({name: p.shape for name, p in self.parameters.items()})
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Prune when a projection is due; put the zeros back."""
+        step, total, weights = trainer.global_step, trainer.max_steps, list(self.parameters.values())
+        if self.schedule.projects_at(step, total):
+            now = self.constraint.relaxed(self.schedule.tightness_at(step, total))
+            state = trainer.optimizers[0].state
+            tensors = [(p.detach(), state[p]["exp_avg_sq"].sqrt()) for p in weights]
+            points = WholePoints(tensors, list(self.parameters), [is_transposed(p) for p in weights])
+            self.masks = [mask.view(p.shape) for mask, p in zip(now.support(points), weights, strict=True)]
+        for p, mask in zip(weights, self.masks, strict=True):
             p.mul_(mask)

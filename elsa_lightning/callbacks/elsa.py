@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from elsa_lightning.admm import ADMM
-from elsa_lightning.callbacks.ends import is_early, is_last_step, is_stopping, total_steps, unfinished
+from elsa_lightning.callbacks.ends import is_early, is_last_step, is_stopping, total_steps, trains_nothing, unfinished
 from elsa_lightning.callbacks.figures import Figures
 from elsa_lightning.callbacks.monitors import Monitors
 from elsa_lightning.callbacks.rng import random_states, restore_random_states
@@ -45,7 +45,8 @@ class ElsaCallback(Callback):
 
     The loss stays the module's own. The state is in the optimizer's, so Lightning's checkpoints hold it and
     ``ckpt_path`` resumes exactly. The zeros are exact before the checkpoint of the last step is written;
-    a run that ends early gets exact zeros too, and the means to resume.
+    a run that ends early gets exact zeros too, and the means to resume. With ``max_steps=0`` the model is brought into
+    the set at once, by magnitude.
 
     Args:
         sparsity: Fraction of zeros in each constrained tensor, 0 ≤ sparsity < 1.
@@ -136,6 +137,11 @@ class ElsaCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the parameters and attach to their optimizer, whose state is restored after this."""
         self._begin()
+        if trains_nothing(trainer) and self._loaded is not None:
+            raise UserError(
+                "with max_steps 0 a model is pruned at once, which goes on with no run: leave ckpt_path out, or give "
+                "the run's own max_steps"
+            )
         optimizer, strategy = choose_optimizer(trainer.optimizers, self.optimizer_index), trainer.strategy
         others = [c for c in trainer.callbacks if isinstance(c, ElsaCallback) and c is not self]  # type: ignore[attr-defined]
         if any((other.optimizer_index or 0) == (self.optimizer_index or 0) for other in others):
@@ -301,6 +307,11 @@ class ElsaCallback(Callback):
             )
 
     # ------------------------------------------------------------------ end
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring a model that was not to be trained (``max_steps=0``) into the set at once, by magnitude."""
+        if self.admm is not None and trains_nothing(trainer) and not self.admm.finished:
+            self._finish(trainer, resumable=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure of the zeros, whatever ended the run, and say how it ended."""

@@ -28,6 +28,11 @@ def total_steps(trainer: Trainer) -> int:
     return max(1, int(steps))
 
 
+def trains_nothing(trainer: Trainer) -> bool:
+    """Say whether a fit is to make no step at all, so that Lightning skips every hook between its start and its end."""
+    return 0 in (trainer.max_steps, trainer.max_epochs)
+
+
 def is_stopping(trainer: Trainer) -> bool:
     """Say whether a request to stop was made and will be heeded."""
     if not trainer.should_stop or trainer.sanity_checking:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from elsa_lightning.adapters import base_model, has_adapter, without_adapters
+from elsa_lightning.callbacks.ends import trains_nothing
 from elsa_lightning.callbacks.record import run_record
 from elsa_lightning.errors import UserError
 from elsa_lightning.export.card import write_card
@@ -119,7 +120,9 @@ class SaveHuggingFace(Callback):
             rank_zero_warn(f"SaveHuggingFace: {folder} is another run's and is left alone; this model is in {place}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the card anew, now that the module has measured the final model."""
+        """Write the card anew, now that the final model is measured; and the folder, if nothing was to be trained."""
+        if trains_nothing(trainer):  # and so training never ended
+            self.on_train_end(trainer, pl_module)
         if self.place is not None and self.place.is_dir():
             write_card(self.place, run_record(trainer, pl_module, **self._written))
         self.place = None

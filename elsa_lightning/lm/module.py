@@ -183,8 +183,10 @@ class CausalLM(LightningModule):
             return self._build(self.dtype_name, pretrained=False)
 
     def on_fit_start(self) -> None:
-        """Load the dense model that distillation learns from."""
-        if self.distillation > 0:
+        """Load the dense model that distillation learns from; with ``max_steps=0`` prune at once instead."""
+        if 0 in (self.trainer.max_steps, self.trainer.max_epochs):
+            self._prune_at_once()
+        elif self.distillation > 0:
             teacher = self._load("bfloat16").eval().requires_grad_(False)
             self._teacher = (teacher if self.device_mesh is not None else teacher.to(self.device),)
 
@@ -287,6 +289,16 @@ class CausalLM(LightningModule):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
+    def _prune_at_once(self) -> None:
+        """Measure before and after where there is only pruning in between."""
+        if not self._attached():
+            return
+        self.trainer.fit_loop.epoch_loop.val_loop.setup_data()  # Lightning does when training begins
+        self.on_train_start()
+        for admm in self._attached():
+            admm.finish()
+        self.on_train_end()
+
     def on_train_start(self) -> None:
         """Measure the dense model, unless a checkpoint brought its perplexity along."""
         if self.pretrained and self.dense_perplexity is None and self.global_step == 0:
@@ -322,10 +334,12 @@ class CausalLM(LightningModule):
 
     def _zeros(self) -> Zeros:
         """Count the zeros of what the run constrains; without an ElsaCallback, of what it would constrain."""
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        attached = [c.admm for c in callbacks if isinstance(getattr(c, "admm", None), ADMM)]
-        constrained = [tensor.p for admm in attached for tensor in admm.tensors.values()]
+        constrained = [tensor.p for admm in self._attached() for tensor in admm.tensors.values()]
         return Zeros(*count_zeros(self, constrained or None), *count_zeros(self, self.parameters()))
+
+    def _attached(self) -> list[ADMM]:
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [c.admm for c in callbacks if isinstance(getattr(c, "admm", None), ADMM)]
 
     def teardown(self, stage: str) -> None:
         """Print the closing table, now that no progress bar is drawn over it."""

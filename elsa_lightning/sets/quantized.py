@@ -18,7 +18,8 @@ _LOWEST = {
     4: 0.5,
     8: 0.85,
 }  # of the scales tried, beside max|v|/q
-_CANDIDATES = 16
+_CANDIDATES = 8
+_FINE = 8  # bits during the ramp
 _TINY = torch.finfo(torch.bfloat16).tiny
 
 
@@ -30,13 +31,13 @@ class Quantized(Constraint):
 
         argmin_{s, z} Σᵢ Fᵢ (zᵢ − vᵢ)²,   z ∈ s · {−q, ..., q},  q = 2^(bits−1) − 1,
 
-    over z with the support that Π_S'(v) has: each entry goes to its nearest level, and of 16 scales, evenly from
+    over z with the support that Π_S'(v) has: each entry goes to its nearest level, and of 8 scales, evenly from
     max|v|/q of the group down to a fraction of it that depends on ``bits``, the one with the least error is taken, the
     largest of equals. Scales are numbers of bfloat16, so that float32 and float16 hold them too. Groups lie as those of
     :class:`~elsa_lightning.NM`. Zero is a level, so that zeros stay zeros; a group of zeros has scale 1.
 
     Scales are chosen at every update and kept in between, where each step is rounded to the grid and what is lost in
-    that is remembered; in the frozen phase too.
+    that is remembered; in the frozen phase too. While a ramp closes in on the other set the grid has 8 bits.
 
     Args:
         bits: 2, 3, 4 or 8. The most negative integer of so many bits is not used.
@@ -82,8 +83,9 @@ class Quantized(Constraint):
         return replace(self, inside=self.inside.sized(mine)) if mine else self
 
     def relaxed(self, tightness: float) -> Quantized:
-        """Relax the other set."""
-        return self if self.inside is None else replace(self, inside=self.inside.relaxed(tightness))
+        """Return a grid of 8 bits in the relaxed other set on the way, so that the mask is found without rounding."""
+        inside = None if self.inside is None else self.inside.relaxed(tightness)
+        return replace(self, bits=self.bits if tightness >= 1 else _FINE, inside=inside)
 
     def members(self, names: Sequence[str]) -> list[tuple[Constraint, list[int]]]:
         """Return what the other set is made of, and those that it leaves dense."""
