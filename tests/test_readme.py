@@ -144,6 +144,10 @@ def test_command_prunes_somebody_elses_pipeline(command: str, tmp_path: Path, mo
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     weight = torch.load(checkpoint, weights_only=True)["state_dict"]["layer.weight"]
     expected = re.search(r"sparsity=([\d.]+)", command)
+    if "nm.yaml" in command or "quantized.yaml" in command:  # small weights of a grid are zero, too
+        assert int((weight.view(-1, 4) != 0).sum(dim=1).max()) <= 2
+        assert "quantized" in command or zeros(weight) == 0.5
+        return
     assert zeros(weight) == pytest.approx(float(expected[1]) if expected else 0.9, abs=0.01)
 
 

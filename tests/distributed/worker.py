@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from elsa_lightning import CalibrationData, CausalLM, ElsaCallback, KeepMask
+from elsa_lightning import CalibrationData, CausalLM, ElsaCallback, KeepMask, Quantized, Unstructured
 from elsa_lightning.callbacks import SaveHuggingFace, SaveOnTerminate
 from elsa_lightning.layout.sharded import clean, part_of
 from elsa_lightning.lm.data import ResumableLoader, ResumableSampler
@@ -181,6 +181,8 @@ def run(
     )
     options = {"sparsity": 0.9, "interval": 2, "targets": ["all-linear", "experts"], "ignore": ["fixed"]}
     keep, clip = elsa.pop("keep", False), elsa.pop("clip", 1.0)
+    if (bits := elsa.pop("bits", None)) is not None:
+        elsa |= {"sparsity": None, "constraint": Quantized(bits, None, Unstructured(0.9))}
     callback = KeepMask() if keep else ElsaCallback(**(options | elsa))
     saver = ModelCheckpoint(
         folder / name, "{step}", auto_insert_metric_name=False, every_n_train_steps=1, save_top_k=-1
