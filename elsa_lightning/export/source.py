@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elsa_lightning.checkpoints import WRITTEN_LAST, check_whole
 from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.export.folders import ADAPTER
 from elsa_lightning.export.project import project
 from elsa_lightning.export.record import Record, read, settings_of, versions
 from elsa_lightning.layout.sharded import clean
 from elsa_lightning.lm import model_path
+from elsa_lightning.tensors import MASK
 
 _EXACT = ("frozen", "finished", "suspended")  # phases whose checkpoints have exact zeros
-_CONSOLIDATE = "python -m lightning.pytorch.utilities.consolidate_checkpoint"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def open_source(path: str | Path, model: str | None = None, dtype: str | None = 
         UserError: There is no such thing, or nothing that can be exported.
     """
     place = find(Path(path).expanduser())
-    loaded = _of_folder(place) if place.is_dir() else _of_checkpoint(place, model)
+    loaded = _of_folder(place) if (place / "config.json").is_file() else _of_checkpoint(place, model)
     name = dtype or loaded.record.dtype
     if name is not None:
         _cast(loaded.model, getattr(torch, name))
@@ -71,11 +73,9 @@ def find(path: Path) -> Path:
         raise UnavailableError(f"--from {str(path)!r} does not exist; give a model folder, a run's folder or a .ckpt")
     if path.is_file():
         return path
-    if (path / ".metadata").is_file() or (path / "meta.pt").is_file():
-        raise UserError(
-            f"--from {str(path)!r} is a distributed checkpoint, a file for each process: make one file of it with "
-            f"{_CONSOLIDATE} {path}, and give {path}.consolidated; or give the run's hf folder"
-        )
+    if (path / ".metadata").is_file() or (path / WRITTEN_LAST).is_file():
+        check_whole(path)
+        return path
     if (path / "adapter_config.json").is_file():
         raise UserError(
             f"--from {str(path)!r} is a PEFT adapter: give the folder of its base model, which has the zeros"
@@ -134,17 +134,14 @@ def _of_folder(folder: Path) -> Source:
 
 
 def _of_checkpoint(file: Path, name: str | None) -> Source:
-    try:
-        checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:
-        raise UserError(f"--from {str(file)!r} is no checkpoint that loads with weights_only=True: {error}") from error
+    checkpoint = _read(file)
     arguments = checkpoint.get("hyper_parameters", {}) if isinstance(checkpoint, dict) else {}
     name = name or arguments.get("name")
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"--from {str(file)!r} is no checkpoint of Lightning: it has no state_dict")
     if name is None:
         raise UserError(f"--from {str(file)!r} does not say of which model it is: give --model NAME_OR_FOLDER")
-    model, source = _build(model_path(name), arguments.get("revision"), checkpoint["state_dict"], file)
+    model, given = _build(model_path(name), arguments.get("revision"), checkpoint["state_dict"], file)
     states = [
         (value["admm"], checkpoint.get("optimizer_states", []))
         for key, value in checkpoint.get("callbacks", {}).items()
@@ -154,9 +151,33 @@ def _of_checkpoint(file: Path, name: str | None) -> Source:
     notes = [note for place, (state, of) in enumerate(states) if (note := _settle(model, state, of, place, file))]
     if not states:
         notes = ["The checkpoint has no state of ElsaCallback: its weights are exported as they are."]
-    given = source.dtype if source.dtype in (torch.bfloat16, torch.float16) else None  # never wider than trained
-    dtype = None if given is None else str(given).removeprefix("torch.")
+    narrow = given in (torch.bfloat16, torch.float16)  # never wider than what was trained
+    dtype = str(given).removeprefix("torch.") if narrow else None
     return Source(model, replace(record, notes=notes, dtype=dtype), model_path(name), file)
+
+
+def _read(file: Path) -> Any:
+    """Return a checkpoint, of several files too, read in the way that runs none of its code."""
+    if file.is_dir():
+        return _read_distributed(file)
+    try:
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        raise UserError(f"--from {str(file)!r} is no checkpoint that loads with weights_only=True: {error}") from error
+
+
+def _read_distributed(folder: Path) -> dict[str, Any]:
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    with tempfile.TemporaryDirectory() as place:
+        whole = Path(place) / "whole.pt"
+        dcp_to_torch_save(folder, whole)
+        parts: dict[str, Any] = torch.load(whole, map_location="cpu", weights_only=True)
+    parts |= torch.load(folder / WRITTEN_LAST, map_location="cpu", weights_only=True)
+    if "model" in parts:  # of FSDP1
+        parts["state_dict"] = parts.pop("model")
+    parts["optimizer_states"] = [parts[key] for key in sorted(parts) if key.startswith("optimizer_")]
+    return parts
 
 
 def _settle(model: nn.Module, state: dict[str, Any], optimizers: list[Any], place: int, file: Path) -> str | None:
@@ -172,6 +193,12 @@ def _settle(model: nn.Module, state: dict[str, Any], optimizers: list[Any], plac
             f"--from {str(file)!r} is of step {step} of {total}, before the zeros are exact, and has weights only: the "
             f"projection needs the optimizer's state, so give a whole checkpoint or the finished run"
         )
+    masks = [entry[MASK] for entry in optimizers[place]["state"].values() if MASK in entry]
+    if any(mask.is_floating_point() for mask in masks):
+        raise UserError(
+            f"--from {str(file)!r} is of FSDP1 and of step {step} of {total}, before the zeros are exact: resume the "
+            f"run, and export what it leaves"
+        )
     project(model, state, optimizers[place])
     return (
         f"From a checkpoint of step {step} of {total}, before the run had fixed its mask: the weights were projected "
@@ -180,11 +207,12 @@ def _settle(model: nn.Module, state: dict[str, Any], optimizers: list[Any], plac
 
 
 def _build(path: str, revision: str | None, state: Mapping[str, Tensor], file: Path) -> tuple[Any, Any]:
-    """Return the model of a checkpoint, and the configuration of the model that it was made of."""
+    """Return the model of a checkpoint, and the dtype of the model that it was made of."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
+        given = config.dtype  # which building changes
     except (OSError, ValueError) as error:
         raise UnavailableError(f"the model {path!r} that {str(file)!r} is of could not be had: {error}") from error
     names = {clean(name): t for name, t in state.items()}
@@ -200,7 +228,7 @@ def _build(path: str, revision: str | None, state: Mapping[str, Tensor], file: P
         raise UserError(f"--from {str(file)!r} is not of the model {path!r}: {wrong[0]} does not fit; give --model")
     with contextlib.suppress(OSError):  # it has none
         model.generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
-    return model, config
+    return model, given
 
 
 def _record(checkpoint: Mapping[str, Any], name: str, arguments: Mapping[str, Any], states: list[Any]) -> Record:

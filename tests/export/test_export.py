@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elsa_lightning.callbacks import SaveHuggingFace
@@ -74,6 +76,27 @@ def test_a_run_and_its_last_checkpoint_export_the_same_model(where: str, finishe
     )("def f(x)")
 
 
+@pytest.mark.parametrize("strategy", ["auto", "sharded"])
+def test_a_checkpoint_is_exported_in_the_dtype_that_was_given_sharded_or_not(
+    strategy: str, tiny_llama: str, tmp_path: Path
+) -> None:
+    given = sparse_folder(tiny_llama, tmp_path / "given", sparsity=0, dtype=torch.bfloat16)
+    chosen: Any = strategy
+    if strategy == "sharded":
+        chosen = ModelParallelStrategy(1, 1, process_group_backend="gloo")
+    saver = SaveHuggingFace(str(tmp_path / "hf"))
+    run(str(given), tmp_path, every_step(tmp_path / "checkpoints"), saver, strategy=chosen)
+    assert (tmp_path / "checkpoints/12.ckpt").is_dir() == (strategy == "sharded")
+    export(tmp_path / "checkpoints/12.ckpt", "hf", tmp_path / "out", fresh=False, say=lambda line: None)
+    exported, trained = load(tmp_path / "out"), load(tmp_path / "hf")
+    assert exported.dtype == trained.dtype == torch.bfloat16
+    assert all(torch.equal(exported.state_dict()[name], t) for name, t in trained.state_dict().items())
+    export(tmp_path / "checkpoints/5.ckpt", "hf", tmp_path / "middle", fresh=False, say=lambda line: None)
+    assert all(count == zeros(trained)[name] for name, count in zeros(load(tmp_path / "middle")).items())
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def test_a_checkpoint_of_the_middle_is_projected_as_its_run_would_have_done_and_says_so(
     finished: Path, tiny_llama: str, tmp_path: Path
 ) -> None:
@@ -115,7 +138,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
     out = str(tmp_path / "out")
     for arguments, message in (
         ([tmp_path / "nothing", "hf", out], "does not exist"),
-        ([tmp_path / "shards", "hf", out], "consolidate_checkpoint"),
+        ([tmp_path / "shards", "hf", out], "is no whole checkpoint"),
         ([tmp_path / "thesis", "hf", out], "has no config.json of a model"),
         ([tmp_path / "other.ckpt", "hf", out], "no checkpoint of Lightning"),
         ([foreign, "hf", tmp_path / "thesis"], "holds 'thesis.tex'"),
