@@ -29,6 +29,8 @@ from elsa_lightning.slicing import shrink
 
 Say = Callable[[str], None]
 
+_BEFORE_ROUNDING = "The perplexity was measured before the weights were rounded for this export."
+
 
 @dataclass(frozen=True)
 class Options:
@@ -58,6 +60,7 @@ class Made:
         sparsity: (zeros, entries) of each matrix.
         tolerance: Largest difference of logits, relative to the largest of them.
         does: What the export did, for the card.
+        rounded: Whether values are others than the model's.
         checked: What to say of a folder that its writer has read back, and transformers does not load.
     """
 
@@ -66,6 +69,7 @@ class Made:
     tolerance: float
     does: dict[str, Any] = field(default_factory=dict)
     checked: str | None = None
+    rounded: bool = False
 
 
 def export(
@@ -107,6 +111,8 @@ def export(
     if to == "gguf":
         check_gguf(options.gguf_type, options.converter)
     loaded = open_source(found, model, dtype)
+    if found != Path(source).expanduser():
+        say(f"Exporting {found}.")
     for note in loaded.record.notes:
         say(note)
     if not any(zeros > 0.05 * size for zeros, size in zeros_of(loaded.model.state_dict()).values()):
@@ -116,7 +122,10 @@ def export(
         if to != "gguf" and (problem := save_tokenizer(loaded.tokenizer, whole)) is not None:
             say(problem)
         kept = str(loaded.model.dtype).removeprefix("torch.")
-        write_card(whole, replace(loaded.record, format=to, dtype=kept, export=made.does, sparsity=made.sparsity))
+        record = replace(loaded.record, format=to, dtype=kept, export=made.does, sparsity=made.sparsity)
+        if made.rounded and record.perplexity:
+            record = replace(record, notes=[*record.notes, _BEFORE_ROUNDING])
+        write_card(whole, record)
         ids = _probe(loaded.model)
         del loaded
         gc.collect()
@@ -176,7 +185,7 @@ def _quantized(source: Source, folder: Path, options: Options, say: Say) -> Made
         )
     else:
         say(f"The weights lie on the grid of {does['scheme']}: nothing was rounded.")
-    return replace(made, does=does)
+    return replace(made, does=does, rounded=does["exact layers"] < does["layers"])
 
 
 def _cpu_sparse(source: Source, folder: Path, options: Options, say: Say) -> Made:
@@ -199,7 +208,9 @@ def _cpu_sparse(source: Source, folder: Path, options: Options, say: Say) -> Mad
 def _gguf(source: Source, folder: Path, options: Options, say: Say) -> Made:
     command = check_gguf(options.gguf_type, options.converter)
     checked = write_gguf(source.model, source.tokenizer, folder, options.gguf_type, command)
-    return replace(_made(source.model, {"type": options.gguf_type}), checked=checked)
+    return replace(
+        _made(source.model, {"type": options.gguf_type}), checked=checked, rounded=options.gguf_type != "f32"
+    )
 
 
 WRITERS: dict[str, Callable[[Source, Path, Options, Say], Made]] = {

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,16 @@ def test_a_model_on_the_grid_is_not_rounded_and_another_says_what_it_cost(
     assert any("moved the weights by" in line for line in told)
     record = json.loads((tmp_path / "w8/elsa.json").read_text())
     assert record["export"]["exact layers"] == 0 and record["export"]["relative change of the logits"] > 0
+    noted = "measured before the weights were rounded"
+    assert noted not in (tmp_path / "w8/README.md").read_text()  # nobody measured one
+    measured = {"perplexity": {"sparse": 7.0}}
+    shutil.copytree(folder, tmp_path / "measured")
+    (tmp_path / "measured/elsa.json").write_text(json.dumps(measured))
+    for name, expected in (("measured", True), ("grid", False)):
+        (tmp_path / name / "elsa.json").write_text(json.dumps(measured))
+        options = Options(4, 16)
+        export(tmp_path / name, "quantized", tmp_path / "out", options=options, fresh=False, say=told.append)
+        assert (noted in (tmp_path / "out/README.md").read_text()) == expected
     assert (tmp_path / "w4/model.safetensors").stat().st_size < (tmp_path / "w8/model.safetensors").stat().st_size
 
 
