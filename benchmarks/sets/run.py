@@ -40,13 +40,17 @@ from elsa_lightning import (
     CalibrationData,
     CausalLM,
     ElsaCallback,
+    Heads,
+    Neurons,
     Quantized,
     Unstructured,
     project,
+    shrink,
 )
 from elsa_lightning.lm import EMBEDDED_MODEL
 from elsa_lightning.selection import count_zeros
 from elsa_lightning.sets import Constraint
+from elsa_lightning.sets.structured import is_structured
 
 SETS: dict[str, tuple[Constraint, Constraint]] = {  # the gentler first
     "unstructured": (Unstructured(0.7), Unstructured(0.9)),
@@ -59,6 +63,11 @@ SETS: dict[str, tuple[Constraint, Constraint]] = {  # the gentler first
     "by pattern": (
         ByPattern({"attn": NM(2, 4), "mlp": Unstructured(0.7)}),
         ByPattern({"attn": NM(1, 4), "mlp": Unstructured(0.9)}),
+    ),
+    "neurons": (Neurons(0.25), Neurons(0.5)),
+    "neurons and heads": (
+        ByPattern({"attn": Heads(0.33), "mlp": Neurons(0.33)}),
+        ByPattern({"attn": Heads(0.5), "mlp": Neurons(0.5)}),
     ),
     "bits": (Quantized(4, 32), Quantized(3, 32)),
     "2:4 and bits": (Quantized(4, 32, NM(2, 4)), Quantized(3, 32, NM(2, 4))),
@@ -122,11 +131,14 @@ class Rows:
         if constraint is not None and case.method in ("one-shot", "gradual", "rounded"):
             project(module, constraint)  # of gradual pruning only values may change
         seconds = time.perf_counter() - start
-        zeros, every = count_zeros(module, list(module.parameters()))
-        file, packed = sizes(module)
+        zeros, _ = count_zeros(module, list(module.parameters()))
+        assert module.model is not None
+        whole = sum(p.numel() for p in module.model.parameters())
+        smaller = shrink(module.model) if constraint is not None and is_structured(constraint) else module.model
+        file, packed = sizes(smaller)
         return {
             "perplexity": next(iter(trainer().test(module, data, verbose=False)[0].values())),
-            "parameters": every, "non_zero": every - zeros, "bytes": file, "zipped": packed,
+            "parameters": smaller.num_parameters(), "non_zero": whole - zeros, "bytes": file, "zipped": packed,
             "seconds": round(seconds, 1),
         }  # fmt: skip
 
@@ -149,11 +161,10 @@ def trainer(**options: Any) -> Trainer:
     return Trainer(devices=1, **{**quiet, **options})
 
 
-def sizes(module: CausalLM) -> tuple[int, int]:
+def sizes(model: Any) -> tuple[int, int]:
     """Return the bytes of the saved weights, and of these deflated."""
-    assert module.model is not None
     with tempfile.TemporaryDirectory() as folder:
-        module.model.save_pretrained(folder)
+        model.save_pretrained(folder)
         contents = [file.read_bytes() for file in Path(folder).glob("*.safetensors")]
     return sum(map(len, contents)), sum(len(zlib.compress(content, 6)) for content in contents)
 
@@ -181,8 +192,8 @@ def table(rows: list[dict[str, Any]], a: argparse.Namespace) -> str:
     lines = [
         f"{a.model}, dense {dense:.2f}; {a.steps} steps of {a.batch_size} × {a.seq_len} tokens, rate {a.lr:g}",
         "",
-        "| set | one shot | gradual | other set, then rounded | Elsa | Elsa ahead by | non-zero | MB | deflated, MB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| set | one shot | gradual | other set, then rounded | Elsa | ahead by | parameters | non-zero | MB | zip, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in SETS:
         for constraint in map(repr, SETS[name]):
@@ -200,7 +211,8 @@ def table(rows: list[dict[str, Any]], a: argparse.Namespace) -> str:
             others = [value for m, value in means.items() if m != "elsa"]
             ahead = f"{1 - means['elsa'] / min(others):+.1%}" if "elsa" in means and others else "–"
             last = next((row for row in here if row["method"] == "elsa"), here[0])
-            size = f"{last['non_zero']:,} | {last['bytes'] / 1e6:.2f} | {last['zipped'] / 1e6:.2f}"
+            bytes_ = " | ".join(f"{last[key] / 1e6:.2f}" for key in ("bytes", "zipped"))
+            size = f"{last['parameters']:,} | {last['non_zero']:,} | {bytes_}"
             lines.append(f"| `{constraint}` | " + " | ".join(cells) + f" | {ahead} | {size} |")
     return "\n".join(lines)
 
