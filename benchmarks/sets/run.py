@@ -192,7 +192,7 @@ def table(rows: list[dict[str, Any]], a: argparse.Namespace) -> str:
     lines = [
         f"{a.model}, dense {dense:.2f}; {a.steps} steps of {a.batch_size} × {a.seq_len} tokens, rate {a.lr:g}",
         "",
-        "| set | one shot | gradual | other set, then rounded | Elsa | ahead by | parameters | non-zero | MB | zip, MB |",
+        "| set | one shot | gradual | then rounded | Elsa | ahead by | parameters | non-zero | MB | zip, MB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in SETS:
