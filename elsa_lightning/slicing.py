@@ -54,7 +54,10 @@ def shrink(model: M, state: Mapping[str, Tensor] | None = None) -> M:
         None, config=config, state_dict=_cut(known, tensors, units), dtype=first.dtype, output_loading_info=True
     )
     if any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-        raise RuntimeError(f"the smaller model does not take the weights that were cut for it: {report}")
+        raise UserError(
+            f"the smaller model does not take the weights that were cut for it ({report}): {type(model).__name__} has "
+            f"other parameters than its family is known for"
+        )
     if (generation := getattr(model, "generation_config", None)) is not None:
         new.generation_config = copy.deepcopy(generation)
     return new.to(first.device).train(model.training)  # type: ignore[no-any-return]

@@ -88,7 +88,7 @@ def test_python_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.Monke
         assert not their_sparse.layer.weight[:, 2:].any() and their_sparse.layer.weight[:, :2].all()
     if "your_module" in block:
         assert zeros(theirs.layer.weight) == pytest.approx(0.9, abs=0.01)
-    if "ADMM(" in block and "select(model)" in block:
+    if "admm.finish()" in block and "select(model)" in block:
         assert zeros(model[0].weight) == pytest.approx(0.9, abs=0.01)
     if "from_pretrained" in block:
         assert names["model"].num_parameters() > 0

@@ -74,6 +74,7 @@ class SaveHuggingFace(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a module without a Hugging Face model, before training."""
+        self.place = None
         model: Any = getattr(pl_module, "model", None)
         if not hasattr(model, "save_pretrained"):
             raise UserError(
@@ -125,7 +126,6 @@ class SaveHuggingFace(Callback):
             self.on_train_end(trainer, pl_module)
         if self.place is not None and self.place.is_dir():
             write_card(self.place, run_record(trainer, pl_module, **self._written))
-        self.place = None
 
     def _write(self, pl_module: LightningModule, model: Any, whole_state: dict[str, Any], folder: Path) -> str:
         """Save the model, without its adapter if it has one, and return the name of the weights' dtype."""

@@ -70,7 +70,8 @@ class OnSet(Form):
     ) -> None:
         """Store −u; x ← z. What the set's values do not hold on the mask is remembered whole."""
         lost = z - v
-        tensor.set_split(rows, torch.where(mask, lost, lost * factor), seed)
+        faded = lost * factor
+        tensor.set_split(rows, torch.where(mask, lost, faded, out=faded), seed)
         tensor.x(rows).copy_(z)
 
     def reopen(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from elsa_lightning.admm import ADMM
+from elsa_lightning.callbacks.ends import trains_nothing
 from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.layout.sharded import match_names
 from elsa_lightning.lm import EMBEDDED_MODEL, model_path
@@ -184,7 +185,7 @@ class CausalLM(LightningModule):
 
     def on_fit_start(self) -> None:
         """Load the dense model that distillation learns from; with ``max_steps=0`` prune at once instead."""
-        if 0 in (self.trainer.max_steps, self.trainer.max_epochs):
+        if self._trainer is not None and trains_nothing(self._trainer):
             self._prune_at_once()
         elif self.distillation > 0:
             teacher = self._load("bfloat16").eval().requires_grad_(False)
