@@ -182,10 +182,7 @@ def stationarity(
     squares = torch.zeros(len(tensors), 5, dtype=exact_dtype(device), device=device)
     for index, tensor in enumerate(tensors):
         for rows, *_ in tensor.pieces() if tensor.part.counts else ():
-            mask = tensor.mask(rows)
-            square = form.direction(tensor, rows).square()
-            off, on = square.masked_fill(mask, 0).sum(), square.masked_fill(~mask, 0).sum()
-            numbers = [off, (~mask).sum(), tensor.x(rows).float().square().sum(), mask.sum(), on]
+            numbers = _lengths(form, tensor, rows)
             squares[index] += torch.stack([number.to(squares.dtype) for number in numbers])
     processes.add(squares)
     off, off_count, kept, kept_count, on = squares.unbind(1)
@@ -216,6 +213,13 @@ def stationarity(
     return Stationarity(
         step, (gap / norm.clamp_min(torch.finfo(norm.dtype).tiny)).sqrt(), outranking / kept_count.sum()
     )
+
+
+def _lengths(form: Form, tensor: ConstrainedTensor, rows: slice) -> list[Tensor]:
+    """Return ‖D⁻¹∇f‖² off the mask, how many these are, ‖x‖², how many are on it, ‖D⁻¹∇f‖² on it, of some rows."""
+    mask, square = tensor.mask(rows), form.direction(tensor, rows).square()
+    off, on = square.masked_fill(mask, 0).sum(), square.masked_fill(~mask, 0).sum()
+    return [off, (~mask).sum(), tensor.x(rows).float().square().sum(), mask.sum(), on]
 
 
 def hold(
