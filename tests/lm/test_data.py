@@ -233,7 +233,10 @@ def test_the_place_in_the_data_matters_to_training_alone(text_file: Path, token_
         validation_step = predict_step = test_step
 
     def trainer() -> Trainer:
-        return Trainer(accelerator="cpu", max_steps=2, logger=False, enable_progress_bar=False, limit_val_batches=1)
+        return Trainer(
+            accelerator="cpu", max_steps=2, logger=False, enable_progress_bar=False, limit_val_batches=1,
+            default_root_dir=tmp_path,
+        )  # fmt: skip
 
     def data(**options: Any) -> CalibrationData:
         return CalibrationData(**{"name": str(text_file), "seq_len": 32, "cache_dir": token_cache, **options})
