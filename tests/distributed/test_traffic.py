@@ -25,7 +25,7 @@ def test_a_step_sums_one_number_and_a_projection_some_bins(processes: int, bench
     ordinary, update = benchmark.as_process_of(processes, lambda mesh: benchmark.traffic(shapes, processes, mesh))
     assert ordinary == [4]  # whether the gradients are finite
     bins = 8 * (2048 + 1024 + 1024)  # bytes a matrix, of which there are 8
-    numbers = 6 * 11 * 8  # bytes of what is counted of each tensor: residuals, norms, kept entries
+    numbers = 6 * 12 * 8  # bytes of what is counted of each tensor: residuals, norms, kept entries
     assert len(update) == 5 and sum(update) == 4 + 8 * bins + numbers
 
 
