@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.families import STACKS, Known, find
-from elsa_lightning.sets.structured import Structured, check_fraction, kept_of
+from elsa_lightning.sets.structured import Share
 from elsa_lightning.sets.tied import Member, Tie
 
 
 @dataclass(frozen=True)
-class Experts(Structured):
+class Experts(Share):
     """A share of each layer's experts adds nothing: their output matrices are zero, and the router passes them over.
 
     Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the output matrices with the largest Σ Fᵢ vᵢ²,
@@ -34,10 +34,7 @@ class Experts(Structured):
         UserError: The fraction is out of range.
     """
 
-    fraction: float
-
-    def __post_init__(self) -> None:
-        check_fraction(self.fraction, "experts")
+    units = "experts"
 
     def of(self, known: Known) -> list[Tie]:
         """Return one tie a layer with experts."""
@@ -45,7 +42,7 @@ class Experts(Structured):
         if family.experts is None:
             raise UserError(f"{config.model_type!r} is no mixture of experts: Neurons or Heads are its units")
         total, chosen = config.num_experts, config.num_experts_per_tok
-        kept = kept_of(self.fraction, total)
+        kept = self.kept(total)
         if kept < chosen:
             raise UserError(
                 f"{self} leaves {kept} of {total} experts, and each token takes {chosen} (num_experts_per_tok): at "

@@ -9,7 +9,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
@@ -81,15 +81,30 @@ class Structured(Tied):
         return self._with(tie._replace(kept=count) for tie, count in zip(self._ties, kept, strict=True))
 
 
-def check_fraction(fraction: float, units: str) -> None:
-    """Raise UserError unless it is a share that can be removed."""
-    if not 0 <= fraction < 1:
-        raise UserError(f"fraction must be the share of {units} that is removed, in [0, 1), got {fraction}")
+@dataclass(frozen=True)
+class Share(Structured):
+    """A share of the units of each tie is removed, to the nearest number; one survives.
 
+    Args:
+        fraction: The share, 0 ≤ fraction < 1.
 
-def kept_of(fraction: float, units: int) -> int:
-    """Return how many units are left, one at least."""
-    return max(1, units - round(fraction * units))
+    Raises:
+        UserError: The fraction is out of range.
+    """
+
+    units: ClassVar[str]  # what they are called
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction < 1:
+            raise UserError(
+                f"fraction must be the share of {self.units} that is removed, in [0, 1), got {self.fraction}"
+            )
+
+    def kept(self, units: int) -> int:
+        """Return how many of so many units are left, one at least."""
+        return max(1, units - round(self.fraction * units))
 
 
 def is_structured(constraint: object) -> bool:
@@ -103,7 +118,7 @@ def is_structured(constraint: object) -> bool:
 
 
 @dataclass(frozen=True)
-class Neurons(Structured):
+class Neurons(Share):
     """A share of each layer's hidden neurons adds nothing: their columns in the down projection are zero.
 
     Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the columns with the largest Σ Fᵢ vᵢ², unchanged.
@@ -117,14 +132,11 @@ class Neurons(Structured):
         UserError: The fraction is out of range.
     """
 
-    fraction: float
-
-    def __post_init__(self) -> None:
-        check_fraction(self.fraction, "neurons")
+    units = "neurons"
 
     def of(self, known: Known) -> list[Tie]:
         """Return one tie a layer."""
-        return _neurons(known, kept_of(self.fraction, _width(known)))
+        return _neurons(known, self.kept(_width(known)))
 
 
 def _width(known: Known) -> int:
@@ -145,7 +157,7 @@ def _neurons(known: Known, kept: int) -> list[Tie]:
 
 
 @dataclass(frozen=True)
-class Heads(Structured):
+class Heads(Share):
     """A share of each layer's attention heads adds nothing, in whole groups of a key-value head with its query heads.
 
     Their columns in the output projection are zero. Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps
@@ -160,15 +172,12 @@ class Heads(Structured):
         UserError: The fraction is out of range.
     """
 
-    fraction: float
-
-    def __post_init__(self) -> None:
-        check_fraction(self.fraction, "heads")
+    units = "heads"
 
     def of(self, known: Known) -> list[Tie]:
         """Return one tie a layer."""
         groups, *_ = known.heads
-        kept, config = kept_of(self.fraction, groups), known.config
+        kept, config = self.kept(groups), known.config
         if known.family.heads is None:
             raise UserError(
                 f"heads of {config.model_type!r} cannot be removed: its config has no head_dim, so that fewer heads of "
@@ -251,7 +260,7 @@ def _size_of_all(known: Known, sizes: Mapping[str, int], reads: Iterable[str], w
 
 
 @dataclass(frozen=True)
-class Layers(Structured):
+class Layers(Share):
     """A share of the layers adds nothing: the output projections of attention and MLP are zero.
 
     Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the layers with the largest Σ Fᵢ vᵢ² over both,
@@ -264,10 +273,7 @@ class Layers(Structured):
         UserError: The fraction is out of range.
     """
 
-    fraction: float
-
-    def __post_init__(self) -> None:
-        check_fraction(self.fraction, "layers")
+    units = "layers"
 
     def of(self, known: Known) -> list[Tie]:
         """Return one tie."""
@@ -281,7 +287,7 @@ class Layers(Structured):
             )
         names = (family.attention_out, family.mlp_out)
         members = (Member(f"{known.block(i)}{name}.weight", 0, _WHOLE, i) for i in range(blocks) for name in names)
-        return [Tie(blocks, kept_of(self.fraction, blocks), tuple(members))]
+        return [Tie(blocks, self.kept(blocks), tuple(members))]
 
 
 def constant_without_place(known: Known) -> str | None:
