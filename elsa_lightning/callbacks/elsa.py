@@ -32,7 +32,8 @@ from elsa_lightning.layout.lowbit import StateDtype, check_state_dtype
 from elsa_lightning.layout.sharded import match_names
 from elsa_lightning.schedule import PenaltySchedule, Schedule
 from elsa_lightning.selection import ALL_LINEAR, Selection, select
-from elsa_lightning.sets import Constraint, Unstructured
+from elsa_lightning.sets import Constraint
+from elsa_lightning.sets.unstructured import one_of
 from elsa_lightning.watch import verdict
 
 
@@ -87,12 +88,7 @@ class ElsaCallback(Callback):
         ignore: list[str] | None = None,
         optimizer_index: int | None = None,
     ) -> None:
-        if (sparsity is None) == (constraint is None):
-            raise UserError(
-                f"give sparsity (a fraction, such as 0.9) or constraint, one of the two; got sparsity={sparsity}, "
-                f"constraint={constraint}"
-            )
-        self.constraint = constraint if constraint is not None else Unstructured(sparsity or 0.0)
+        self.constraint = one_of(sparsity, constraint)
         self.schedule = Schedule(penalty, penalty_schedule, interval, ramp, frozen)
         make_form(prox).check(self.schedule, self.constraint)
         self.prox = prox
@@ -293,11 +289,11 @@ class ElsaCallback(Callback):
             return
         if self.admm.sharded:
             settle(trainer.strategy.model or trainer.lightning_module)
-        moved = self.admm.stray()
-        if moved == 0 and not self.admm.sharded:
+        moved = self.admm.stray()  # of this process, as is what hold does
+        if not moved:
             return
         self.admm.hold()
-        if moved and not self._moved:
+        if not self._moved:
             self._moved = True
             rank_zero_warn(
                 f"Elsa: {moved:,} weights that the mask does not keep were moved after their zeros were made exact, "

@@ -26,7 +26,8 @@ from elsa_lightning.optim.hooks import innermost
 from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.schedule import PenaltySchedule, Schedule
 from elsa_lightning.selection import ALL_LINEAR, select
-from elsa_lightning.sets import Constraint, Unstructured
+from elsa_lightning.sets import Constraint
+from elsa_lightning.sets.unstructured import one_of
 from elsa_lightning.watch import UPDATED, figures, verdict
 
 log = logging.getLogger(__name__)
@@ -76,12 +77,7 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
         targets: list[str] | None = None,
         ignore: list[str] | None = None,
     ) -> None:
-        if (sparsity is None) == (constraint is None):
-            raise UserError(
-                f"give sparsity (a fraction, such as 0.9) or constraint, one of the two; got sparsity={sparsity}, "
-                f"constraint={constraint}"
-            )
-        self.constraint = constraint if constraint is not None else Unstructured(sparsity or 0.0)
+        self.constraint = one_of(sparsity, constraint)
         self.schedule = Schedule(penalty, penalty_schedule, interval, ramp, frozen)
         make_form(prox).check(self.schedule, self.constraint)
         self.prox, self.state_dtype = prox, check_state_dtype(state_dtype)

@@ -201,6 +201,16 @@ class Unstructured(Constraint):
         return whole
 
 
+def one_of(sparsity: float | None, constraint: Constraint | None) -> Constraint:
+    """Return the set that a user asks for by a fraction of zeros or as a value; raise UserError unless it is one."""
+    if (sparsity is None) == (constraint is None):
+        raise UserError(
+            f"give sparsity (a fraction, such as 0.9) or constraint, one of the two; got sparsity={sparsity}, "
+            f"constraint={constraint}"
+        )
+    return constraint if constraint is not None else Unstructured(sparsity)
+
+
 def _scales(points: Points) -> Tensor:
     """Return the root of the mean of F̂ v² of each tensor, float32 ``(tensors,)``."""
     squares = torch.zeros(len(points.shapes), dtype=exact_dtype(points.device), device=points.device)
