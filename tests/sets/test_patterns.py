@@ -10,14 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
-from elsa_lightning import ADMM, NM, Block, ByPattern, Unstructured
+from elsa_lightning import NM, Block, ByPattern, Unstructured
 from elsa_lightning.errors import UserError
-from elsa_lightning.selection import select
 from elsa_lightning.sets import Constraint
 from elsa_lightning.sets.base import WholePoints
+from tests.sets.mixed import states, train
 
 SPECIAL = [0.0, 1.0, -1.0, 0.5, 1e-42, 1e30]
 
@@ -203,21 +202,6 @@ def test_what_cannot_be_is_refused(make: Any, message: str) -> None:
         make()
 
 
-class Mixed(nn.Module):
-    """A transposed layer, a kernel, a stack of matrices and a Linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.turned, self.linear = Conv1D(12, 16), nn.Linear(16, 8)
-        self.kernels = nn.Conv2d(4, 6, 3)
-        self.experts = nn.Parameter(torch.randn(3, 8, 8) / 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        image = self.kernels(x.view(-1, 4, 2, 2).repeat(1, 1, 2, 2)).flatten(1)
-        mixed = torch.einsum("eoi,bi->bo", self.experts, self.linear(x))
-        return self.turned(x).sum(1) + image.sum(1) + mixed.sum(1)
-
-
 SETS: dict[str, Constraint] = {
     "2:4": NM(2, 4), "1:4": NM(1, 4), "blocks": Block(0.75, 2, 4), "rows": Unstructured(0.75, "row"),
     "floor": Unstructured(0.9, "model", floor=0.05), "keep": Unstructured(keep=100),
@@ -230,35 +214,14 @@ SETS: dict[str, Constraint] = {
 @pytest.mark.parametrize("prox", ["linearized", "coupled"])
 @pytest.mark.parametrize("name", SETS)
 def test_training_ends_in_the_set_and_resumes_to_the_bit(name: str, prox: Any, state_dtype: Any) -> None:
-    torch.manual_seed(0)
-    start, data = Mixed().state_dict(), torch.randn(12, 8, 16)
-
-    def run(stop: int | None, saved: Any = None) -> Any:
-        torch.manual_seed(5)
-        model = Mixed()
-        model.load_state_dict(start if saved is None else saved[0])
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-        chosen = select(model, ["all-linear", "experts"], quiet=True).parameters
-        admm = ADMM(optimizer, chosen, SETS[name], total_steps=12, prox=prox, state_dtype=state_dtype)
-        if saved is not None:
-            optimizer.load_state_dict(saved[1])
-            admm.load_state_dict(saved[2])
-        for batch in data[admm.step : stop]:
-            optimizer.zero_grad()
-            (model(batch) - batch.sum(1)).square().mean().backward()
-            optimizer.step()
-        if stop is not None:
-            return model.state_dict(), optimizer.state_dict(), admm.state_dict()
-        admm.finish()
-        return model, chosen, admm
-
-    model, chosen, admm = run(None)
-    resumed, *_ = run(None, run(5))
+    options = {"prox": prox, "state_dtype": state_dtype}
+    model, admm = train(SETS[name], **options)
+    resumed, _ = train(SETS[name], states(*train(SETS[name], stop=5, **options)), **options)
     for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q)
-    transposed = [parameter == "turned.weight" for parameter in chosen]
+    transposed = [parameter == "turned.weight" for parameter in admm.tensors]
     rows = [(t.p.detach().reshape(t.part.shape), None) for t in admm.tensors.values()]
-    kept = masks(admm.constraint, *rows, names=list(chosen), transposed=transposed)
+    kept = masks(admm.constraint, *rows, names=list(admm.tensors), transposed=transposed)
     for (x, _), mask in zip(rows, kept, strict=True):
         assert not x[~mask].any()
         assert x[mask].any()

@@ -19,7 +19,7 @@ from elsa_lightning.selection import select
 from elsa_lightning.sets import Constraint
 from elsa_lightning.sets.base import WholePoints, project
 from elsa_lightning.tensors import NUMBERS
-from tests.sets.test_patterns import Mixed
+from tests.sets.mixed import states, train
 
 BITS = [2, 3, 4, 8]
 LOWEST = {2: 0.25, 3: 0.35, 4: 0.5, 8: 0.85}
@@ -225,36 +225,14 @@ MIXED: dict[str, Constraint] = {
 @pytest.mark.parametrize("name", MIXED)
 def test_an_interrupted_run_goes_on_to_the_bit_in_either_phase(name: str, state_dtype: Any) -> None:
     """Transposed weights, kernels and a stack of matrices; the last five of twelve steps are frozen."""
-    torch.manual_seed(0)
-    start, data = Mixed().state_dict(), torch.randn(12, 8, 16)
-
-    def run(stop: int | None, saved: Any = None) -> Any:
-        torch.manual_seed(5)
-        model = Mixed()
-        model.load_state_dict(start if saved is None else saved[0])
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-        chosen = select(model, ["all-linear", "experts"], quiet=True).parameters
-        admm = ADMM(optimizer, chosen, MIXED[name], total_steps=12, state_dtype=state_dtype,
-                    schedule=Schedule(interval=3, frozen=5 / 12))  # fmt: skip
-        if saved is not None:
-            optimizer.load_state_dict(saved[1])
-            admm.load_state_dict(saved[2])
-        for batch in data[admm.step : stop]:
-            optimizer.zero_grad()
-            (model(batch) - batch.sum(1)).square().mean().backward()
-            optimizer.step()
-        if stop is not None:
-            admm.finish(resumable=True)
-            state = model.state_dict(), optimizer.state_dict(), admm.state_dict()
-            return [{key: value.clone() for key, value in state[0].items()}, *state[1:]]
-        admm.finish()
-        return model, admm
-
-    model, admm = run(None)
+    options = {"state_dtype": state_dtype, "schedule": Schedule(interval=3, frozen=5 / 12)}
+    model, admm = train(MIXED[name], **options)
     if isinstance(MIXED[name], Quantized):
         assert_on_grid(admm, MIXED[name].bits)  # type: ignore[attr-defined]
     for stop in (5, 10):
-        resumed, _ = run(None, run(stop))
+        former, interrupted = train(MIXED[name], stop=stop, **options)
+        interrupted.finish(resumable=True)
+        resumed, _ = train(MIXED[name], states(former, interrupted), **options)
         for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
             assert torch.equal(p, q)
 
