@@ -15,22 +15,22 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import logging
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from models import CONFIGS, SECOND, made_model
 from peers import GradualPruning, MaskedFineTuning, magnitude, sparsegpt, wanda
+from results import Results, quiet_trainer
 
 from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
 from elsa_lightning.layout.lowbit import StateDtype
@@ -81,22 +81,13 @@ class Arena:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.path: Path = arguments.results
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.results = Results(arguments.results)
+        self.rows = self.results.rows
         self.places = {EMBEDDED_MODEL: (EMBEDDED_MODEL, "pydocs")}
 
     def result(self, case: Case) -> dict[str, Any]:
         """Return the case's line, running it if need be."""
-        for row in self.rows:
-            if asdict(case) == {key: row.get(key) for key in asdict(case)}:
-                return row
-        row = {**asdict(case), **self._run(case)}
-        self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
-        return row
+        return self.results.of(case, lambda: self._run(case))
 
     def _place(self, model: str) -> tuple[str, str]:
         if model in CONFIGS and model not in self.places:
@@ -127,13 +118,13 @@ class Arena:
         callback = self._callback(case)
         if callback is not None:
             tokens += case.steps * case.seq_len * case.batch_size
-            fit = _trainer(
+            fit = quiet_trainer(
                 max_steps=case.steps, gradient_clip_val=1.0, limit_val_batches=0, callbacks=[callback],
                 precision="bf16-true" if case.method in LOW else "32-true",
             )  # fmt: skip
             fit.fit(module, data)
         seconds, peak = time.perf_counter() - start, _memory() - before
-        evaluate = _trainer().validate if case.split == "validation" else _trainer().test
+        evaluate = quiet_trainer().validate if case.split == "validation" else quiet_trainer().test
         zeros, weights = count_zeros(module)
         return {
             "perplexity": next(iter(evaluate(module, data, verbose=False)[0].values())),
@@ -216,14 +207,6 @@ class Arena:
                             model, method, sparsity, seed, steps, a.seq_len, a.batch_size, distillation, 0.0, None,
                             "test",
                         )  # fmt: skip
-
-
-def _trainer(**options: Any) -> Trainer:
-    quiet = {
-        "logger": False, "enable_checkpointing": False, "enable_model_summary": False,
-        "enable_progress_bar": False, "num_sanity_val_steps": 0,
-    }  # fmt: skip
-    return Trainer(devices=1, **{**quiet, **options})
 
 
 def _memory(reset: bool = False) -> int:

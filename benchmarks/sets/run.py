@@ -13,7 +13,6 @@ are not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import statistics
 import sys
@@ -22,16 +21,17 @@ import time
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
 
 from peers import GradualSet
+from results import Results, quiet_trainer
 
 from elsa_lightning import (
     NM,
@@ -96,23 +96,12 @@ class Rows:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        path: Path = arguments.results
-        self.path = path
-        self.rows: list[dict[str, Any]] = (
-            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        )
+        self.results = Results(arguments.results)
+        self.rows = self.results.rows
 
     def result(self, case: Case, constraint: Constraint | None) -> dict[str, Any]:
         """Return the case's line, running it if need be."""
-        for row in self.rows:
-            if asdict(case) == {key: row.get(key) for key in asdict(case)}:
-                return row
-        row = {**asdict(case), **self._run(case, constraint)}
-        self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
-        return row
+        return self.results.of(case, lambda: self._run(case, constraint))
 
     def _run(self, case: Case, constraint: Constraint | None) -> dict[str, Any]:
         a = self.arguments
@@ -126,7 +115,7 @@ class Rows:
         start = time.perf_counter()
         callbacks = self._callbacks(case, constraint)
         if case.steps:
-            fit = trainer(max_steps=case.steps, gradient_clip_val=1.0, limit_val_batches=0, callbacks=callbacks)
+            fit = quiet_trainer(max_steps=case.steps, gradient_clip_val=1.0, limit_val_batches=0, callbacks=callbacks)
             fit.fit(module, data)
         if constraint is not None and case.method in ("one-shot", "gradual", "rounded"):
             project(module, constraint)  # of gradual pruning only values may change
@@ -137,7 +126,7 @@ class Rows:
         smaller = shrink(module.model) if constraint is not None and is_structured(constraint) else module.model
         file, packed = sizes(smaller)
         return {
-            "perplexity": next(iter(trainer().test(module, data, verbose=False)[0].values())),
+            "perplexity": next(iter(quiet_trainer().test(module, data, verbose=False)[0].values())),
             "parameters": smaller.num_parameters(), "non_zero": whole - zeros, "bytes": file, "zipped": packed,
             "seconds": round(seconds, 1),
         }  # fmt: skip
@@ -151,14 +140,6 @@ class Rows:
             assert isinstance(constraint, Quantized)
             return [] if constraint.inside is None else [ElsaCallback(constraint=constraint.inside)]
         return [GradualSet(constraint)]
-
-
-def trainer(**options: Any) -> Trainer:
-    quiet = {
-        "logger": False, "enable_checkpointing": False, "enable_model_summary": False,
-        "enable_progress_bar": False, "num_sanity_val_steps": 0,
-    }  # fmt: skip
-    return Trainer(devices=1, **{**quiet, **options})
 
 
 def sizes(model: Any) -> tuple[int, int]:
