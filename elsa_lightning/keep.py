@@ -17,8 +17,9 @@ from elsa_lightning.admm import ADMM
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.sharded import exact_dtype, local
 from elsa_lightning.patterns import USUAL, groups_of, satisfied
+from elsa_lightning.report import some
 from elsa_lightning.sets.base import Constraint, Points
-from elsa_lightning.sparse import MIN_SPARSITY, Counted, Kept, check_min_sparsity, some
+from elsa_lightning.sparse import MIN_SPARSITY, SHOWN, Counted, Kept, check_min_sparsity
 from elsa_lightning.tensors import KEYS, MASK, ConstrainedTensor
 
 
@@ -141,7 +142,7 @@ class KeptZeros(ADMM):
         now = self._count_zeros([self.tensors[name] for name in began])
         lost = {t.name: began[t.name] - zeros for t, zeros in now.items() if zeros < began[t.name]}
         if lost:
-            named = some([f"{name}: {count:,} of {began[name]:,}" for name, count in lost.items()])
+            named = some([f"{name}: {count:,} of {began[name]:,}" for name, count in lost.items()], SHOWN)
             raise UserError(f"zeros were lost although their places are held at 0 ({named})")
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -91,3 +91,8 @@ def mask_mosaic(masks: Iterable[Tensor], tile: int = 48, columns: int = 7) -> Te
     tiles += [torch.zeros_like(tiles[0])] * (-len(tiles) % columns)
     rows = [torch.cat(tiles[start : start + columns], dim=1) for start in range(0, len(tiles), columns)]
     return torch.cat(rows, dim=0)
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """Return the first of some names in a line, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -12,10 +12,11 @@ from torch import nn
 from elsa_lightning.adapters import has_adapter
 from elsa_lightning.anatomy import examine
 from elsa_lightning.errors import UserError
+from elsa_lightning.report import some
 from elsa_lightning.selection import ALL_LINEAR, Selection, count_zeros, select
 
 MIN_SPARSITY = 0.05  # chance and rounding to few bits make less
-_SHOWN = 6  # names in a message
+SHOWN = 6  # names in a message
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class Kept:
         for pattern in sorted(set(patterns)):
             line += f"; {pattern} in {patterns.count(pattern)} of them"
         if empty := [t.name for t in self.kept if t.zeros == t.size]:
-            line += f"; nothing but zeros, and so not trained: {some(empty)}"
+            line += f"; nothing but zeros, and so not trained: {some(empty, SHOWN)}"
         if self.left_alone:
-            named = some([f"{t.name} ({t.zeros:,} zeros of {t.size:,})" for t in self.left_alone])
+            named = some([f"{t.name} ({t.zeros:,} zeros of {t.size:,})" for t in self.left_alone], SHOWN)
             line += f"; {len(self.left_alone)} left alone, with too few zeros: {named}"
         return line
 
@@ -114,9 +115,3 @@ def check_min_sparsity(value: float) -> float:
 def _sparse(model: nn.Module, p: nn.Parameter, least: float) -> bool:
     zeros, size = count_zeros(model, [p])
     return zeros >= max(1, least * size)
-
-
-def some(items: Sequence[str]) -> str:
-    """Return the first of some names, and how many more there are."""
-    more = len(items) - _SHOWN
-    return ", ".join(items[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

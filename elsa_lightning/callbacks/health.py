@@ -9,6 +9,7 @@ from torch import Tensor
 
 from elsa_lightning.admm import ADMM
 from elsa_lightning.optim.rounding import hazard
+from elsa_lightning.report import some
 from elsa_lightning.sets.structured import is_structured
 
 _LATE = 0.75  # of the ADMM phase: from here on it should be closing
@@ -86,20 +87,16 @@ class Health:
         shares, rows = (counts[:, 0] / counts[:, 1]).tolist(), (counts[:, 2] / counts[:, 3].clamp_min(1)).tolist()
         if names := [name for name, share in zip(tensors, shares, strict=True) if share < _DEAD * kept]:
             message = (
-                f"hardly anything is left of {_list(names)}. Give every tensor the same sparsity (scope 'tensor'), or "
+                f"hardly anything is left of {some(names)}. Give every tensor the same sparsity (scope 'tensor'), or "
                 f"leave these dense (ignore)"
             )
             yield "dead", message
         if names := [name for name, share in zip(tensors, rows, strict=True) if share > _EMPTY_ROWS]:
             message = (
-                f"more than half of the outputs of {_list(names)} are always zero. Lower the sparsity, or leave these "
+                f"more than half of the outputs of {some(names)} are always zero. Lower the sparsity, or leave these "
                 f"dense (ignore)"
             )
             yield "rows", message
-
-
-def _list(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def diverged(admm: ADMM, clip: str) -> str:

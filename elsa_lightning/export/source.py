@@ -20,6 +20,7 @@ from elsa_lightning.export.project import project
 from elsa_lightning.export.record import Record, read, settings_of, versions
 from elsa_lightning.layout.sharded import clean
 from elsa_lightning.lm import model_path
+from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.tensors import MASK
 
 _EXACT = ("frozen", "finished", "suspended")  # phases whose checkpoints have exact zeros
@@ -59,7 +60,7 @@ def open_source(path: str | Path, model: str | None = None, dtype: str | None = 
     if name is not None:
         _cast(loaded.model, getattr(torch, name))
     loaded.model.eval().requires_grad_(False)
-    record = replace(loaded.record, dtype=str(loaded.model.dtype).removeprefix("torch."))
+    record = replace(loaded.record, dtype=dtype_name(loaded.model.dtype))
     return replace(loaded, record=record)
 
 
@@ -152,7 +153,7 @@ def _of_checkpoint(file: Path, name: str | None) -> Source:
     if not states:
         notes = ["The checkpoint has no state of ElsaCallback: its weights are exported as they are."]
     narrow = given in (torch.bfloat16, torch.float16)  # never wider than what was trained
-    dtype = str(given).removeprefix("torch.") if narrow else None
+    dtype = dtype_name(given) if narrow else None
     return Source(model, replace(record, notes=notes, dtype=dtype), model_path(name), file)
 
 

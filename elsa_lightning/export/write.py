@@ -25,6 +25,8 @@ from elsa_lightning.export.folders import check_replaceable, new_folder, save_to
 from elsa_lightning.export.gguf import check_gguf, write_gguf
 from elsa_lightning.export.quantized import check_groups, write_quantized
 from elsa_lightning.export.source import Source, find, open_source
+from elsa_lightning.optim.moments import dtype_name
+from elsa_lightning.report import some
 from elsa_lightning.slicing import shrink
 
 Say = Callable[[str], None]
@@ -121,7 +123,7 @@ def export(
         made = WRITERS[to](loaded, whole, options, say)
         if to != "gguf" and (problem := save_tokenizer(loaded.tokenizer, whole)) is not None:
             say(problem)
-        kept = str(loaded.model.dtype).removeprefix("torch.")
+        kept = dtype_name(loaded.model.dtype)
         record = replace(loaded.record, format=to, dtype=kept, export=made.does, sparsity=made.sparsity)
         if made.rounded and record.perplexity:
             record = replace(record, notes=[*record.notes, _BEFORE_ROUNDING])
@@ -197,10 +199,7 @@ def _cpu_sparse(source: Source, folder: Path, options: Options, say: Say) -> Mad
     dense = [name for name, share in shares.items() if share < options.break_even]
     say(f"{len(shares) - len(dense)} of {len(shares)} linear layers are kept as compressed sparse rows, float32.")
     if dense:
-        say(
-            f"Below {options.break_even:.0%} zeros a layer is faster dense, and stays so: {', '.join(dense[:3])}"
-            + (f" and {len(dense) - 3} more." if len(dense) > 3 else ".")
-        )
+        say(f"Below {options.break_even:.0%} zeros a layer is faster dense, and stays so: {some(dense)}.")
     cpu_sparse.save_cpu_sparse(model, folder)
     return replace(made, does={"sparse layers": len(shares) - len(dense), "break-even": options.break_even})
 
