@@ -14,6 +14,7 @@ and one mask ``elsa_mask`` in ``optimizer.state[p]`` replace z, u and the former
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
@@ -35,6 +36,7 @@ from elsa_lightning.optim.guard import Guard
 from elsa_lightning.optim.hooks import StepHooks, innermost
 from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.optim.rounding import WeightRounding
+from elsa_lightning.rate import Damage
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.sets.base import Constraint
 from elsa_lightning.tensors import KEYS, MASK, NUMBERS, REMOVED, SCALE, SPLIT, ConstrainedTensor
@@ -276,6 +278,18 @@ class ADMM:
         return not any(bool(local(p.grad).any()) for p in self.tensors.parts if p.grad is not None)
 
     # ------------------------------------------------------------------ projections
+
+    @torch.no_grad()
+    def damage(self) -> Damage:
+        """Return what bringing the weights into the set at once would take from them; it changes nothing.
+
+        Its ``rate`` is the learning rate that an Adam needs to make good for it, before the first step.
+        """
+        points = updates.LivePoints(
+            list(self.tensors.values()), lambda t, rows: t.x(rows), lambda *_: None, self.tensors.processes
+        )
+        whole, cut, entries = updates.damage(self.constraint, points).tolist()
+        return Damage(math.sqrt(whole / max(1.0, entries)), cut / whole if whole else 0.0)
 
     def _points(self, tensors: Sequence[ConstrainedTensor], value: updates.Value) -> updates.LivePoints:
         return updates.LivePoints(tensors, value, self.importance, self.tensors.processes)

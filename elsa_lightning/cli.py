@@ -140,6 +140,8 @@ class ElsaCLI(LightningCLI):
                     f"elsa.{given[0]} asks for an ElsaCallback beside the one under trainer.callbacks: set that one's "
                     f"arguments with --trainer.callbacks.{given[0]}, or move them to 'elsa:' in the configuration"
                 )
+            if elsa["learning_rate"] is None and not self._is_given("model.optimizer"):
+                elsa["learning_rate"] = "auto"
             callbacks = [*callbacks, ElsaCallback(**elsa)]
         barred = config["enable_progress_bar"] is False or any(isinstance(c, ProgressBar) for c in listed)
         if not barred and not sys.stdout.isatty():
@@ -147,6 +149,11 @@ class ElsaCLI(LightningCLI):
         trainer = super()._instantiate_trainer(config, callbacks)
         claim_versions(trainer)
         return trainer
+
+    def _is_given(self, key: str) -> bool:
+        """Say whether an option is other than it is by default."""
+        default: Any = self._parser(self.subcommand).get_defaults().get(key)
+        return bool(self._get(self.config, key) != default)
 
     def after_predict(self) -> None:
         """Write what was predicted, one line a sequence."""

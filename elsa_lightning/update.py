@@ -222,6 +222,20 @@ def _lengths(form: Form, tensor: ConstrainedTensor, rows: slice) -> list[Tensor]
     return [off, (~mask).sum(), tensor.x(rows).float().square().sum(), mask.sum(), on]
 
 
+def damage(constraint: Constraint, points: LivePoints) -> Tensor:
+    """Return Σ x², Σ (x − Π_S(x))² by magnitude and the entries, over all tensors and processes, ``(3,)``."""
+    packed = decide(constraint, points)
+    found = torch.zeros(3, dtype=exact_dtype(points.device), device=points.device)
+    for index, tensor in enumerate(points.tensors):
+        for piece in tensor.pieces() if tensor.part.counts else ():
+            x = points.value(tensor, piece.rows).float()
+            point = replace(tensor.point(index, piece, x), numbers=None)  # fits its own
+            z = project(constraint, x, tensor.unpacked(packed[index], piece.rows), point)
+            numbers = [x.square().sum(), (x - z).square().sum(), torch.full((), x.numel(), device=x.device)]
+            found += torch.stack([number.to(found.dtype) for number in numbers])
+    return points.add(found)
+
+
 def hold(
     constraint: Constraint, tensors: Sequence[ConstrainedTensor], places: Mapping[nn.Parameter, int],
     copies: Collection[str],    seed: Callable[[nn.Parameter], int] | None, forgets: Mapping[int, Tensor],

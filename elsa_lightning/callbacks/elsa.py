@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from elsa_lightning import rate
 from elsa_lightning.admm import ADMM
 from elsa_lightning.callbacks.ends import is_early, is_last_step, is_stopping, total_steps, trains_nothing, unfinished
 from elsa_lightning.callbacks.figures import Figures
@@ -68,6 +69,9 @@ class ElsaCallback(Callback):
             adapters and depthwise convolutions), or regular expressions of parameter names, or both.
         ignore: Regular expressions of parameter names that stay dense.
         optimizer_index: Which optimizer's parameters, for a module with several; those of the others stay dense.
+        learning_rate: ``auto`` scales the rates of an Adam, and of its schedule, to a peak that suits what the set
+            takes from the weights: a 20th of their root mean square times the share of their squares that is cut. None
+            keeps the optimizer's rate, and says when it is far from that one.
 
     Raises:
         ValueError: An argument is out of range.
@@ -87,7 +91,14 @@ class ElsaCallback(Callback):
         targets: list[str] | None = None,
         ignore: list[str] | None = None,
         optimizer_index: int | None = None,
+        learning_rate: Literal["auto"] | None = None,
     ) -> None:
+        if learning_rate not in ("auto", None):
+            raise UserError(
+                f"learning_rate is 'auto' or None, got {learning_rate!r}: a number belongs to the optimizer (in YAML "
+                f"model.optimizer.init_args.lr)"
+            )
+        self.learning_rate = learning_rate
         self.constraint = one_of(sparsity, constraint)
         self.schedule = Schedule(penalty, penalty_schedule, interval, ramp, frozen)
         make_form(prox).check(self.schedule, self.constraint)
@@ -212,7 +223,21 @@ class ElsaCallback(Callback):
                 f"training goes on from step {self._first_step} without a state of ElsaCallback, so pruning begins "
                 f"here and has the remaining {self.admm.total_steps} optimizer steps"
             )
+        if not loaded:
+            self._mind_the_rate(trainer, pl_module)
         self._monitors.begin(trainer, count=self.admm.frozen)
+
+    def _mind_the_rate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the learning rate, or say that the one there is looks wrong for what will be cut."""
+        assert self.admm is not None
+        settle(trainer.strategy.model or pl_module)
+        damage = self.admm.damage()
+        if self.learning_rate == "auto":
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            chosen = rate.choose(self.admm.optimizer, schedulers, damage)
+            rank_zero_info(f"Elsa: peak learning rate {chosen:.3g}: {damage}")
+        elif (said := rate.doubt(self.admm.optimizer, damage)) is not None:
+            rank_zero_warn(said)
 
     def _mind_the_tuner(self, trainer: Trainer) -> None:
         """Leave steps alone that no callback sees: a tuner's, who takes them back afterwards."""

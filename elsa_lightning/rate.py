@@ -1,0 +1,99 @@
+"""The learning rate that a cut asks for, from the weights alone.
+
+An Adam moves every weight by about its learning rate a step, so what rate is right depends on how large the weights are
+and on how much of them is cut: runs that cut more have more to make good. Over models and sparsities the best rates lie
+close to
+
+    rate = σ E / 20,
+
+σ the root mean square of the constrained weights and E = ‖x − Π_S(x)‖² / ‖x‖² the share of their squares that the cut
+takes. ``docs/runs.md`` has the measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from elsa_lightning.errors import UserError
+
+_PART = 20.0
+_NEAR = 4.0  # times too large or too small from which a run is told
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What bringing weights into a set at once would take from them.
+
+    Attributes:
+        rms: Root mean square of the constrained weights.
+        share: ‖x − Π_S(x)‖² / ‖x‖².
+    """
+
+    rms: float
+    share: float
+
+    @property
+    def rate(self) -> float:
+        """Peak learning rate of an Adam for a run that makes good for it."""
+        return self.rms * self.share / _PART
+
+    def __str__(self) -> str:
+        return f"{self.share:.1%} of the squares of weights of {self.rms:.2g} are cut"
+
+
+def is_adam(optimizer: Optimizer) -> bool:
+    """Say whether a step is about as long as the learning rate, whatever the gradients: an Adam of any make."""
+    return "adam" in type(optimizer).__name__.lower()
+
+
+def peak(optimizer: Optimizer) -> float:
+    """Return the learning rate that schedules start from, the largest of the groups'."""
+    return max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+
+
+def choose(optimizer: Optimizer, schedulers: list[Any], damage: Damage) -> float:
+    """Scale the rates of all groups, and of the schedulers over them, so that the largest is the one asked for.
+
+    Returns:
+        The rate.
+
+    Raises:
+        UserError: The optimizer is no Adam, or there is no rate to scale.
+    """
+    if not is_adam(optimizer):
+        raise UserError(
+            f"learning_rate 'auto' knows how far an Adam steps, and the optimizer is {type(optimizer).__name__}: leave "
+            f"learning_rate out and give the optimizer its own rate"
+        )
+    if damage.rate == 0 or peak(optimizer) == 0:
+        return peak(optimizer)
+    factor = damage.rate / peak(optimizer)
+    for group in optimizer.param_groups:
+        for key in ("lr", "initial_lr", "max_lr", "min_lr"):  # OneCycleLR and others keep theirs in the group
+            if key in group:
+                group[key] = group[key] * factor  # of a tensor too, whose copy capturable kernels read
+    for scheduler in schedulers:
+        if getattr(scheduler, "optimizer", None) is not optimizer:
+            continue
+        if hasattr(scheduler, "base_lrs"):
+            scheduler.base_lrs = [base * factor for base in scheduler.base_lrs]
+        if hasattr(scheduler, "_last_lr"):
+            scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    return damage.rate
+
+
+def doubt(optimizer: Optimizer, damage: Damage) -> str | None:
+    """Return what to tell of a rate that is far from the one that the cut asks for."""
+    if not is_adam(optimizer) or damage.rate == 0 or peak(optimizer) == 0:
+        return None
+    ratio = peak(optimizer) / damage.rate
+    if 1 / _NEAR <= ratio <= _NEAR:
+        return None
+    how = f"{1 / ratio:.0f} times smaller" if ratio < 1 else f"{ratio:.0f} times larger"
+    return (
+        f"Elsa: the learning rate {peak(optimizer):.2g} is {how} than what this cut usually asks for, "
+        f"{damage.rate:.2g} ({damage}); ElsaCallback(learning_rate='auto') takes that"
+    )

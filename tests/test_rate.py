@@ -1,0 +1,142 @@
+"""The learning rate that a cut asks for: closed forms, and what it does to optimizers, schedules and resumed runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from elsa_lightning import ADMM, NM, ByPattern, CausalLM, ElsaCallback, Quantized, Unstructured
+from elsa_lightning.cli import main
+from elsa_lightning.errors import UserError
+from elsa_lightning.rate import Damage, choose, doubt, peak
+from elsa_lightning.selection import select
+from elsa_lightning.sets import Constraint
+from tests.callbacks import tiny
+from tests.callbacks.tiny import assert_same_run, every_step, fit
+
+
+@pytest.mark.parametrize("constraint", [Unstructured(0.75), NM(1, 4), Unstructured(0.5, "model"), Quantized(3, 8)])
+def test_damage_is_what_the_projection_takes(constraint: Constraint) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24, bias=False), nn.Linear(24, 8, bias=False))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    admm = ADMM(torch.optim.Adam(model.parameters()), dict(model.named_parameters()), constraint, total_steps=4)
+    damage = admm.damage()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+    assert not admm.optimizer.state
+    admm.finish()
+    whole = torch.cat([p.flatten() for p in before.values()]).double()
+    cut = whole - torch.cat([p.detach().flatten() for p in model.parameters()]).double()
+    assert damage.rms == pytest.approx(float(whole.square().mean().sqrt()), rel=1e-6)
+    assert damage.share == pytest.approx(float(cut.square().sum() / whole.square().sum()), rel=1e-5)
+    assert damage.rate == pytest.approx(damage.rms * damage.share / 20)
+
+
+def test_weights_that_are_all_zero_ask_for_no_rate() -> None:
+    p = nn.Parameter(torch.zeros(4, 4))
+    optimizer = torch.optim.Adam([p], lr=1e-3)
+    damage = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=2).damage()
+    assert damage == Damage(0.0, 0.0) and choose(optimizer, [], damage) == 1e-3 and doubt(optimizer, damage) is None
+
+
+SCHEDULES = {
+    "linear": lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.1, 8),
+    "warm-up": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1.0, (step + 1) / 4)),
+    "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.5),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, [0.02, 0.01], total_steps=10),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_whole_schedule_is_scaled_for_every_group(name: str) -> None:
+    def course(scale: float) -> list[list[float]]:
+        one, two = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.Adam([{"params": [one], "lr": 0.02}, {"params": [two], "lr": 0.01}])
+        scheduler: Any = SCHEDULES[name](optimizer)
+        if scale != 1:
+            choose(optimizer, [scheduler], Damage(peak(optimizer) * scale * 20, 1.0))
+        rates = []
+        for _ in range(8):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+            optimizer.step()
+            scheduler.step()
+        return rates
+
+    plain, scaled = torch.tensor(course(1)), torch.tensor(course(3))
+    assert torch.allclose(scaled, 3 * plain, rtol=1e-6)
+
+
+def test_auto_is_the_same_as_giving_that_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    auto, callback = fit(tmp_path / "auto", every_step(tmp_path / "auto"), elsa={"learning_rate": "auto"})
+    assert callback.admm is not None
+    found = callback.admm.optimizer.param_groups[0]["initial_lr"]
+    assert found != 3e-3
+    monkeypatch.setitem(tiny.OPTIMIZERS, "given", lambda params: torch.optim.Adam(params, lr=found))
+    given, _ = fit(tmp_path / "given", net={"optimizer": "given"})
+    for a, b in zip(auto.parameters(), given.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_resumed_run_keeps_the_rate_it_began_with(tmp_path: Path) -> None:
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    fit(whole, every_step(whole), elsa={"learning_rate": "auto"})
+    fit(part, every_step(part), elsa={"learning_rate": "auto"}, resume=whole / "9.ckpt")
+    assert_same_run(whole / "20.ckpt", part / "20.ckpt")
+
+
+def test_a_rate_far_off_is_told_and_kept(tmp_path: Path) -> None:
+    _, callback = fit(tmp_path, max_steps=2)
+    assert callback.admm is not None
+    optimizer = callback.admm.optimizer
+    fits = Damage(1.0, peak(optimizer) * 20)
+    for factor, word in ((0.1, "larger"), (10.0, "smaller"), (2.0, None), (0.5, None)):
+        said = doubt(optimizer, Damage(fits.rms * factor, fits.share))
+        assert (said is None) if word is None else (said is not None and f"10 times {word}" in said)
+    assert peak(optimizer) == 3e-3
+
+
+def test_rates_are_refused_where_they_mean_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a number belongs to the optimizer"):
+        ElsaCallback(0.5, learning_rate=1e-3)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="SGD"):
+        fit(tmp_path, net={"optimizer": "sgd"}, elsa={"learning_rate": "auto"})
+    p = nn.Parameter(torch.ones(4))
+    sgd = torch.optim.SGD([p], lr=100.0)
+    assert doubt(sgd, Damage(1.0, 0.5)) is None  # its rate says nothing of the size of a step
+
+
+def test_sets_of_patterns_have_one_damage() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    named = dict(model.named_parameters())
+    both = ByPattern({"0": Unstructured(0.5), "1": NM(2, 4)})
+    found = ADMM(torch.optim.Adam(model.parameters()), named, both, total_steps=2).damage()
+    parts = []
+    for name, one in (("0.weight", Unstructured(0.5)), ("1.weight", NM(2, 4))):
+        p = named[name]
+        damage = ADMM(torch.optim.Adam([p]), {name: p}, one, total_steps=2).damage()
+        parts.append((damage, float(p.detach().square().sum())))
+    want = sum(d.share * weight for d, weight in parts) / sum(weight for _, weight in parts)
+    assert found.share == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("given", [[], ["--model.optimizer=Adam", "--model.optimizer.lr=0.001"]])
+def test_the_command_line_chooses_unless_an_optimizer_is_given(
+    tmp_path: Path, given: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    main([
+        "fit", "--elsa.sparsity=0.6", "--trainer.max_steps=2", f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.logger=false", "--trainer.limit_val_batches=0", "--data.seq_len=32", "--data.batch_size=2", *given,
+    ])  # fmt: skip
+    said = "peak learning rate" in caplog.text
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    rate = torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["param_groups"][0]["initial_lr"]
+    assert said != bool(given) and (rate == 0.001) == bool(given)
+    module = CausalLM()
+    module.configure_model()
+    parameters = select(module).parameters
+    damage = ADMM(torch.optim.Adam(parameters.values()), parameters, Unstructured(0.6), total_steps=2).damage()
+    assert given or rate == pytest.approx(damage.rate, rel=1e-6)
