@@ -181,6 +181,16 @@ class ADMM:
         """Return what :func:`elsa_lightning.watch.occupancy` counts, over all processes."""
         return watch.occupancy(list(self.tensors.values()), self.tensors.processes)
 
+    @torch.no_grad()
+    def score_histogram(self) -> Tensor | None:
+        """Return what :func:`elsa_lightning.watch.score_histogram` counts, or None while no mask moves."""
+        tensors = self.tensors.holding(MASK)
+        if self.phase != "admm" or not tensors:
+            return None
+        return watch.score_histogram(
+            tensors, lambda t, rows: updates.dual_sum(self.form, t, rows), self.importance, self.tensors.processes
+        )
+
     def _seed(self, p: nn.Parameter, use: int) -> int:
         return self.tensors.seed(self._calls, p, use)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ UPDATED = ("primal_residual", "dual_residual", "mask_flips", "sparsity")  # what
 MEASUREMENTS = 10  # of stationarity in a run: each takes a projection of its own
 _STILL = 0.01  # of the kept entries, exchanged in the last update
 _CLOSED = 0.05  # ‖x − z‖/‖x‖
+DECADES, BINS = 8, 10  # that a histogram of scores reaches to both sides of the threshold; bins a decade
+_LEAST, _MOST = -45, 15  # log10 of scores that are told apart
 
 
 @dataclass(frozen=True)
@@ -130,3 +132,45 @@ def occupancy(tensors: Sequence[ConstrainedTensor], processes: Processes) -> tup
             numbers = [mask.sum(), mask.numel(), empty, len(mask) * whole_rows]
             counts[index] += torch.stack([torch.as_tensor(n, device=device).to(counts.dtype) for n in numbers])
     return [tensor.name for tensor in masked], processes.add(counts)
+
+
+def score_histogram(
+    tensors: Sequence[ConstrainedTensor],
+    value: Callable[[ConstrainedTensor, slice], Tensor],
+    importance: Callable[[ConstrainedTensor, slice], Tensor | None],
+    processes: Processes,
+) -> Tensor:
+    """Return how the scores F̂v² by which entries are ranked lie about the threshold of their tensor.
+
+    The threshold is the score that as many entries exceed as are kept. A set that compares neighbours alone, such as
+    N:M, keeps entries below it and cuts others above.
+
+    Args:
+        tensors: Those with a mask and a split.
+        value: v = x + u of some rows.
+        importance: Their F̂, or None for the magnitude alone.
+        processes: Who hold them.
+
+    Returns:
+        Counts ``(2, 2 · DECADES · BINS)`` on the CPU, of kept and of cut entries, by log10 of score over threshold;
+        what lies further out is in the bins at the ends.
+    """
+    device, bins = tensors[0].p.device, (_MOST - _LEAST) * BINS
+    counts = torch.zeros(len(tensors), 2, bins, dtype=exact_dtype(device), device=device)
+    for index, tensor in enumerate(tensors):
+        for rows, *_ in tensor.pieces() if tensor.part.counts else ():
+            score, weight = value(tensor, rows).float().square(), importance(tensor, rows)
+            if weight is not None:
+                score = score.mul_(weight.view(score.shape))
+            place = score.log10_().nan_to_num_(nan=_LEAST, neginf=_LEAST).clamp_(_LEAST, _MOST)
+            mask = tensor.mask(rows)
+            for row, of in enumerate((mask, ~mask)):
+                counts[index, row] += torch.histc(place[of], bins, _LEAST, _MOST).to(counts.dtype)
+    found, reach = processes.add(counts).cpu(), DECADES * BINS
+    about = found.new_zeros(2, 2 * reach)
+    for of in found:
+        above = of.sum(dim=0).flip(0).cumsum(0).flip(0)  # entries in this bin and beyond
+        threshold = int((above >= of[0].sum()).sum()) - 1
+        places = (torch.arange(bins) - threshold + reach).clamp(0, 2 * reach - 1)
+        about.index_add_(1, places, of)
+    return about

@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from elsa_lightning import rate
 from elsa_lightning.admm import ADMM
 from elsa_lightning.callbacks.ends import is_early, is_last_step, is_stopping, total_steps, trains_nothing, unfinished
-from elsa_lightning.callbacks.figures import Figures
+from elsa_lightning.callbacks.figures import Figures, log_settings
+from elsa_lightning.callbacks.journal import Journal
 from elsa_lightning.callbacks.monitors import Monitors
 from elsa_lightning.callbacks.rng import random_states, restore_random_states
 from elsa_lightning.callbacks.saves import BeforeSaving, MethodHook, Saves
@@ -120,7 +121,7 @@ class ElsaCallback(Callback):
 
     def _begin(self) -> None:
         """Forget what an earlier fit logged."""
-        self._figures = Figures()
+        self._figures, self._journal = Figures(), Journal()
         self._short = False  # the run is to end before its schedule does
         self._moved = False  # somebody moved weights after the zeros were exact, and it was said
 
@@ -182,6 +183,12 @@ class ElsaCallback(Callback):
         if isinstance(strategy, ModelParallelStrategy):
             expect_what_is_loaded(strategy, pl_module, self.admm, self.optimizer_index or 0)
         self._say_what_is_chosen(constraint, selection)
+        if self._writes(trainer):
+            log_settings(trainer, pl_module, self.admm)
+
+    def _writes(self, trainer: Trainer) -> bool:
+        """Whether this callback, of several, is the one that writes of the run."""
+        return next(c for c in trainer.callbacks if isinstance(c, ElsaCallback)) is self  # type: ignore[attr-defined]
 
     def _choose(self, trainer: Trainer, pl_module: LightningModule, trained: list[nn.Parameter]) -> Selection:
         several = len(trainer.optimizers) > 1  # alone it must have all, or somebody forgot some
@@ -226,6 +233,11 @@ class ElsaCallback(Callback):
         if not loaded:
             self._mind_the_rate(trainer, pl_module)
         self._monitors.begin(trainer, count=self.admm.frozen)
+        self._begin_journal(trainer)
+
+    def _begin_journal(self, trainer: Trainer) -> None:
+        if self._writes(trainer):
+            self._journal.begin(trainer)
 
     def _mind_the_rate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the learning rate, or say that the one there is looks wrong for what will be cut."""
@@ -264,6 +276,7 @@ class ElsaCallback(Callback):
         self._figures.log(trainer, pl_module, self.admm, outputs)
         self._finish_if_last(trainer)
         self._suspend_if_stopping(trainer)
+        self._journal.note(trainer, pl_module, outputs)
         if self.admm.frozen and not self._monitors.count:
             self._monitors.open(trainer)
 
@@ -333,6 +346,8 @@ class ElsaCallback(Callback):
         """Bring a model that was not to be trained (``max_steps=0``) into the set at once, by magnitude."""
         if self.admm is not None and trains_nothing(trainer) and not self.admm.finished:
             self._finish(trainer, resumable=False)
+        if self._writes(trainer):
+            self._journal.end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure of the zeros, whatever ended the run, and say how it ended."""
@@ -366,6 +381,7 @@ class ElsaCallback(Callback):
             else:
                 self._finish(trainer, resumable=True)
                 rank_zero_warn(unfinished(self.admm, self._short))
+        self._journal.end(trainer, pl_module, exception)
         self._monitors.put_back(trainer)
         self._take_hooks_off()
 

@@ -18,6 +18,37 @@ from elsa_lightning.watch import UPDATED, Stationarity, Update, figures
 _MOSAICS = 10  # pictures of the masks in a run
 
 
+def log_settings(trainer: Trainer, module: LightningModule, admm: ADMM) -> None:
+    """Add the settings of the method to the hyperparameters of every logger, so that runs can be compared by them.
+
+    Args:
+        trainer: Of the run, before Lightning has logged the module's own.
+        module: Of the run.
+        admm: Of the run.
+    """
+    ours: dict[str, Any] = {
+        "elsa/sparsity": getattr(admm.constraint, "sparsity", None),
+        "elsa/constraint": str(admm.constraint),
+        "elsa/form": admm.prox,
+        "elsa/penalty": admm.schedule.penalty,
+        "elsa/frozen": admm.schedule.frozen,
+        "optimizer/name": type(admm.optimizer).__name__,
+        "optimizer/lr": admm.optimizer.param_groups[0].get("lr"),
+        "trainer/steps": trainer.max_steps if trainer.max_steps != -1 else None,
+        "trainer/epochs": trainer.max_epochs,
+    }
+    ours = {name: value for name, value in ours.items() if value is not None}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):  # whose plugin takes the first of several, and needs all in one
+            holders: list[Any] = [module, trainer.datamodule]  # type: ignore[attr-defined]
+            theirs = {
+                k: v for h in holders if getattr(h, "_log_hyperparams", False) for k, v in h.hparams_initial.items()
+            }
+            logger.log_hyperparams({k: v for k, v in theirs.items() if k != "_class_path"} | ours)
+        else:
+            logger.log_hyperparams(ours)
+
+
 class Figures:
     """Logs each update once.
 

@@ -93,6 +93,7 @@ class KeepMask(ElsaCallback):
             self.keep.begin()
         rank_zero_info(f"KeepMask: {self.keep.kept}")
         self._monitors.begin(trainer, count=True)
+        self._begin_journal(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Mask the gradients of flat slices (FSDP1), which no parameter sees, before they are clipped."""

@@ -21,20 +21,25 @@ def run_record(trainer: Trainer, module: LightningModule, **known: Any) -> Recor
         module: What was trained; of others than CausalLM less is known.
         known: More fields of the record.
     """
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    attached = [c.admm for c in callbacks if isinstance(getattr(c, "admm", None), ADMM)]
+    methods = attached(trainer)
     return Record(
         base_model=_base_model(module),
-        method=[settings_of(admm.state_dict()) for admm in attached],
+        method=[settings_of(admm.state_dict()) for admm in methods],
         training=_training(trainer, module),
         data=_data(getattr(trainer, "datamodule", None)),
         perplexity=_perplexity(module),
-        convergence=_convergence(attached),
-        notes=_notes(attached),
+        convergence=_convergence(methods),
+        notes=_notes(methods),
         command=command(),
         versions=versions(),
         **known,
     )
+
+
+def attached(trainer: Trainer) -> list[ADMM]:
+    """Return what constrains the weights of a run."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [c.admm for c in callbacks if isinstance(getattr(c, "admm", None), ADMM)]
 
 
 def _is_causal_lm(module: LightningModule) -> bool:
@@ -80,15 +85,15 @@ def _perplexity(module: LightningModule) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None} if sparse or dense else {}
 
 
-def _convergence(attached: list[ADMM]) -> str | None:
-    done = [admm for admm in attached if admm.finished and admm.last_update is not None]
+def _convergence(methods: list[ADMM]) -> str | None:
+    done = [admm for admm in methods if admm.finished and admm.last_update is not None]
     return "; ".join(verdict(admm.last_update, admm.last_stationarity) for admm in done) or None
 
 
-def _notes(attached: list[ADMM]) -> list[str]:
+def _notes(methods: list[ADMM]) -> list[str]:
     return [
         f"The run was ended at step {admm.step} of {admm.total_steps}: its zeros are exact, and were not trained with "
         f"as planned."
-        for admm in attached
+        for admm in methods
         if not admm.finished
     ]

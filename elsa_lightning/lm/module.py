@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -310,14 +311,32 @@ class CausalLM(LightningModule):
                     f"distillation learns from this start and not from a dense model: set distillation to 0, or begin "
                     f"with the dense model (model.name)"
                 )
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):  # in one chart
+                names = ["val/perplexity", "val/dense_perplexity"]
+                logger.experiment.add_custom_scalars({"elsa": {"perplexity": ["Multiline", names]}})
+        self._log_dense()
+
+    def _log_dense(self) -> None:
+        """Log the dense perplexity beside every measurement, so that it is a line."""
+        if (dense := self.dense_perplexity) is not None:
+            for logger in self.trainer.loggers:
+                logger.log_metrics({"val/dense_perplexity": dense}, step=self.global_step)
+
+    def on_validation_end(self) -> None:
+        """Draw the line of the dense perplexity on."""
+        if self.trainer.training and not self.trainer.sanity_checking:
+            self._log_dense()
 
     def on_train_end(self) -> None:
         """Measure the final model for the closing table."""
         self.final_perplexity = self._measure("final perplexity")
         if self.final_perplexity is None:
             return
+        self._log_dense()
         for logger in self.trainer.loggers:
-            logger.log_metrics({"val/final_perplexity": self.final_perplexity}, step=self.global_step)
+            hp_metric = {"hp_metric": self.final_perplexity} if isinstance(logger, TensorBoardLogger) else {}
+            logger.log_metrics({"val/final_perplexity": self.final_perplexity, **hp_metric}, step=self.global_step)
         dense, zeros = self.dense_perplexity, self._start
         self.protocol = self._protocol()
         self._table = perplexity_table(
