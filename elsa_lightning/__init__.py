@@ -14,7 +14,19 @@ if TYPE_CHECKING:
     from elsa_lightning.keep import KeptZeros
     from elsa_lightning.lm.data import CalibrationData
     from elsa_lightning.lm.module import CausalLM
-    from elsa_lightning.sets import NM, Block, ByPattern, Experts, Heads, Layers, Neurons, Unstructured, Width
+    from elsa_lightning.oneshot import project
+    from elsa_lightning.sets import (
+        NM,
+        Block,
+        ByPattern,
+        Experts,
+        Heads,
+        Layers,
+        Neurons,
+        Quantized,
+        Unstructured,
+        Width,
+    )
     from elsa_lightning.slicing import shrink
 
 __version__ = "0.1.0"
@@ -67,3 +79,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,211 +1,93 @@
-"""The command line: ``elsa fit | validate | test | predict | plan | export | sparsity``."""
+"""The command line, ``elsa COMMAND``: finds the command, and loads no more than that one needs."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import shutil
 import sys
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.distributed as dist
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from elsa_lightning import __version__
+from elsa_lightning.commands import CommandParser, nearest
+from elsa_lightning.errors import for_users
 
-from elsa_lightning.callbacks.elsa import ElsaCallback
-from elsa_lightning.callbacks.export import SaveHuggingFace
-from elsa_lightning.callbacks.keep_mask import KeepMask
-from elsa_lightning.callbacks.progress import LineProgress
-from elsa_lightning.callbacks.versions import SaveConfigOnce, claim_versions, unused
-from elsa_lightning.errors import UserError
-from elsa_lightning.inspection import sparsity
-from elsa_lightning.lm.data import CalibrationData
-from elsa_lightning.lm.module import CausalLM
-from elsa_lightning.lm.supported import check_tokens
-from elsa_lightning.options import OneLineParser
-from elsa_lightning.plan import Plan, plan
+OF_A_TRAINER = ("fit", "plan", "validate", "test", "predict")
+HELP = """usage: elsa COMMAND [options]        (elsa COMMAND --help explains them)
 
-_KNOWN_CHECKPOINTS = ("last", "best", "hpc", "registry")  # which Lightning finds by itself
+Prunes language models while they train: sparsity is a constraint, met by ADMM.
 
+commands that train or measure:
+  fit        prune a model, and save it with exact zeros
+  plan       the memory that fit would take; loads no weights
+  validate   perplexity on the validation text
+  test       perplexity on the test text
+  predict    the loss of each sequence of the test text, in a file
 
-class ElsaTrainer(Trainer):
-    """A Trainer that can also say beforehand what a run takes."""
+commands for a model that is saved:
+  sparsity   where its zeros are
+  export     write it for elsewhere: smaller, quantized, for CPUs, as GGUF
 
-    @property
-    def elsa(self) -> ElsaCallback | None:
-        """The run's ElsaCallback."""
-        return next((c for c in self.callbacks if isinstance(c, ElsaCallback)), None)  # type: ignore[attr-defined]
+examples:
+  # the small model that comes along, to 90 % zeros; needs no network
+  elsa fit --config configs/elsa.yaml
+  # your model, your text, 70 %
+  elsa fit --config configs/elsa.yaml --elsa.sparsity 0.7 \\
+      --model.name path/to/model --data.name path/to/texts
+  # does it fit into 80 GiB?
+  elsa plan --config configs/elsa_l.yaml --gpu-memory 80 \\
+      --model.name path/to/model
+  # where a run left its zeros, and a form of it that is faster on CPUs
+  elsa sparsity runs/elsa/lightning_logs/version_0/hf
+  elsa export --from runs/elsa/lightning_logs/version_0 --to cpu-sparse \\
+      --output exports/cpu
 
-    def plan(
-        self, model: CausalLM, datamodule: LightningDataModule, devices: int = 1, gpu_memory: float | None = None
-    ) -> None:
-        """Print the memory that fit would take, and load nothing.
-
-        Args:
-            model: What would be pruned; only its configuration is read.
-            datamodule: The batches; of others than CalibrationData the size is not known, nor what activations take.
-            devices: GPUs that FSDP would shard over.
-            gpu_memory: GiB of each of them, to be told whether the run fits.
-        """
-        if devices < 1:
-            raise UserError(f"devices must be 1 or more, got {devices}")
-        if gpu_memory is not None and gpu_memory <= 0:
-            raise UserError(f"gpu_memory must be above 0 GiB, got {gpu_memory:g}")
-        size = "of unknown size, whose activations are not counted,"
-        if isinstance(datamodule, CalibrationData):
-            size = f"of {datamodule.batch_size} × {datamodule.seq_len} tokens"
-        print(f"{model.name}, batches {size} on each device")
-        planned = self.memory(model, datamodule)
-        if planned.warning:
-            print(planned.warning)
-        print(planned.table(devices, gpu_memory))
-
-    def memory(self, model: CausalLM, datamodule: LightningDataModule) -> Plan:
-        """Return the memory plan of this Trainer's run."""
-        precision = str(self.precision)
-        elsa = None if isinstance(self.elsa, KeepMask) else self.elsa  # which keeps one bit a weight
-        meta = model.on_meta()
-        tokens = 0
-        if isinstance(datamodule, CalibrationData):
-            model.check_length(meta.config, datamodule.seq_len)
-            check_tokens(meta.config, datamodule, model.name)
-            tokens = datamodule.batch_size * datamodule.seq_len
-        half = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
-        return plan(
-            nn.ModuleDict({"model": meta}),  # names as in the module
-            model.optimizer,
-            dtype=half.get(precision, getattr(torch, model.dtype_name)),
-            autocast=precision.endswith("-mixed"),
-            targets=elsa.targets if elsa else (),
-            ignore=elsa.ignore if elsa else (),
-            constraint=elsa.constraint if elsa else None,
-            state_dtype=elsa.state_dtype if elsa else None,
-            teacher=model.distillation > 0,
-            tokens=tokens,
-            checkpointing=model.gradient_checkpointing,
-        )
+options:
+  -h, --help   show this
+  --version    show the version
+"""
 
 
-class ElsaCLI(LightningCLI):
-    """LightningCLI for a :class:`CausalLM`; the callback has options of its own, ``--elsa.*``.
+def main(args: list[str] | None = None) -> None:
+    """Run the command line.
 
-    Without a class of data modules any may be given, and :class:`CalibrationData` is the default. The tokenizer follows
-    the model.
+    A user's mistake ends it with one line; ``JSONARGPARSE_DEBUG=1`` in the environment asks for the traceback.
+
+    Args:
+        args: Arguments without the program's name; None takes ``sys.argv``.
     """
+    arguments = [_shipped(argument) for argument in (sys.argv[1:] if args is None else args)]
+    if args is None:  # LightningCLI reads sys.argv
+        sys.argv[1:] = arguments
+    try:
+        _run(arguments, from_shell=args is None)
+    except Exception as error:
+        explanation = for_users(error)
+        if explanation is None or os.environ.get("JSONARGPARSE_DEBUG"):
+            raise
+        print(f"elsa: error: {explanation}", file=sys.stderr)
+        raise SystemExit(1) from error
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return the Trainer's methods with the arguments that are no options."""
-        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the callback's arguments, and link the data's tokenizer to the model's name."""
-        parser.add_class_arguments(ElsaCallback, "elsa", instantiate=False, sub_configs=True)
-        if self.subclass_mode_data:
-            parser.set_defaults({"data": {"class_path": "elsa_lightning.CalibrationData"}})
-        parser.link_arguments("model.name", "data.init_args.tokenizer" if self.subclass_mode_data else "data.tokenizer")
-
-    def _parse_ckpt_path(self) -> None:
-        """Let the command line decide about the model of a resumed run, not the checkpoint."""
-        if self.config.get("subcommand") != "fit":
-            super()._parse_ckpt_path()
-
-    def before_instantiate_classes(self) -> None:
-        """Refuse a run without an end, of which Lightning would make 1000 epochs."""
-        trainer = self._get(self.config, "trainer")
-        ends = trainer.max_steps != -1 or trainer.max_epochs is not None or trainer.max_time is not None
-        if self.subcommand == "fit" and not ends and not trainer.fast_dev_run:
-            raise UserError(
-                "nothing says how long to train: give --config configs/elsa.yaml, which prunes the embedded model to "
-                "90 % in 1000 steps, or --elsa.sparsity 0.9 and --trainer.max_steps 1000"
-            )
-
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        if self.subcommand == "plan":  # for any machine, made on this one
-            config |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
-        listed = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
-        elsa, defaults = self._get(self.config_init, "elsa"), self._parser(self.subcommand).get_defaults().elsa
-        if given := [name for name, value in elsa.items() if value != defaults[name]]:
-            if any(isinstance(callback, ElsaCallback) for callback in listed):
-                raise UserError(
-                    f"elsa.{given[0]} asks for an ElsaCallback beside the one under trainer.callbacks: set that one's "
-                    f"arguments with --trainer.callbacks.{given[0]}, or move them to 'elsa:' in the configuration"
-                )
-            if elsa["learning_rate"] is None and not self._is_given("model.optimizer"):
-                elsa["learning_rate"] = "auto"
-            callbacks = [*callbacks, ElsaCallback(**elsa)]
-        barred = config["enable_progress_bar"] is False or any(isinstance(c, ProgressBar) for c in listed)
-        if not barred and not sys.stdout.isatty():
-            callbacks = [*callbacks, LineProgress()]
-        trainer = super()._instantiate_trainer(config, callbacks)
-        claim_versions(trainer)
-        return trainer
-
-    def _is_given(self, key: str) -> bool:
-        """Say whether an option is other than it is by default."""
-        default: Any = self._parser(self.subcommand).get_defaults().get(key)
-        return bool(self._get(self.config, key) != default)
-
-    def after_predict(self) -> None:
-        """Write what was predicted, one line a sequence."""
-        batches: Any = self.trainer.predict_loop.predictions
-        if self.trainer.world_size > 1:
-            rank_zero_warn("each process predicted its own share, and nothing is written; set --trainer.devices 1")
-        if not batches or self.trainer.world_size > 1:
-            return
-        file = unused(Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions.jsonl")
-        losses = torch.cat(batches).tolist()
-        lines = [json.dumps({"sequence": place, "nats_a_token": loss}) + "\n" for place, loss in enumerate(losses)]
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(lines))
-        temporary.replace(file)
-        print(f"{len(losses)} sequences, mean {sum(losses) / len(losses):.4f} nats a token: {file}")
-
-    def after_fit(self) -> None:
-        """Say what to do with the folder that the run wrote."""
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        logs = self.trainer.log_dir  # asked for on every process, which is a broadcast
-        folder = next((c.place for c in callbacks if isinstance(c, SaveHuggingFace)), None)
-        name = next((c.config_filename for c in callbacks if isinstance(c, SaveConfigOnce)), None)
-        if folder is not None and name is not None and logs is not None:
-            config = Path(logs) / name
-            again = f"--config {config}" + (" --ckpt_path null" if self.config.fit.ckpt_path else "")
-            elsa, given = _program(), self.config.fit.elsa
-            sparsity = "--trainer.callbacks.sparsity" if given.sparsity is None else "--elsa.sparsity"
-            another = "" if given.constraint else f"  {elsa} fit {again} {sparsity} 0.95   # another sparsity\n"
-            print(
-                f"\nWhat to do next:\n"
-                f"  {elsa} test {again} --model.name {folder}   # its perplexity on the test text\n"
-                f"{another}"
-                f"  {elsa} fit {again} --model.name MODEL --data.name TEXT   # your model and your text\n"
-                f"  AutoModelForCausalLM.from_pretrained({str(folder)!r})   # in Python, from transformers"
-            )
-
-    def before_fit(self) -> None:
-        """Say what memory the run takes; a model or optimizer that cannot be tried beforehand runs all the same."""
-        assert isinstance(self.trainer, ElsaTrainer)
-        resumed = self.config.fit.ckpt_path
-        if resumed and resumed not in _KNOWN_CHECKPOINTS and ":" not in resumed and not Path(resumed).exists():
-            raise UserError(f"ckpt_path {resumed!r} does not exist; give a .ckpt of an earlier run")
-        if self.model.pretrained and self.trainer.elsa is None:
-            rank_zero_warn("nothing is pruned: give --elsa.sparsity 0.9, or --config configs/elsa.yaml, which has it")
-        try:
-            planned = self.trainer.memory(self.model, self.datamodule)
-        except Exception as error:
-            if _explanation(error) is not None:
-                raise
-            rank_zero_warn(f"the run's memory could not be planned: {type(error).__name__}: {error}")
-        else:
-            rank_zero_info(planned.table())
+def _run(arguments: list[str], from_shell: bool) -> None:
+    first = arguments[0] if arguments else ""
+    if first in ("-h", "--help"):
+        print(HELP, end="")
+        raise SystemExit(0)
+    if first == "--version":
+        print(f"elsa {__version__}")
+        raise SystemExit(0)
+    if first in WITHOUT_TRAINER:
+        return WITHOUT_TRAINER[first](arguments[1:])
+    if not first.startswith("-") and first not in OF_A_TRAINER:
+        known = {*WITHOUT_TRAINER, *OF_A_TRAINER}
+        near = nearest(first, known)
+        meant = f"; did you mean {near}?" if near else f"; there are {', '.join(sorted(known))}"
+        CommandParser("elsa").error(f"unknown command: {first}{meant}" if first else f"give a command{meant}")
+    import_module("elsa_lightning.training").run(arguments, from_shell)
+    return None
 
 
 def _shipped(argument: str) -> str:
@@ -219,84 +101,20 @@ def _shipped(argument: str) -> str:
     return argument.replace(value, found)
 
 
-def _program() -> str:
-    """Return how this command line can be started again from here."""
-    started = Path(sys.argv[0])
-    if started.name == "__main__.py":
-        return "python -m elsa_lightning"
-    return str(started) if started.name == "elsa" and shutil.which("elsa") is None else "elsa"
+def _export(arguments: Sequence[str]) -> None:
+    import_module("elsa_lightning.export.command").main(arguments)
 
 
-def main(args: list[str] | None = None) -> None:
-    """Run the command line.
-
-    A user's mistake ends it with one line; ``JSONARGPARSE_DEBUG=1`` in the environment asks for the traceback.
-
-    Args:
-        args: Arguments without the program's name; None takes ``sys.argv``.
-    """
-    if args is None:  # LightningCLI reads sys.argv, and warns of both
-        sys.argv[1:] = [_shipped(argument) for argument in sys.argv[1:]]
-    arguments = sys.argv[1:] if args is None else args
-    given = [argument.partition("=")[0] for argument in arguments]
-    asks_for_help = {"-h", "--help"} & {*given} and "--data" not in given
-    try:
-        if arguments[:1] == ["sparsity"]:  # subcommands of LightningCLI are a Trainer's methods
-            return _print_sparsity(arguments[1:])
-        if arguments[:1] == ["export"]:  # no run, so no Trainer
-            import_module("elsa_lightning.export.command").main(arguments[1:])
-            return None
-        ElsaCLI(
-            CausalLM,
-            CalibrationData if asks_for_help else None,  # of one class the help shows the options
-            trainer_class=ElsaTrainer,
-            seed_everything_default=0,
-            parser_kwargs={
-                "prog": "elsa",
-                "description": "Prune Hugging Face language models with Elsa. Two more commands have no Trainer: "
-                "elsa sparsity PATH says where the zeros of a saved model are, elsa export writes it for elsewhere.",
-                "allow_abbrev": False,
-            },
-            parser_class=OneLineParser,
-            save_config_callback=SaveConfigOnce,
-            save_config_kwargs={"overwrite": True},  # the empty file by which it took its name
-            auto_configure_optimizers=False,  # CausalLM's own optimizer and schedule are not to be bypassed
-            args=None if args is None else [_shipped(argument) for argument in args],
-        )
-        _end_processes()
-    except Exception as error:
-        explanation = _explanation(error)
-        if explanation is None or os.environ.get("JSONARGPARSE_DEBUG"):
-            raise
-        print(f"elsa: error: {explanation}", file=sys.stderr)
-        raise SystemExit(1) from error
-    except SystemExit:  # of SaveOnTerminate, on every process
-        _end_processes()
-        raise
-
-
-def _print_sparsity(arguments: list[str]) -> None:
-    """Run ``elsa sparsity``."""
-    parser = argparse.ArgumentParser(
-        "elsa sparsity",
-        description="Where the zeros of a saved model are; nothing is loaded whole.",
-        allow_abbrev=False,
+def _sparsity(arguments: Sequence[str]) -> None:
+    parser = CommandParser(
+        "elsa sparsity", description="Where the zeros of a saved model are; nothing is loaded whole."
     )
     parser.add_argument("path", help="a model's folder, a .safetensors file or its index, or a file that torch saved")
     parser.add_argument("--json", action="store_true", help="print all of it for machines")
     options = parser.parse_args(arguments)
-    found = sparsity(options.path)
+    found = import_module("elsa_lightning.inspection").sparsity(options.path)
     print(json.dumps(found.to_dict(), indent=1) if options.json else found)
 
 
-def _end_processes() -> None:
-    """End the process group: its threads would abort a process whose interpreter is gone, which counts as a failure."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _explanation(error: BaseException | None) -> BaseException | None:
-    """Return the error, or what it came of, if its message is made for users, so that a traceback would hide it."""
-    while error is not None and not isinstance(error, (UserError, MisconfigurationException)):
-        error = error.__cause__ or error.__context__
-    return error
+# each takes the arguments after its name, and imports what is heavy once these are parsed
+WITHOUT_TRAINER: dict[str, Callable[[Sequence[str]], None]] = {"export": _export, "sparsity": _sparsity}

@@ -4,6 +4,8 @@ The command line prints these, and Lightning's ``MisconfigurationException``, in
 fault and keeps its traceback.
 """
 
+import sys
+
 
 class UserError(ValueError):
     """Something given cannot be used; the message says what to change."""
@@ -11,3 +13,12 @@ class UserError(ValueError):
 
 class UnavailableError(UserError, FileNotFoundError):
     """A file, a model or a download that was named cannot be had."""
+
+
+def for_users(error: BaseException | None) -> BaseException | None:
+    """Return the error, or what it came of, if its message is made for users, so that a traceback would hide it."""
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # not loaded, it raised nothing
+    kinds = (UserError,) if lightning is None else (UserError, lightning.MisconfigurationException)
+    while error is not None and not isinstance(error, kinds):
+        error = error.__cause__ or error.__context__
+    return error

@@ -1,5 +1,7 @@
 """The command line on a tiny model, and what importing costs."""
 
+import ast
+import inspect
 import json
 import math
 import os
@@ -9,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import ClassVar
 
 import pytest
@@ -18,11 +21,13 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 import elsa_lightning
-from elsa_lightning import ElsaCallback, Unstructured
+import elsa_lightning.export
+from elsa_lightning import ElsaCallback, Unstructured, cli
 from elsa_lightning.callbacks.progress import LineProgress
 from elsa_lightning.cli import main
 from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.selection import select
+from elsa_lightning.training import ElsaCLI
 
 
 def test_fit_prunes_and_writes_a_model_that_every_command_takes(
@@ -239,7 +244,7 @@ def test_a_log_shows_progress_in_lines(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("elsa_lightning.cli.LineProgress", lambda: LineProgress(seconds=0))
+    monkeypatch.setattr("elsa_lightning.training.LineProgress", lambda: LineProgress(seconds=0))
     main([*small_run(tiny_llama, token_cache, tmp_path), "--trainer.val_check_interval=2"])
     printed = capsys.readouterr().out
     assert re.search(r"^step 1 of 2, train/loss \d.*about \d+ s left$", printed, re.M)
@@ -297,12 +302,77 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in printed
 
 
-def test_importing_the_package_loads_neither_transformers_nor_datasets_nor_bitsandbytes() -> None:
-    code = (
-        "import sys, elsa_lightning, elsa_lightning.admm, elsa_lightning.selection; "
-        "heavy = {'transformers', 'datasets', 'bitsandbytes', 'lightning'} & set(sys.modules); assert not heavy, heavy"
-    )
+HEAVY = {"torch", "numpy", "lightning", "torchmetrics", "transformers", "datasets", "bitsandbytes", "tensorboard"}
+NO_RUN = HEAVY - {"torch", "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("code", "left_out"),
+    [
+        ("import elsa_lightning; dir(elsa_lightning)", HEAVY),
+        ("import elsa_lightning.admm, elsa_lightning.selection, elsa_lightning.export", NO_RUN),
+        ("from elsa_lightning import ADMM, KeptZeros, Unstructured, project, sparsity", NO_RUN),
+        ("elsa --help", HEAVY),
+        ("elsa --version", HEAVY),
+        ("elsa nothing", HEAVY),
+        ("elsa sparsity --help", HEAVY),
+        ("elsa export --help", HEAVY),
+        ("elsa export --from nowhere --to hf --output {}/out", NO_RUN),
+        ("elsa sparsity {}", NO_RUN),
+        ("elsa fit --help", {"datasets", "bitsandbytes", "tensorboard"}),  # Lightning's torchmetrics loads transformers
+    ],
+)
+def test_no_more_is_loaded_than_is_needed(code: str, left_out: set[str], tiny_llama: str) -> None:
+    if code.startswith("elsa"):
+        arguments = code.format(tiny_llama).split()[1:]
+        code = f"from elsa_lightning.cli import main\ntry: main({arguments})\nexcept SystemExit: pass"
+    code += f"\nimport sys\nfound = {left_out} & set(sys.modules)\nassert not found, found"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("package", [elsa_lightning, elsa_lightning.export], ids=lambda package: package.__name__)
+def test_type_checkers_see_the_names_that_load_when_used(package: ModuleType) -> None:
+    (block,) = [node for node in ast.parse(inspect.getsource(package)).body if isinstance(node, ast.If)]
+    seen = [name.name for node in block.body if isinstance(node, ast.ImportFrom) for name in node.names]
+    assert sorted(seen) == sorted(package.__all__)
+    for name in package.__all__:
+        assert getattr(package, name).__name__ == name
+
+
+def test_help_lists_every_command_with_examples_that_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert end.value.code == 0 and max(map(len, printed.splitlines())) <= 80
+    described = set(re.findall(r"^  (\w+)   +\w", printed, re.M))
+    assert described == {*ElsaCLI.subcommands(), *cli.WITHOUT_TRAINER} and {*cli.OF_A_TRAINER} == {
+        *ElsaCLI.subcommands()
+    }
+    examples = re.findall(r"^  elsa (\w.*)$", printed.replace("\\\n", " "), re.M)
+    assert len(examples) > 4
+    for example in examples:
+        arguments = example.split()
+        with pytest.raises(SystemExit) as end:
+            main([*arguments, "--print_config" if arguments[0] in cli.OF_A_TRAINER else "--help"])
+        assert end.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("", "give a command; there are export, fit,"),
+        ("fti", "unknown command: fti; did you mean fit?"),
+        ("prune", "unknown command: prune; there are export, fit,"),
+        ("sparsity model --jsno", "unrecognized argument: --jsno; did you mean --json?"),
+        ("sparsity", "the following arguments are required: path"),
+        ("export --from x --to hf --outptu y", "did you mean --output?"),
+    ],
+)
+def test_a_mistyped_command_is_told_in_one_line(given: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(given.split())
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and printed.startswith("elsa: error: ") and printed.count("\n") == 1 and told in printed
 
 
 def test_only_errors_made_for_users_are_told_in_one_line(
@@ -315,7 +385,7 @@ def test_only_errors_made_for_users_are_told_in_one_line(
         [].remove("a ValueError of our own code")
 
     for action, expected in ((mistake, SystemExit), (fault, ValueError)):
-        monkeypatch.setattr("elsa_lightning.cli.ElsaCLI", lambda *args, action=action, **kwargs: action())
+        monkeypatch.setattr("elsa_lightning.training.ElsaCLI", lambda *args, action=action, **kwargs: action())
         with pytest.raises(expected):
             main(["fit"])
     assert capsys.readouterr().err == "elsa: error: say this\n"

@@ -11,7 +11,8 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 
 from elsa_lightning import CalibrationData, CausalLM, ElsaCallback, Unstructured
-from elsa_lightning.cli import ElsaCLI, main
+from elsa_lightning.cli import main
+from elsa_lightning.training import ElsaCLI
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -1,6 +1,17 @@
-"""What leaves the library: folders that load elsewhere."""
+"""What leaves the library: folders that load elsewhere. Names load when they are first used, as the package's do."""
 
-from elsa_lightning.export.cpu_sparse import load_cpu_sparse, save_cpu_sparse, to_cpu_sparse
-from elsa_lightning.export.write import Options, export
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elsa_lightning.export.cpu_sparse import load_cpu_sparse, save_cpu_sparse, to_cpu_sparse
+    from elsa_lightning.export.write import Options, export
 
 __all__ = ["Options", "export", "load_cpu_sparse", "save_cpu_sparse", "to_cpu_sparse"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = "write" if name in ("Options", "export") else "cpu_sparse"
+    return getattr(import_module(f"{__name__}.{home}"), name)

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
-from typing import NoReturn
+
+from elsa_lightning.commands import CommandParser
 
 _TO = ("hf", "shrunk", "quantized", "cpu-sparse", "gguf")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Print one line and exit with status 2."""
-        sys.stderr.write(f"elsa: error: {message} (see elsa export --help)\n")
-        sys.exit(2)
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """Return the parser; making it imports neither torch nor transformers."""
-    made = _Parser(
-        prog="elsa export",
+    made = CommandParser(
+        "elsa export",
         description="Write a sparse model for somewhere else, and check that what was written is that model.",
-        allow_abbrev=False,
     )
     add = made.add_argument
     add("--from", dest="source", required=True, metavar="PATH", help="a model folder, a run's folder, or a .ckpt")
