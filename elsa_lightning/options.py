@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import json
 import os
 import re
 import sys
 from collections.abc import Iterable
 from difflib import SequenceMatcher
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -24,6 +26,13 @@ _ALIKE, _ALIKE_AS_A_WHOLE = 0.75, 0.9  # shares of the letters, in order
 class OneLineParser(LightningArgumentParser):
     """Lightning's parser, whose errors are one line in place of the usage of all options."""
 
+    def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
+        """Parse arguments; a value that Python has written, such as None for null, is read as what it was.
+
+        jsonargparse hands an argument of an object inside a list, or inside an object, from parser to parser as text.
+        """
+        return super().parse_args(args and [_reread(argument) for argument in args], *rest, **options)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and exit with status 2; ``JSONARGPARSE_DEBUG`` and callers from code get the exception."""
         if not self.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG"):
@@ -32,6 +41,17 @@ class OneLineParser(LightningArgumentParser):
         program = parser.prog.replace(" [options]", "")
         sys.stderr.write(f"elsa: error: {explain(message, parser._option_string_actions)} (see {program} --help)\n")
         sys.exit(2)
+
+
+def _reread(argument: Any) -> Any:
+    """Return ``--name=None``, and lists and dictionaries that Python has written, as YAML."""
+    name, equals, value = str(argument).partition("=")
+    if not (isinstance(argument, str) and equals and value.startswith(("None", "[", "{"))):
+        return argument
+    try:
+        return f"{name}={json.dumps(ast.literal_eval(value))}"
+    except (ValueError, SyntaxError, TypeError):  # not Python's
+        return argument
 
 
 def explain(message: str, options: Iterable[str]) -> str:

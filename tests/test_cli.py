@@ -16,13 +16,16 @@ from typing import ClassVar
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 import elsa_lightning
+import elsa_lightning.callbacks
 import elsa_lightning.export
-from elsa_lightning import ElsaCallback, Unstructured, cli
+import elsa_lightning.sets
+from elsa_lightning import NM, ByPattern, ElsaCallback, Quantized, Unstructured, cli
 from elsa_lightning.callbacks.progress import LineProgress
 from elsa_lightning.cli import main
 from elsa_lightning.errors import UnavailableError, UserError
@@ -226,6 +229,53 @@ def test_the_callback_has_options_of_its_own(tmp_path: Path, capsys: pytest.Capt
     assert "elsa.ramp asks for an ElsaCallback beside the one under trainer.callbacks" in capsys.readouterr().err
     assert callbacks_of("--elsa.ramp=0.2") == []
     assert "give sparsity (a fraction, such as 0.9) or constraint" in capsys.readouterr().err
+
+
+NEEDED = {"bits": "4", "n": "2", "m": "4", "fraction": "0.5", "sparsity": "0.5", "keep": "1e6"}
+CALLBACKS = [getattr(elsa_lightning.callbacks, name) for name in elsa_lightning.callbacks.__all__]
+SETS = [c for c in vars(elsa_lightning.sets).values() if hasattr(c, "support") and not inspect.isabstract(c)]
+
+
+@pytest.mark.parametrize("kind", [*CALLBACKS, *SETS], ids=lambda kind: kind.__name__)
+def test_every_optional_argument_takes_null_inside_a_list_of_callbacks(
+    kind: type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the parser has already read it once, and hands on what Python calls it."""
+    place, given = "--trainer.callbacks", [f"--trainer.callbacks+=elsa_lightning.callbacks.{kind.__name__}"]
+    if kind in SETS:
+        place = "--trainer.callbacks.constraint"
+        given = ["--trainer.callbacks+=elsa_lightning.ElsaCallback", f"{place}=elsa_lightning.sets.{kind.__name__}"]
+    parameters = inspect.signature(kind).parameters.values()
+    for p in parameters:
+        if p.default is p.empty:
+            given += [
+                f"{place}.{p.name}",
+                NEEDED.get(p.name, '{"attn": {class_path: Layers, init_args: {fraction: 0.5}}}'),
+            ]
+    optional = [p.name for p in parameters if p.default is not p.empty and "None" in str(p.annotation)]
+    for name in optional:
+        given += [f"{place}.{name}", "null"]
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *given, "--print_config"])
+    printed = capsys.readouterr()
+    assert end.value.code == 0, printed.err
+    found = yaml.safe_load(printed.out)["trainer"]["callbacks"][-1]["init_args"]
+    found = found["constraint"]["init_args"] if kind in SETS else found
+    assert [found[name] for name in optional] == [None] * len(optional)
+
+
+def test_null_and_lists_and_sets_inside_sets_can_be_given_inside_a_list_of_callbacks() -> None:
+    place = "--trainer.callbacks.constraint"
+    inside = "{class_path: elsa_lightning.Quantized, init_args: {bits: 3, group_size: null, inside: null}}"
+    one = "--trainer.callbacks+=elsa_lightning.ElsaCallback"
+    (pattern,) = callbacks_of(one, f"{place}=elsa_lightning.ByPattern", f"{place}.sets={{mlp: {inside}}}")
+    assert pattern.constraint == ByPattern({"mlp": Quantized(3)})
+    grid = [f"{place}=elsa_lightning.Quantized", f"{place}.bits=4", f"{place}.inside=elsa_lightning.NM"]
+    numbers = [f"{place}.inside.n=2", f"{place}.inside.m=4", f"{place}.group_size=null"]
+    (both,) = callbacks_of(one, *grid, *numbers, "--trainer.callbacks.targets=[up_proj, down_proj]")
+    assert both.constraint == Quantized(4, inside=NM(2, 4)) and both.targets == ["up_proj", "down_proj"]
+    (whole,) = callbacks_of(one, *grid, *numbers, f"{place}.inside=null")
+    assert whole.constraint == Quantized(4)
 
 
 def test_a_printed_configuration_means_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
