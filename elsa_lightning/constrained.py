@@ -48,7 +48,8 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
             name: self.parts[p].shape if p in self.parts else matrix_shape(p, p.shape) for name, p in parameters.items()
         }
         constraint.check(whole, [name for name, p in parameters.items() if is_transposed(p)])
-        self.constraint = constraint = constraint.sized(whole)
+        each = {name: p.element_size() for name, p in parameters.items()}
+        self.constraint = constraint = constraint.sized(whole, each)
         self._tensors = {name: self._constrain(name, p, constraint) for name, p in parameters.items()}
         self.places = {tensor.p: place for place, tensor in enumerate(self._tensors.values())}
         by_parameter = {tensor.p: tensor for tensor in self._tensors.values()}

@@ -177,8 +177,13 @@ class Constraint(ABC):
         """
         return self
 
-    def sized(self, shapes: Mapping[str, torch.Size]) -> Self:
-        """Return the set for tensors of these names and shapes, where it is said in absolute numbers."""
+    def sized(self, shapes: Mapping[str, torch.Size], bytes_each: Mapping[str, float] | None = None) -> Self:
+        """Return the set for tensors of these names and shapes, where it is said in absolute numbers.
+
+        Args:
+            shapes: Of the whole tensors, by name.
+            bytes_each: Of one entry of each; None for 4.
+        """
         return self
 
     def members(self, names: Sequence[str]) -> list[tuple[Constraint, list[int]]]:

@@ -80,9 +80,9 @@ class ByPattern(Constraint):
         """Fit each set."""
         return replace(self, sets={pattern: each.fitted(model) for pattern, each in self.sets.items()})
 
-    def sized(self, shapes: Mapping[str, torch.Size]) -> ByPattern:
+    def sized(self, shapes: Mapping[str, torch.Size], bytes_each: Mapping[str, float] | None = None) -> ByPattern:
         """Size each set by its own tensors."""
-        return replace(self, sets={p: each.sized(self._shapes(p, shapes)) for p, each in self.sets.items()})
+        return replace(self, sets={p: each.sized(self._shapes(p, shapes), bytes_each) for p, each in self.sets.items()})
 
     def relaxed(self, tightness: float) -> ByPattern:
         """Relax each set."""

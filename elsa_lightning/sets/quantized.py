@@ -74,13 +74,13 @@ class Quantized(Constraint):
         """Fit the other set."""
         return self if self.inside is None else replace(self, inside=self.inside.fitted(model))
 
-    def sized(self, shapes: Mapping[str, torch.Size]) -> Quantized:
-        """Size the other set by its tensors."""
+    def sized(self, shapes: Mapping[str, torch.Size], bytes_each: Mapping[str, float] | None = None) -> Quantized:
+        """Size the other set by its tensors, each of whose entries has ``bits``."""
         if self.inside is None:
             return self
         names = list(shapes)
         mine = {names[index]: shapes[names[index]] for index in self._inside(names)}
-        return replace(self, inside=self.inside.sized(mine)) if mine else self
+        return replace(self, inside=self.inside.sized(mine, dict.fromkeys(mine, self.bits / 8))) if mine else self
 
     def relaxed(self, tightness: float) -> Quantized:
         """Return a grid of 8 bits in the relaxed other set on the way, so that the mask is found without rounding."""

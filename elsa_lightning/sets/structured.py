@@ -18,8 +18,10 @@ from elsa_lightning.anatomy import shape_of
 from elsa_lightning.errors import UserError
 from elsa_lightning.families import Known, find, immovable, possible_groups
 from elsa_lightning.layout.sharded import clean
+from elsa_lightning.sets.checks import check_budget, check_fraction, entries_of
 from elsa_lightning.sets.tied import Member, Tie, Tied
 
+_HEADER = 110  # bytes at most, beside its name, that a tensor has in the header of a safetensors file
 _WHOLE = sys.maxsize  # entries of a unit that has all there are
 log = logging.getLogger(__name__)
 
@@ -97,10 +99,7 @@ class Share(Structured):
     fraction: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.fraction < 1:
-            raise UserError(
-                f"fraction must be the share of {self.units} that is removed, in [0, 1), got {self.fraction}"
-            )
+        check_fraction("fraction", self.fraction, f"the share of {self.units} that is removed,")
 
     def kept(self, units: int) -> int:
         """Return how many of so many units are left, one at least."""
@@ -211,31 +210,48 @@ class Width(Structured):
 
     Args:
         keep: Parameters of the smaller model in all, embeddings included, at most: 1.5e6, say.
+        keep_bytes: Bytes of its safetensors file at most, instead of ``keep``, in the dtype that the model is trained
+            in: one that is saved in fewer bits takes less.
 
     Raises:
-        UserError: The number is not positive.
+        UserError: Not one of the two is given, or the number is not positive.
     """
 
-    keep: float
+    keep: float | None = None
+    keep_bytes: float | None = None
 
     def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise UserError(f"keep must be a number of parameters, such as 1.5e6, got {self.keep:g}")
+        if (self.keep is None) == (self.keep_bytes is None):
+            raise UserError(
+                f"give keep (parameters of the smaller model, such as 1.5e6) or keep_bytes (bytes of its file), one of "
+                f"the two; got keep={self.keep}, keep_bytes={self.keep_bytes}"
+            )
+        check_budget("parameters", keep=self.keep, keep_bytes=self.keep_bytes)
 
     def of(self, known: Known) -> list[Tie]:
         """Return two ties a layer."""
         family, width, (groups, *_) = known.family, _width(known), known.heads
-        sizes = {known.prefix + clean(name): shape_of(p).numel() for name, p in known.model.named_parameters()}
+        found = {known.prefix + clean(name): p for name, p in known.model.named_parameters()}
+        sizes = {name: shape_of(p).numel() for name, p in found.items()}
+        each = {name: p.element_size() for name, p in found.items()}
+        header = sum(len(name) + _HEADER for name in found)
+        in_file = None if self.keep_bytes is None else self.keep_bytes - header
+        keep = entries_of(self.keep, in_file, sizes, each)
         a_neuron = _size_of_all(known, sizes, family.mlp_in, family.mlp_out) // width
         a_group = _size_of_all(known, sizes, family.attention_in, family.attention_out) // groups
         total = sum(sizes.values())
         fixed = total - a_neuron * width - a_group * groups
         possible = possible_groups(family, known.config)
-        choices = [(math.floor((self.keep - fixed - a_group * count) / a_neuron), count) for count in possible]
+        choices = [(math.floor((keep - fixed - a_group * count) / a_neuron), count) for count in possible]
         fitting = [(neurons, count) for neurons, count in choices if neurons >= 1]
         least = fixed + a_neuron + a_group * possible[0]
-        if not fitting or self.keep > total:
-            raise UserError(f"keep={self.keep:g} parameters of a model of {total:,}: give from {least:,} to {total:,}")
+        if not fitting or keep > total:
+            said, low, high = f"keep={self.keep or 0:g} parameters", least, total
+            if self.keep_bytes is not None:
+                whole = sum(size * each[name] for name, size in sizes.items())
+                low, high = (header + math.ceil(whole * count / total) for count in (least, total))
+                said = f"keep_bytes={self.keep_bytes:g} bytes"
+            raise UserError(f"{said} of a model of {high:,}: give from {low:,} to {high:,}")
 
         def order(choice: tuple[int, int]) -> tuple[bool, float, int]:
             """Put shares alike first, and before all others what uses the whole budget."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.sharded import exact_dtype
 from elsa_lightning.sets.base import Constraint, Points, distance
+from elsa_lightning.sets.checks import check_budget, check_fraction, entries_of
 from elsa_lightning.sets.threshold import Scores, largest, largest_of_rows
 
 AT_ONCE = 0.7  # sparsity that a ramp begins with: so much is cut by the first projection, and may return
@@ -36,6 +37,9 @@ class Unstructured(Constraint):
         ceiling: With scope ``model``: the largest share.
         depth: With scope ``tensor``: how much more than ``sparsity`` the last block is pruned and less the first, in
             between along a line; the fraction of all together stays. A tensor's block is the first number in its name.
+        keep_bytes: How many bytes the weights that survive take in all, instead of ``sparsity``: 60e6, say. Their
+            values count, in the dtype that they are trained in (inside ``Quantized``, in its bits); where they are
+            does not, nor what is not constrained.
 
     Raises:
         UserError: A value is out of range.
@@ -47,24 +51,24 @@ class Unstructured(Constraint):
     floor: float = 0.0
     ceiling: float = 1.0
     depth: float = 0.0
+    keep_bytes: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.sparsity is None) == (self.keep is None):
+        if sum(given is not None for given in (self.sparsity, self.keep, self.keep_bytes)) != 1:
             raise UserError(
-                f"give sparsity (a fraction of zeros, such as 0.9) or keep (weights that survive, such as 30e6), one "
-                f"of the two; got sparsity={self.sparsity}, keep={self.keep}"
+                f"give sparsity (a fraction of zeros, such as 0.9), keep (weights that survive, such as 30e6) or "
+                f"keep_bytes (that these take), one of the three; got sparsity={self.sparsity}, keep={self.keep}, "
+                f"keep_bytes={self.keep_bytes}"
             )
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            hint = f"; for {self.sparsity:g} % give {self.sparsity / 100:g}" if 1 < self.sparsity < 100 else ""
-            raise UserError(f"sparsity must be a fraction of zeros in [0, 1), got {self.sparsity}{hint}")
-        if self.keep is not None and self.keep < 1:
-            raise UserError(f"keep must be a number of weights, 1 or more, got {self.keep:g}; a fraction is sparsity")
+        if self.sparsity is not None:
+            check_fraction("sparsity", self.sparsity, "a fraction of zeros")
+        check_budget("weights", "a fraction is sparsity", keep=self.keep, keep_bytes=self.keep_bytes)
         if self.scope not in ("tensor", "row", "model"):
             raise UserError(f"scope must be 'tensor', 'row' or 'model', got {self.scope!r}")
         kept = 1.0 if self.sparsity is None else 1 - self.sparsity
         if not (
             0 <= self.floor <= self.ceiling <= 1
-            and (self.keep is not None or self.floor - 1e-9 <= kept <= self.ceiling + 1e-9)
+            and (self.sparsity is None or self.floor - 1e-9 <= kept <= self.ceiling + 1e-9)
         ):
             raise UserError(
                 f"floor and ceiling are shares that survive, and what survives in all, {kept:g}, must lie between; "
@@ -84,14 +88,19 @@ class Unstructured(Constraint):
         """Return a whole row where each is projected by itself."""
         return (1, 0) if self.scope == "row" else self.grain
 
-    def sized(self, shapes: Mapping[str, torch.Size]) -> Unstructured:
-        """Return the set with the fraction that ``keep`` is of these tensors."""
-        if self.keep is None:
+    def sized(self, shapes: Mapping[str, torch.Size], bytes_each: Mapping[str, float] | None = None) -> Unstructured:
+        """Return the set with the fraction that ``keep`` or ``keep_bytes`` is of these tensors."""
+        if self.sparsity is not None:
             return self
-        total = sum(shape.numel() for shape in shapes.values())
-        if self.keep > total:
-            raise UserError(f"keep={self.keep:g} weights of the {total:,} that are constrained: give fewer")
-        return replace(self, sparsity=1 - self.keep / total, keep=None)
+        sizes = {name: shape.numel() for name, shape in shapes.items()}
+        total, kept = sum(sizes.values()), entries_of(self.keep, self.keep_bytes, sizes, bytes_each)
+        if kept > total:
+            said, given = ("keep", self.keep) if self.keep is not None else ("keep_bytes", self.keep_bytes or 0.0)
+            of = "weights" if said == "keep" else "bytes"
+            raise UserError(
+                f"{said}={given:g} {of} of the {given * total / kept:,.0f} that are constrained: give fewer"
+            )
+        return replace(self, sparsity=1 - max(1.0, kept) / total, keep=None, keep_bytes=None)
 
     def relaxed(self, tightness: float) -> Unstructured:
         """Return the set on the way from ``AT_ONCE``, or all of the sparsity if that is less, to this one."""
@@ -102,7 +111,7 @@ class Unstructured(Constraint):
     @property
     def _sparsity(self) -> float:
         if self.sparsity is None:
-            raise UserError("keep needs to know the tensors: use the set that sized(shapes) returns")
+            raise UserError("keep and keep_bytes need to know the tensors: use the set that sized(shapes) returns")
         return self.sparsity
 
     def kept(self, entries: int) -> int:

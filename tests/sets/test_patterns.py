@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from elsa_lightning import NM, Block, ByPattern, Unstructured
+from elsa_lightning import ADMM, NM, Block, ByPattern, Quantized, Unstructured
 from elsa_lightning.errors import UserError
 from elsa_lightning.sets import Constraint
 from elsa_lightning.sets.base import WholePoints
@@ -158,6 +158,32 @@ def test_a_number_of_weights_is_kept() -> None:
     assert sum(int(mask.sum()) for mask in masks(constraint, *tensors)) == 70
     with pytest.raises(UserError, match="keep=701 weights of the 700 that are constrained"):
         Unstructured(keep=701).sized(shapes)
+    for bytes_each, said in ((None, "2,800"), ({"a": 2, "b": 2}, "1,400"), ({"a": 4, "b": 2}, "2,200")):
+        with pytest.raises(UserError, match=f"keep_bytes=3000 bytes of the {said} that are constrained"):
+            Unstructured(keep_bytes=3000).sized(shapes, bytes_each)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_weights_of_so_many_bytes_are_kept(scope: Any, dtype: torch.dtype) -> None:
+    """Inside a grid its bits count; one pattern's budget is not another's."""
+
+    def saved(constraint: Constraint) -> tuple[int, int]:
+        a, b = (torch.nn.Parameter(torch.randn(40, 40).to(dtype)) for _ in "ab")
+        optimizer = torch.optim.Adam([a, b], lr=0.0)
+        admm = ADMM(optimizer, {"a": a, "b": b}, constraint, total_steps=2, prox="linearized")
+        for _ in range(2):
+            a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
+            optimizer.step()
+        admm.finish()
+        return int((a != 0).sum()), int((b != 0).sum())
+
+    each = dtype.itemsize
+    assert sum(saved(Unstructured(keep_bytes=400 * each, scope=scope))) == 400
+    budgets = {"a": Unstructured(keep_bytes=100 * each, scope=scope), "b": Unstructured(keep=300, scope=scope)}
+    assert saved(ByPattern(budgets)) == (100, 300)
+    assert sum(saved(Quantized(8, inside=Unstructured(keep_bytes=800, scope=scope)))) <= 800
+    assert sum(saved(Quantized(4, inside=Unstructured(keep_bytes=800, scope=scope)))) > 800
 
 
 def test_each_tensor_has_the_set_of_its_first_pattern() -> None:
@@ -190,7 +216,9 @@ def test_each_tensor_has_the_set_of_its_first_pattern() -> None:
         (lambda: ByPattern({}), "sets is empty"),
         (lambda: ByPattern({"(": NM(2, 4)}), "no regular expression"),
         (lambda: Unstructured(), "sparsity .* or keep"),
-        (lambda: Unstructured(0.5, keep=3), "one of the two"),
+        (lambda: Unstructured(0.5, keep=3), "one of the three"),
+        (lambda: Unstructured(0.5, keep_bytes=3), "one of the three"),
+        (lambda: Unstructured(keep_bytes=0.1), "keep_bytes must be a number of bytes, 1 or more"),
         (lambda: Unstructured(keep=0.5), "a fraction is sparsity"),
         (lambda: Unstructured(0.5, floor=0.1), "floor and ceiling are for scope='model'"),
         (lambda: Unstructured(0.5, "model", floor=0.6), "must lie between"),

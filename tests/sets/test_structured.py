@@ -189,6 +189,27 @@ def test_a_budget_is_met_to_a_neuron(kind: str, share: float, tmp_path: Path) ->
     assert keep - a_neuron < small.num_parameters() <= keep
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+def test_a_file_of_so_many_bytes_is_met_to_a_neuron(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Whose header may take less than is counted on for each tensor's entry."""
+    model = make(kind).to(dtype)
+    with pytest.raises(UserError, match="keep_bytes=1 bytes of a model of") as refusal:
+        Width(keep_bytes=1).fitted(model)
+    least, most = (int(number.replace(",", "")) for number in re.findall(r"[\d,]+\d", str(refusal.value))[-2:])
+    tensors = sum(1 for _ in model.parameters())
+    for share in (0.0, 0.5, 1.0):
+        keep = least + round(share * (most - least))
+        impose(Width(keep_bytes=keep), changed := copy.deepcopy(model))
+        (small := shrink(changed)).save_pretrained(tmp_path / str(share))
+        size = (tmp_path / str(share) / "model.safetensors").stat().st_size
+        a_neuron = 3 * (3 if kind != "gpt2" else 2) * 33 * dtype.itemsize
+        assert keep - a_neuron - 60 * tensors < size <= keep
+        assert (small.num_parameters() == model.num_parameters()) == (share == 1.0)
+    with pytest.raises(UserError, match="keep_bytes"):
+        Width(keep_bytes=least - 1).fitted(model)
+
+
 # ---------------------------------------------------------------------- projections
 
 SETS: dict[str, tuple[Constraint, str, int]] = {  # with a model and the units of each tie that survive
@@ -323,7 +344,9 @@ def other() -> Any:
         (lambda: Heads(-0.1), "share of heads"),
         (lambda: Layers(2), "share of layers"),
         (lambda: Experts(1), "share of experts"),
-        (lambda: Width(0.5), "a number of parameters, such as 1.5e6, got 0.5"),
+        (lambda: Width(0.5), "a number of parameters, 1 or more, such as 30e6, got 0.5"),
+        (lambda: Width(), "keep .* or keep_bytes"),
+        (lambda: Width(3e6, keep_bytes=3e6), "one of the two"),
         (
             lambda: Heads(0.25).fitted(make("llama")),
             r"leaves 3 of 4 groups .* LlamaConfig of hidden_size 32 refuses; "
