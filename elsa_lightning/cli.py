@@ -30,6 +30,9 @@ commands for a model that is saved:
   sparsity   where its zeros are
   export     write it for elsewhere: smaller, quantized, for CPUs, as GGUF
 
+commands for runs:
+  report     one page of what runs left, compared
+
 examples:
   # the small model that comes along, to 90 % zeros; needs no network
   elsa fit --config configs/elsa.yaml
@@ -43,6 +46,8 @@ examples:
   elsa sparsity runs/elsa/lightning_logs/version_0/hf
   elsa export --from runs/elsa/lightning_logs/version_0 --to cpu-sparse \\
       --output exports/cpu
+  # runs compared, on one page
+  elsa report runs/elsa --output report.html
 
 options:
   -h, --help   show this
@@ -105,6 +110,10 @@ def _export(arguments: Sequence[str]) -> None:
     import_module("elsa_lightning.export.command").main(arguments)
 
 
+def _report(arguments: Sequence[str]) -> None:
+    import_module("elsa_lightning.reports.command").main(arguments)
+
+
 def _sparsity(arguments: Sequence[str]) -> None:
     parser = CommandParser(
         "elsa sparsity", description="Where the zeros of a saved model are; nothing is loaded whole."
@@ -117,4 +126,8 @@ def _sparsity(arguments: Sequence[str]) -> None:
 
 
 # each takes the arguments after its name, and imports what is heavy once these are parsed
-WITHOUT_TRAINER: dict[str, Callable[[Sequence[str]], None]] = {"export": _export, "sparsity": _sparsity}
+WITHOUT_TRAINER: dict[str, Callable[[Sequence[str]], None]] = {
+    "export": _export,
+    "report": _report,
+    "sparsity": _sparsity,
+}

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -50,8 +50,8 @@ class Journal:
         silent = not trainer.loggers and not trainer.checkpoint_callbacks
         if silent or trainer.fast_dev_run or self._active:  # type: ignore[attr-defined]
             return
-        folder = trainer.log_dir or trainer.default_root_dir  # a broadcast
-        if "://" in str(folder):
+        folder = trainer.log_dir if trainer.loggers else _beside_checkpoints(trainer)  # which is asked of every process
+        if folder is None or "://" in str(folder):
             return
         self._active, self._began = True, time.monotonic()
         resumed = trainer.ckpt_path
@@ -122,18 +122,29 @@ class Journal:
     def _write(self, trainer: Trainer, module: LightningModule, status: Status) -> None:
         if self.place is None:
             return
+        record = run_record(trainer, module)
+        if status in ("running", "failed"):
+            record = replace(record, notes=[])  # of how it ended
         told = {
             "status": status,
             **self._known,
             "step": trainer.global_step,
             "seconds": round(time.monotonic() - self._began, 3),
             "peak_memory": _peak_memory(trainer),
-            "record": {name: value for name, value in asdict(run_record(trainer, module)).items() if value},
+            "record": {name: value for name, value in asdict(record).items() if value},
             "samples": getattr(module, "samples", None) or [],
             "tensors": self._tensors,
             "notes": self._notes,
         }
         write(self.place, json.dumps(_finite(told), default=str) + "\n")
+
+
+def _beside_checkpoints(trainer: Trainer) -> str:
+    """Return the folder of a run without a logger: where its checkpoints go, or their ``checkpoints`` folder is."""
+    place = getattr(trainer.checkpoint_callback, "dirpath", None)
+    if place is None:
+        return trainer.default_root_dir
+    return str(Path(place).parent if Path(place).name == "checkpoints" else place)
 
 
 def _device(trainer: Trainer) -> str:

@@ -1,0 +1,288 @@
+"""The figures of a report, each with a sentence for those who cannot see it and the numbers in a table."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from statistics import fmean
+from typing import Any
+
+from elsa_lightning.reports.runs import Run
+
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+_ROWS = 40  # of the table under a figure; report.json has all
+_METHOD = r"^elsa(_\d+)?/"
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass
+class Chart:
+    """A figure.
+
+    Attributes:
+        name: Of the figure, for links.
+        title: What it shows.
+        text: What to know when reading it.
+        spoken: What a screen reader says.
+        figure: Plotly's, as JSON; None where there is nothing to draw.
+        head: Of the table of its numbers.
+        rows: Of that table.
+        height: Pixels.
+    """
+
+    name: str
+    title: str
+    text: str
+    spoken: str = ""
+    figure: str | None = None
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    height: int = 320
+
+
+@dataclass(frozen=True)
+class _Line:
+    run: int
+    of: str
+    points: Points
+    dashed: bool = False
+
+
+def curves(runs: Sequence[Run]) -> list[Chart]:
+    """Return what changes over the steps; runs in colours, quantities in dashes, or in colours where it is one run."""
+    method = _METHOD + r"({})$"
+    dense = [_across(runs, line) for line in _lines(runs, r"dense_perplexity$", dashed=True)]
+    measured = _lines(runs, r"(?<!dense_)(?<!final_)(perplexity|ppl)\w*$")
+    final = _lines(runs, r"final_perplexity$")
+    perplexity = _joined(measured, final) + dense
+    return [
+        _chart(runs, "loss", "Loss", "In nats a token where the model is a language model.", _lines(runs, r"loss")),
+        _chart(runs, "perplexity", "Perplexity", "On the validation text; dashed: the dense model's.", perplexity),
+        _chart(
+            runs, "residuals", "Residuals and stationarity",
+            "How far the weights are from the set (primal), how far the set's choice moved (dual), and how far the "
+            "weights are from a stationary point by one batch's gradient. Falling is what converging looks like.",
+            _lines(runs, method.format("primal_residual|dual_residual|stationarity")), log=True,
+        ),
+        _chart(runs, "sparsity", "Sparsity ramp", "Share of zeros that the projection asks for.",
+               _lines(runs, method.format("sparsity")), percent=True),
+        _chart(runs, "penalty", "Penalty", "λ or κ.", _lines(runs, method.format("penalty"))),
+        _chart(
+            runs, "flips", "Mask flips",
+            "Share of the mask that an update exchanged; and entries off it that outrank kept ones, by one batch.",
+            _lines(runs, method.format("mask_flips|outranking")), percent=True,
+        ),
+        _chart(runs, "dead", "Dead rows", "Outputs of which no weight is left, of all outputs of constrained tensors.",
+               [_Line(i, "dead rows", p) for i, run in enumerate(runs) if (p := _dead(run))], percent=True),
+        _chart(runs, "memory", "Peak memory", "In GiB: what torch allocated on a GPU, elsewhere what the process held.",
+               [_Line(i, "peak memory", p) for i, run in enumerate(runs) if (p := _memory(run))]),
+        _chart(runs, "time", "Time", "Minutes since training began.",
+               [_Line(i, "minutes", [(n["step"], n["seconds"] / 60) for n in run.notes])
+                for i, run in enumerate(runs) if run.notes]),
+    ]  # fmt: skip
+
+
+def trade_offs(runs: Sequence[Run]) -> list[Chart]:
+    """Return the Pareto curves of runs that have a perplexity: against sparsity, bytes and tokens a second."""
+    if len(runs) < 2:
+        return []
+    size: Callable[[Run], float | None] = lambda run: run.smallest.size / 2**20 if run.smallest else None  # noqa: E731
+    speed: Callable[[Run], float | None] = lambda run: run.fastest  # noqa: E731
+    charts = [_pareto(runs, "pareto", "Perplexity against sparsity", "Zeros among the constrained weights",
+                      lambda run: run.sparsity, more_is_better=True, percent=True)]  # fmt: skip
+    if len({size(run) for run in runs} - {None}) > 1:
+        charts.append(_pareto(runs, "pareto-bytes", "Perplexity against size", "MiB of weights on disk, of the "
+                              "smallest model of each run", size, more_is_better=False))  # fmt: skip
+    if len({speed(run) for run in runs} - {None}) > 1:
+        charts.append(_pareto(runs, "pareto-speed", "Perplexity against speed", "Tokens a second of the fastest "
+                              "export", speed, more_is_better=True))  # fmt: skip
+    return charts
+
+
+def _lines(runs: Sequence[Run], pattern: str, dashed: bool = False) -> list[_Line]:
+    return [
+        _Line(index, re.sub(r"^elsa/", "", name).replace("_", " "), values, dashed)
+        for index, run in enumerate(runs)
+        for name, values in sorted(run.series.items())
+        if values and re.search(pattern, name, re.I)
+    ]
+
+
+def _across(runs: Sequence[Run], line: _Line) -> _Line:
+    """Draw what was measured once from the run's beginning to its end."""
+    steps = [step for values in runs[line.run].series.values() for step, _ in values]
+    return _Line(line.run, line.of, [(min(steps), line.points[0][1]), (max(steps), line.points[-1][1])], line.dashed)
+
+
+def _joined(measured: list[_Line], final: list[_Line]) -> list[_Line]:
+    """End each run's perplexity with that of what it left, or show this alone."""
+    joined = []
+    for end in final:
+        own = [line for line in measured if line.run == end.run and line.of.startswith("val")][:1]
+        points = dict([*(own[0].points if own else []), *end.points])
+        joined.append(_Line(end.run, own[0].of if own else end.of, sorted(points.items())))
+        measured = [line for line in measured if line not in own]
+    return sorted(joined + measured, key=lambda line: line.run)
+
+
+def _dead(run: Run) -> Points:
+    return [(n["step"], n["dead_rows"] / n["rows"]) for n in run.notes if n.get("rows")]
+
+
+def _memory(run: Run) -> Points:
+    return [(n["step"], n["peak_memory"] / 2**30) for n in run.notes if n.get("peak_memory")]
+
+
+def _chart(
+    runs: Sequence[Run], name: str, title: str, text: str, lines: list[_Line], *, log: bool = False,
+    percent: bool = False,
+) -> Chart:  # fmt: skip
+    if log:
+        lines = [_Line(x.run, x.of, [(s, v) for s, v in x.points if v > 0], x.dashed) for x in lines]
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return Chart(name, title, text)
+    several = len(runs) > 1
+    traces = _traces(runs, lines, ".2%" if percent else ".4~g")
+    layout: dict[str, Any] = {
+        "xaxis": {"title": {"text": "optimizer step"}, "rangemode": "tozero"},
+        "yaxis": {"type": "log" if log else "linear", "tickformat": ".0%" if percent else None},
+        "hovermode": "x unified", "showlegend": len(lines) > 1,
+    }  # fmt: skip
+    if log:
+        layout["yaxis"] |= {"dtick": 1, "exponentformat": "power"}
+    show = share if percent else _figure
+    spoken = "; ".join(
+        f"{runs[line.run].name + ', ' if several else ''}{line.of} from {show(line.points[0][1])} at step "
+        f"{line.points[0][0]:g} to {show(line.points[-1][1])} at step {line.points[-1][0]:g}"
+        for line in lines[:8]
+    )
+    rows = [
+        (runs[line.run].name, line.of, f"{step:g}", show(value))
+        for line in lines
+        for step, value in _some(line.points, max(6, _ROWS // len(lines)))
+    ]
+    return Chart(
+        name, title, text, f"Line chart. {spoken}.", plotly(traces, layout), ("run", "quantity", "step", "value"), rows
+    )
+
+
+def _traces(runs: Sequence[Run], lines: Sequence[_Line], shown: str) -> list[dict[str, Any]]:
+    """Return lines whose legend names each run by its colour and each quantity by its dashes, once.
+
+    Args:
+        runs: All of them.
+        lines: What to draw.
+        shown: How numbers are written.
+    """
+    quantities = list(dict.fromkeys(line.of for line in lines))
+    several, named, traces = len(runs) > 1, set[int](), list[dict[str, Any]]()
+    dashes = {of: _DASHES[place % len(_DASHES) if several else 0] for place, of in enumerate(quantities)}
+    dashes |= {line.of: "dash" for line in lines if line.dashed}
+    for line in lines:
+        run = escape(runs[line.run].name)
+        label = f"{run}: {escape(line.of)}" if several and len(quantities) > 1 else run if several else escape(line.of)
+        few = len(line.points) < 15 and not line.dashed
+        traces.append(
+            {
+                "type": "scatter", "mode": "lines+markers" if few else "lines", "name": run if several else label,
+                "x": [step for step, _ in line.points], "y": [value for _, value in line.points],
+                "meta": {"colour": line.run if several else quantities.index(line.of)},
+                "line": {"dash": dashes[line.of]}, "showlegend": not several or line.run not in named,
+                "legendgroup": str(line.run) if several else line.of,
+                "hovertemplate": f"%{{y:{shown}}}<extra>{label}</extra>",
+            }
+        )  # fmt: skip
+        named.add(line.run)
+    traces += [
+        {
+            "type": "scatter", "mode": "lines", "x": [None], "y": [None], "name": escape(of),
+            "meta": {"colour": "muted"}, "line": {"dash": dashes[of]}, "hoverinfo": "skip",
+        }
+        for of in (quantities if several and len(quantities) > 1 else ())
+    ]  # fmt: skip
+    return traces
+
+
+def _pareto(
+    runs: Sequence[Run], name: str, title: str, axis: str, of: Callable[[Run], float | None], *,
+    more_is_better: bool, percent: bool = False,
+) -> Chart:  # fmt: skip
+    known = [(x, run.sparse, run) for run in runs if (x := of(run)) is not None and run.sparse is not None]
+    if not known:
+        return Chart(name, title, "No run has both.")
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for x, y, run in known:
+        groups.setdefault(run.but_for_seed, []).append((x, y))
+    means = [(fmean(x for x, _ in group), fmean(y for _, y in group)) for group in groups.values()]
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(means, key=lambda mean: (-mean[0] if more_is_better else mean[0], mean[1])):
+        if not best or y < best[-1][1]:
+            best.append((x, y))
+    best.sort()
+    show = share if percent else _figure
+    traces: list[dict[str, Any]] = [
+        {
+            "type": "scatter", "mode": "lines", "x": [x for x, _ in best], "y": [y for _, y in best],
+            "name": "best of each", "meta": {"colour": 0}, "hoverinfo": "skip", "showlegend": False,
+        },
+        {
+            "type": "scatter", "mode": "markers", "x": [x for x, _, _ in known], "y": [y for _, y, _ in known],
+            "name": "runs", "meta": {"colour": 0}, "marker": {"size": 10}, "showlegend": False,
+            "text": [escape(run.name) for _, _, run in known],
+            "hovertemplate": f"%{{text}}<br>%{{x:{'.2%' if percent else '.4~g'}}}, perplexity %{{y:.4~g}}"
+            "<extra></extra>",
+        },
+    ]  # fmt: skip
+    dense = {float(f"{run.dense:.4g}") for run in runs if run.dense is not None}
+    ends = [min(x for x, _, _ in known), max(x for x, _, _ in known)]
+    for value in sorted(dense)[:3]:
+        traces.append(
+            {
+                "type": "scatter", "mode": "lines", "x": ends, "y": [value, value], "name": f"dense, {value:.4g}",
+                "meta": {"colour": "muted"}, "line": {"dash": "dash"}, "hoverinfo": "skip", "showlegend": True,
+            }
+        )  # fmt: skip
+    layout = {
+        "xaxis": {"title": {"text": axis}, "tickformat": ".0%" if percent else None},
+        "yaxis": {"title": {"text": "perplexity"}}, "hovermode": "closest",
+    }  # fmt: skip
+    spoken = ", ".join(f"{run.name}: {show(x)}, perplexity {y:.4g}" for x, y, run in known[:20])
+    rows = [(run.name, show(x), f"{y:.3f}") for x, y, run in sorted(known, key=_first)]
+    seeds = " (means, of runs that differ by their seed alone)" if len(groups) < len(known) else ""
+    text = f"Lower is better. The line joins the runs{seeds} that no other beats in both."
+    return Chart(
+        name, title, text, f"Scatter plot. {spoken}.", plotly(traces, layout), ("run", axis, "perplexity"), rows, 380
+    )
+
+
+def _first(point: tuple[float, float, Run]) -> float:
+    return point[0]
+
+
+def plotly(traces: list[dict[str, Any]], layout: dict[str, Any]) -> str:
+    """Return the figure, checked by plotly, for a script element: without < of a name that could end it."""
+    import plotly.graph_objects as go
+
+    made = go.Figure(data=traces, layout={**layout, "template": "none"}).to_plotly_json()
+    made["layout"].pop("template", None)  # colours are the page's
+    return json.dumps(made, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _some(points: Points, most: int) -> Iterable[tuple[float, float]]:
+    """Return so many of the points, evenly, with the first and the last."""
+    if len(points) <= most:
+        return points
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+
+
+def share(value: float) -> str:
+    """Return a fraction in per cent."""
+    return f"{value:.2%}".replace("%", " %")
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.4g}"

@@ -1,0 +1,71 @@
+"""``elsa report``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from elsa_lightning.commands import CommandParser
+
+_EXAMPLES = """\
+examples:
+  elsa report runs/elsa/lightning_logs/version_0      one run
+  elsa report runs/elsa                               all runs below a folder, compared
+  elsa report runs/a runs/b exports/cpu               some runs, and what was exported of them
+  elsa report runs/elsa --output evidence/elsa.html   somewhere else
+
+It reads what runs leave anyway: elsa_run.json, TensorBoard's events or CSVLogger's metrics.csv, and elsa.json beside a
+saved model. A run that still goes on can be looked at too. docs/report.md says what each figure shows.
+"""
+
+
+def parser() -> CommandParser:
+    """Return the parser; making it imports nothing that takes time."""
+    made = CommandParser(
+        "elsa report",
+        description="Write one page of what runs left: results, curves, where the zeros are, settings and commands. It "
+        "opens offline, in any browser. Beside it is the same as JSON.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "runs", nargs="+", metavar="RUN_DIR", help="folder of a run, or one with runs below it; or of an export"
+    )
+    made.add_argument(
+        "--output", default="report.html", metavar="FILE.html", help="page to write (default: %(default)s); an earlier "
+        "report is replaced, another file is not",
+    )  # fmt: skip
+    return made
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the report.
+
+    Args:
+        arguments: Those after ``report``.
+    """
+    given = parser().parse_args(arguments)
+    report(given.runs, Path(given.output).expanduser())
+
+
+def report(paths: Sequence[str | Path], output: Path) -> None:
+    """Write a report and say where it is.
+
+    Args:
+        paths: Folders of runs.
+        output: A name that ends in ``.html``.
+
+    Raises:
+        UserError: A folder is no run, the file would be lost, or a package is missing.
+    """
+    from elsa_lightning.reports.page import check_output, check_packages, write_report
+    from elsa_lightning.reports.runs import read_runs
+
+    check_packages()
+    check_output(output)
+    runs = read_runs(paths)
+    page = write_report(runs, output)
+    told = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    size = f"{page.stat().st_size / 1e6:.1f} MB"
+    print(f"Report of {told}: {page} ({size}, opens offline; {page.stem}.json has its numbers)")

@@ -1,0 +1,345 @@
+"""Reads what runs leave: the journal, TensorBoard's events or CSVLogger's table, records of models and exports."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from elsa_lightning.errors import UnavailableError, UserError
+from elsa_lightning.export.folders import RECORD
+
+Series = dict[str, list[tuple[int, float]]]  # by name of the metric: (step, value)
+
+JOURNALS = "elsa_run*.json"
+_EVENTS = "events.out.tfevents.*"
+_TABLE = "metrics.csv"
+_NO_METRICS = ("epoch", "step", "hp_metric")
+_LEVELS = 3  # from a checkpoint up to the folder of its run
+_WEIGHTS = ("*.safetensors", "*.gguf", "*.pt", "*.bin")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model that a run, or an export of it, left on disk.
+
+    Attributes:
+        folder: Where.
+        format: ``hf``, ``shrunk``, ``quantized``, ``cpu-sparse`` or ``gguf``.
+        size: Bytes of its weights.
+        tokens_per_second: If its record says so.
+    """
+
+    folder: Path
+    format: str
+    size: int
+    tokens_per_second: float | None
+
+
+@dataclass
+class Run:
+    """What is known of a run.
+
+    Attributes:
+        name: That tells it from the others on the page.
+        folder: Of the run.
+        journal: ``elsa_run.json``, or empty.
+        record: What is known of the model; see :class:`elsa_lightning.export.record.Record`.
+        series: All metrics.
+        saved: Models on disk.
+        missing: What is not known, and how to get it.
+        ancestors: Folders of the runs that it went on from.
+    """
+
+    name: str
+    folder: Path
+    journal: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+    series: Series = field(default_factory=dict)
+    saved: list[Saved] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    ancestors: list[Path] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[dict[str, Any]]:
+        """Of the journal."""
+        return list(self.journal.get("notes", []))
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """Settings of the (first) method."""
+        methods = self.record.get("method") or [{}]
+        return dict(methods[0])
+
+    @property
+    def dense(self) -> float | None:
+        """Perplexity before the first step."""
+        known = self.record.get("perplexity", {})
+        return _number(known.get("dense", known.get("start"))) or self._last("val/dense_perplexity")
+
+    @property
+    def sparse(self) -> float | None:
+        """Perplexity of what the run left."""
+        return _number(self.record.get("perplexity", {}).get("sparse")) or self._last("val/final_perplexity")
+
+    @property
+    def sparsity(self) -> float | None:
+        """Fraction of zeros in the constrained weights at the end."""
+        kept = sum(counts[0] for counts in self.tensors.values())
+        entries = sum(counts[1] for counts in self.tensors.values())
+        if entries and (self.journal.get("status") != "running"):
+            return 1 - kept / entries
+        zeros = [z for z in self.record.get("sparsity", {}).values() if z["zeros"] > 0.05 * z["entries"]]
+        if zeros:
+            return float(sum(z["zeros"] for z in zeros) / sum(z["entries"] for z in zeros))
+        return self._last("elsa/sparsity")
+
+    @property
+    def tensors(self) -> dict[str, list[int]]:
+        """Kept entries, entries, dead rows and rows of each constrained tensor."""
+        return dict(self.journal.get("tensors", {}))
+
+    @property
+    def status(self) -> str:
+        """How it ended, in a word."""
+        return str(self.journal.get("status", "unknown"))
+
+    @property
+    def seed(self) -> str | None:
+        """That the command line gave."""
+        found = re.search(r"--seed_everything[ =](\d+)", str(self.record.get("command") or ""))
+        return found[1] if found else None
+
+    @property
+    def but_for_seed(self) -> str:
+        """What runs have in common that differ by their seed alone."""
+        data = {name: value for name, value in self.record.get("data", {}).items() if name != "seed"}
+        known = [self.record.get("base_model"), self.record.get("method"), self.record.get("training"), data]
+        return json.dumps(known, sort_keys=True, default=str) if self.record.get("method") else str(self.folder)
+
+    @property
+    def smallest(self) -> Saved | None:
+        """The smallest of what is saved."""
+        return min(self.saved, key=lambda saved: saved.size, default=None)
+
+    @property
+    def fastest(self) -> float | None:
+        """Tokens a second of the fastest export that was timed."""
+        return max((s.tokens_per_second for s in self.saved if s.tokens_per_second), default=None)
+
+    def _last(self, metric: str) -> float | None:
+        return self.series[metric][-1][1] if self.series.get(metric) else None
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """Return the runs in folders, or below them, and the exports among them with the runs they are of.
+
+    Raises:
+        UserError: A folder does not exist, or has nothing of a run.
+    """
+    runs: list[Run] = []
+    exports: list[Run] = []
+    for path in paths:
+        place = Path(path).expanduser()
+        if not place.exists():
+            raise UnavailableError(
+                f"{str(path)!r} does not exist: give the folder of a run, or one that has runs in it"
+            )
+        found = list(_below(place.parent if place.is_file() else place))
+        found = [run for run in found if not place.is_file() or run.journal == _json(place)]
+        if not found:
+            raise UserError(
+                f"{str(path)!r} is no run and has none below it: there is no elsa_run.json, no TensorBoard events, no "
+                f"metrics.csv and no {RECORD}. Give the folder that elsa fit wrote, such as "
+                f"runs/elsa/lightning_logs/version_0"
+            )
+        for run in found:
+            known = {other.folder.resolve(): other for other in runs}
+            if not run.journal and not run.series:
+                exports.append(run)
+            elif run.folder.resolve() not in known or known[run.folder.resolve()].journal != run.journal:
+                runs.append(run)
+    gone_on = {ancestor.resolve() for run in runs for ancestor in run.ancestors}
+    asked = {Path(path).expanduser().resolve() for path in paths}
+    runs = [run for run in runs if run.folder.resolve() not in gone_on or run.folder.resolve() in asked]
+    for export in exports:
+        _attach(export, runs)
+    _name(runs)
+    return runs
+
+
+def _below(folder: Path) -> Iterator[Run]:
+    """Yield the runs in a folder, or else in those below it."""
+    if _is_run(folder) or (folder / RECORD).is_file():
+        journals: list[Path | None] = [*sorted(folder.glob(JOURNALS))] or [None]
+        for journal in journals:
+            yield _read(folder, journal, alone=len(journals) == 1)
+        return
+    for inner in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        yield from _below(inner)
+
+
+def _is_run(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) is not None for pattern in (JOURNALS, _EVENTS, _TABLE))
+
+
+def _read(folder: Path, journal: Path | None, alone: bool) -> Run:
+    """Return a run.
+
+    Args:
+        folder: Of the run.
+        journal: Its journal.
+        alone: Whether no other run shares the folder, so that what else is there is of this one.
+    """
+    run = Run(str(folder), folder)
+    if journal is not None:
+        run.journal = _json(journal)
+        if not run.journal:
+            run.missing.append(f"{journal} cannot be read, so command, settings, scores and memory are not known")
+    records = sorted(folder.rglob(RECORD)) if alone else []
+    run.record = dict(run.journal.get("record", {}))
+    for file in records:
+        known = _json(file)
+        if file.parent.parent == folder or file.parent == folder:
+            run.record = {**known, **run.record}
+        run.saved += _saved(file.parent, known)
+    run.series = _logged(folder) if alone else {}
+    for name, values in _noted(run.notes).items():
+        run.series.setdefault(name, values)
+    _go_back(run)
+    _say_what_is_missing(run, journal)
+    return run
+
+
+def _saved(folder: Path, known: dict[str, Any]) -> list[Saved]:
+    size = sum(file.stat().st_size for pattern in _WEIGHTS for file in folder.glob(pattern))
+    if not size:
+        return []
+    speed = _number(known.get("export", {}).get("tokens_per_second"))
+    return [Saved(folder, str(known.get("format", "hf")), size, speed)]
+
+
+def _logged(folder: Path) -> Series:
+    """Return what loggers wrote, in steps' order."""
+    series: Series = {}
+    if next(folder.glob(_EVENTS), None) is not None:
+        from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+        events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
+        for name in events.Tags()[SCALARS]:
+            series[name] = [(event.step, event.value) for event in events.Scalars(name)]
+    elif (folder / _TABLE).is_file():
+        with (folder / _TABLE).open(newline="", encoding="utf-8") as table:
+            for row in csv.DictReader(table):
+                if (step := _number(row.get("step"))) is None:
+                    continue
+                for name, cell in row.items():
+                    if (value := _number(cell)) is not None:
+                        series.setdefault(name, []).append((int(step), value))
+    return {
+        name: sorted({step: value for step, value in values if math.isfinite(value)}.items())
+        for name, values in series.items()
+        if name not in _NO_METRICS
+    }
+
+
+def _noted(notes: Sequence[dict[str, Any]]) -> Series:
+    series: Series = {}
+    for note in notes:
+        for name, value in note.get("metrics", {}).items():
+            if value is not None and name not in _NO_METRICS:
+                series.setdefault(name, []).append((int(note["step"]), float(value)))
+    return series
+
+
+def _go_back(run: Run) -> None:
+    """Put what a run went on from before it."""
+    resumed = run.journal.get("resumed_from")
+    if not resumed:
+        return
+    start = int(run.journal.get("first_step", 0))
+    former = next((p for p in list(Path(resumed).parents)[:_LEVELS] if p.is_dir() and _is_run(p)), None)
+    runs = [] if former is None else [r for r in _below(former) if r.journal != run.journal]
+    runs = [r for r in runs if r.journal.get("started", "") <= run.journal.get("started", "")]
+    if not runs:
+        run.missing.append(f"The run went on from {resumed}, which is not there: its figures begin at step {start}.")
+        return
+    before = max(runs, key=lambda r: str(r.journal.get("started", "")))
+    for name, values in before.series.items():
+        run.series[name] = [(s, v) for s, v in values if s <= start] + [
+            (s, v) for s, v in run.series.get(name, []) if s > start
+        ]
+    earlier = [note for note in before.notes if note["step"] <= start]
+    seconds = earlier[-1]["seconds"] if earlier else 0.0
+    later = [{**note, "seconds": note["seconds"] + seconds} for note in run.notes]
+    run.journal = {
+        **run.journal, "notes": earlier + later, "seconds": seconds + float(run.journal.get("seconds") or 0),
+    }  # fmt: skip
+    if before.folder.resolve() != run.folder.resolve():
+        run.ancestors = [before.folder, *before.ancestors]
+
+
+def _say_what_is_missing(run: Run, journal: Path | None) -> None:
+    if journal is None and run.series:
+        run.missing.append(
+            "Command, settings, scores, dead rows, memory and time are in elsa_run.json, which this run did not leave: "
+            "runs of ElsaCallback with a logger or checkpoints do."
+        )
+    if run.journal and not any("perplexity" in name.lower() for name in run.series) and run.sparse is None:
+        run.missing.append("No perplexity was measured: CausalLM does, on the data's validation text.")
+
+
+def _attach(export: Run, runs: list[Run]) -> None:
+    """Give an export to the run whose model it is, or let it stand alone."""
+    key = _of_model(export.record)
+    for run in runs:
+        if key[0] and _of_model(run.record) == key:
+            places = {saved.folder.resolve() for saved in run.saved}
+            run.saved += [saved for saved in export.saved if saved.folder.resolve() not in places]
+            return
+    export.missing.append("This is a model without the run that made it: its figures are in the run's folder.")
+    runs.append(export)
+
+
+def _of_model(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(json.dumps(record.get(name), sort_keys=True) for name in ("command", "perplexity", "method"))
+
+
+def _name(runs: list[Run]) -> None:
+    """Name runs by what tells their folders apart."""
+    parts = [run.folder.resolve().parts for run in runs]
+    common = 0
+    if len(runs) > 1:
+        while all(len(p) > common + 1 for p in parts) and len({p[common] for p in parts}) == 1:
+            common += 1
+    dull = {"lightning_logs", "csv_logs"}
+    for index, (run, of) in enumerate(zip(runs, parts, strict=True)):
+        rest = of[common:] if len(runs) > 1 else of[-1:]
+        run.name = "/".join(part for part in rest if part not in dull) or of[-1]
+        if [r.folder for r in runs].count(run.folder) > 1:
+            run.name += f" #{index + 1}"
+    names = [run.name for run in runs]
+    for run in runs:  # version_0 says nothing where every run has it
+        short = re.sub(r"/version_\d+$", "", run.name)
+        if [re.sub(r"/version_\d+$", "", name) for name in names].count(short) == 1:
+            run.name = short
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
