@@ -20,11 +20,17 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, prog: str, **kwargs: Any) -> None:
         super().__init__(prog, allow_abbrev=False, **kwargs)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, but look for a mistyped option first, which else may be told as a missing one."""
+        for argument in args or ():
+            word = argument.partition("=")[0]
+            if word.startswith("--") and len(word) > 2 and word not in self._option_string_actions:
+                near = nearest(word, self._option_string_actions)
+                self.error(f"unrecognized argument: {word}" + (f"; did you mean {near}?" if near else ""))
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        """Print one line, with what an unknown option was probably meant to be, and exit with status 2."""
-        start, _, unknown = message.partition("unrecognized arguments: ")
-        if not start and (near := nearest(unknown.split()[0].partition("=")[0], self._option_string_actions)):
-            message = f"unrecognized argument: {unknown}; did you mean {near}?"
+        """Print one line and exit with status 2."""
         sys.stderr.write(f"elsa: error: {message} (see {self.prog} --help)\n")
         sys.exit(2)
 
