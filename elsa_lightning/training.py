@@ -20,7 +20,7 @@ from torch import nn
 from elsa_lightning.callbacks.elsa import ElsaCallback
 from elsa_lightning.callbacks.export import SaveHuggingFace
 from elsa_lightning.callbacks.keep_mask import KeepMask
-from elsa_lightning.callbacks.progress import LineProgress
+from elsa_lightning.callbacks.progress import LineProgress, WordProgress
 from elsa_lightning.callbacks.versions import SaveConfigOnce, claim_versions, unused
 from elsa_lightning.errors import UserError, for_users
 from elsa_lightning.lm.data import CalibrationData
@@ -139,8 +139,8 @@ class ElsaCLI(LightningCLI):
                 elsa["learning_rate"] = "auto"
             callbacks = [*callbacks, ElsaCallback(**elsa)]
         barred = config["enable_progress_bar"] is False or any(isinstance(c, ProgressBar) for c in listed)
-        if not barred and not sys.stdout.isatty():
-            callbacks = [*callbacks, LineProgress()]
+        if not barred:
+            callbacks = [*callbacks, WordProgress() if sys.stdout.isatty() else LineProgress()]
         trainer = super()._instantiate_trainer(config, callbacks)
         claim_versions(trainer)
         return trainer

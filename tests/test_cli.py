@@ -297,8 +297,8 @@ def test_a_log_shows_progress_in_lines(
     monkeypatch.setattr("elsa_lightning.training.LineProgress", lambda: LineProgress(seconds=0))
     main([*small_run(tiny_llama, token_cache, tmp_path), "--trainer.val_check_interval=2"])
     printed = capsys.readouterr().out
-    assert re.search(r"^step 1 of 2, train/loss \d.*about \d+ s left$", printed, re.M)
-    assert re.search(r"^validated after step 2, .*val/perplexity \d", printed, re.M)
+    assert re.search(r"^step 1 of 2, [\d.]+ % zeros, [\w ]+, loss \d[\d.]*, \d+ s left$", printed, re.M)
+    assert re.search(r"^validated after step 2, 90.0 % zeros, mask fixed, .*perplexity \d", printed, re.M)
     assert re.search(r"^step 2 of 2, ", printed, re.M) and "\r" not in printed
 
 
