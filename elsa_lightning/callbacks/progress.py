@@ -112,7 +112,7 @@ class WordProgress(TQDMProgressBar):
     def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
         """Begin the bar of the next loader, which has a number if there are several."""
         super().on_validation_batch_start(trainer, *args)
-        self._name(self.val_progress_bar, self.validation_description, trainer.num_val_batches)
+        self._name(self.val_progress_bar, self.validation_description, trainer.num_val_batches, *args[3:])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave a line of what was measured in the middle of a run."""
@@ -127,17 +127,17 @@ class WordProgress(TQDMProgressBar):
     def on_test_batch_start(self, trainer: Trainer, *args: Any) -> None:
         """Begin the bar of the next loader."""
         super().on_test_batch_start(trainer, *args)
-        self._name(self.test_progress_bar, self.test_description, trainer.num_test_batches)
+        self._name(self.test_progress_bar, self.test_description, trainer.num_test_batches, *args[3:])
 
     def on_predict_batch_start(self, trainer: Trainer, *args: Any) -> None:
         """Begin the bar of the next loader."""
         super().on_predict_batch_start(trainer, *args)
-        self._name(self.predict_progress_bar, self.predict_description, trainer.num_predict_batches)
+        self._name(self.predict_progress_bar, self.predict_description, trainer.num_predict_batches, *args[3:])
 
     @staticmethod
-    def _name(bar: tqdm[Any], doing: str, loaders: Any) -> None:
+    def _name(bar: tqdm[Any], doing: str, loaders: Any, index: int = 0) -> None:
         if isinstance(loaders, list) and len(loaders) > 1:
-            doing = f"{doing} {bar.desc.rpartition(' ')[2].rstrip(': ')} of {len(loaders)}"
+            doing = f"{doing} {index + 1} of {len(loaders)}"
         bar.set_description_str(doing, refresh=False)
 
     def _draw(self, trainer: Trainer) -> None:

@@ -112,8 +112,8 @@ def test_several_loaders_are_told_apart(tmp_path: Path, monkeypatch: pytest.Monk
     loaders = [DataLoader(Points(4), batch_size=2) for _ in range(2)]
     trainer = make_trainer(tmp_path, WordProgress(), enable_progress_bar=True)
     tested = on_terminal(monkeypatch, 80, lambda: trainer.test(Testing(), loaders))
-    assert any(re.match(r"testing 0 of 2 +\|.*2/2", frame) for frame in tested)
     assert any(re.match(r"testing 1 of 2 +\|.*2/2", frame) for frame in tested)
+    assert any(re.match(r"testing 2 of 2 +\|.*2/2", frame) for frame in tested)
     predicted = on_terminal(monkeypatch, 80, lambda: trainer.predict(Testing(), loaders[0]))
     assert any(re.match(r"predicting +\|.*2/2", frame) for frame in predicted)
 
