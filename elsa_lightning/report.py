@@ -1,4 +1,4 @@
-"""Tables after a run."""
+"""Tables and pictures after a run."""
 
 from __future__ import annotations
 
@@ -57,11 +57,15 @@ def perplexity_table(
     """
     name = "start" if start is not None and start[1].sparse else "dense"
     rows = [(name, start), ("final", final)]
-    lines = [f"{model}: perplexity on {protocol}", f"  {'zeros of':10}{'constrained':>14}{'all':>10}{'perplexity':>14}"]
+    lines = [
+        f"{model}: perplexity on {protocol}",
+        f"  {'zeros of':10}{'constrained':>14}{'all':>10}{'perplexity':>14}{'weights left':>16}",
+    ]
     for row, measured in rows:
         if measured is not None:
             constrained, everything = measured[1].shares()
-            lines.append(f"  {row:10}{constrained:>14}{everything:>10}{measured[0]:>14.3f}")
+            left = f"{measured[1].parameters - measured[1].all:,}"
+            lines.append(f"  {row:10}{constrained:>14}{everything:>10}{measured[0]:>14.3f}{left:>16}")
     lines.append(f"  ({final[1].weights:,} constrained weights of {final[1].parameters:,} parameters)")
     if start is not None:
         lines.append(f"  {name} → {final[0] / start[0]:.2f}× perplexity")

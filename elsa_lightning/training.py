@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from elsa_lightning.callbacks.elsa import ElsaCallback
-from elsa_lightning.callbacks.export import SaveHuggingFace
+from elsa_lightning.callbacks.guide import Guide, closing
 from elsa_lightning.callbacks.keep_mask import KeepMask
 from elsa_lightning.callbacks.progress import LineProgress, WordProgress
 from elsa_lightning.callbacks.versions import SaveConfigOnce, claim_versions, unused
@@ -29,6 +29,7 @@ from elsa_lightning.lm.supported import check_tokens
 from elsa_lightning.options import OneLineParser
 from elsa_lightning.plan import Plan, plan
 
+_SHARDING = (FSDPStrategy, ModelParallelStrategy)
 _KNOWN_CHECKPOINTS = ("last", "best", "hpc", "registry")  # which Lightning finds by itself
 
 
@@ -141,6 +142,8 @@ class ElsaCLI(LightningCLI):
         barred = config["enable_progress_bar"] is False or any(isinstance(c, ProgressBar) for c in listed)
         if not barred:
             callbacks = [*callbacks, WordProgress() if sys.stdout.isatty() else LineProgress()]
+        if config["enable_model_summary"] is None and not any(isinstance(c, ModelSummary) for c in listed):
+            config = config | {"enable_model_summary": False}  # of two rows; what is pruned is told instead
         trainer = super()._instantiate_trainer(config, callbacks)
         claim_versions(trainer)
         return trainer
@@ -166,33 +169,28 @@ class ElsaCLI(LightningCLI):
         print(f"{len(losses)} sequences, mean {sum(losses) / len(losses):.4f} nats a token: {file}")
 
     def after_fit(self) -> None:
-        """Say what to do with the folder that the run wrote."""
+        """Say what the run came to, and what to do with the folder that it wrote."""
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         logs = self.trainer.log_dir  # asked for on every process, which is a broadcast
-        folder = next((c.place for c in callbacks if isinstance(c, SaveHuggingFace)), None)
         name = next((c.config_filename for c in callbacks if isinstance(c, SaveConfigOnce)), None)
-        if folder is not None and name is not None and logs is not None:
-            config = Path(logs) / name
-            again = f"--config {config}" + (" --ckpt_path null" if self.config.fit.ckpt_path else "")
-            elsa, given = _program(), self.config.fit.elsa
-            sparsity = "--trainer.callbacks.sparsity" if given.sparsity is None else "--elsa.sparsity"
-            another = "" if given.constraint else f"  {elsa} fit {again} {sparsity} 0.95   # another sparsity\n"
-            print(
-                f"\nWhat to do next:\n"
-                f"  {elsa} test {again} --model.name {folder}   # its perplexity on the test text\n"
-                f"{another}"
-                f"  {elsa} fit {again} --model.name MODEL --data.name TEXT   # your model and your text\n"
-                f"  AutoModelForCausalLM.from_pretrained({str(folder)!r})   # in Python, from transformers"
-            )
+        if name is None or logs is None or not self.trainer.is_global_zero:
+            return
+        again = f"--config {Path(logs) / name}" + (" --ckpt_path null" if self.config.fit.ckpt_path else "")
+        given = self.config.fit.elsa
+        sparsity = "--trainer.callbacks.sparsity" if given.sparsity is None else "--elsa.sparsity"
+        if told := closing(self.trainer, logs, again, None if given.constraint else sparsity):
+            print(f"\n{told}")
 
     def before_fit(self) -> None:
-        """Say what memory the run takes; a model or optimizer that cannot be tried beforehand runs all the same."""
+        """Plan the memory of the run; a model or optimizer that cannot be tried beforehand runs all the same."""
         assert isinstance(self.trainer, ElsaTrainer)
         resumed = self.config.fit.ckpt_path
         if resumed and resumed not in _KNOWN_CHECKPOINTS and ":" not in resumed and not Path(resumed).exists():
             raise UserError(f"ckpt_path {resumed!r} does not exist; give a .ckpt of an earlier run")
         if self.model.pretrained and self.trainer.elsa is None:
             rank_zero_warn("nothing is pruned: give --elsa.sparsity 0.9, or --config configs/elsa.yaml, which has it")
+        guide = Guide(self.model.name)
+        self.trainer.callbacks.append(guide)  # type: ignore[attr-defined]
         try:
             planned = self.trainer.memory(self.model, self.datamodule)
         except Exception as error:
@@ -200,15 +198,9 @@ class ElsaCLI(LightningCLI):
                 raise
             rank_zero_warn(f"the run's memory could not be planned: {type(error).__name__}: {error}")
         else:
-            rank_zero_info(planned.table())
-
-
-def _program() -> str:
-    """Return how this command line can be started again from here."""
-    started = Path(sys.argv[0])
-    if started.name == "__main__.py":
-        return "python -m elsa_lightning"
-    return str(started) if started.name == "elsa" and shutil.which("elsa") is None else "elsa"
+            guide.sizes = (planned.constrained, planned.parameters)
+            shards = self.trainer.world_size if isinstance(self.trainer.strategy, _SHARDING) else 1
+            guide.memory = planned.total(shards) / 2**30
 
 
 def run(arguments: Sequence[str], from_shell: bool) -> None:

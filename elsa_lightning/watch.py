@@ -69,13 +69,20 @@ def figures(update: Update, measured: Stationarity | None) -> dict[str, float]:
     return found
 
 
+def settled(last: Update) -> tuple[bool, float, float]:
+    """Return whether a run had converged by its last update, the share of the kept entries which that exchanged, and
+    how far it moved the weights, in their norm.
+    """
+    kept = max(1e-12, 1 - float(last.sparsity))
+    exchanged, residual = float(last.mask_flips) / 2 / kept, float(last.primal_residual)
+    return exchanged < _STILL and residual < _CLOSED, exchanged, residual
+
+
 def verdict(last: Update | None, measured: Stationarity | None) -> str:
     """Return in words whether a run had converged when its mask was fixed."""
     if last is None:
         return "no update was made in this run, so nothing is known of its convergence"
-    kept = max(1e-12, 1 - float(last.sparsity))
-    exchanged, residual = float(last.mask_flips) / 2 / kept, float(last.primal_residual)
-    done = exchanged < _STILL and residual < _CLOSED
+    done, exchanged, residual = settled(last)
     figures = f"the last update exchanged {exchanged:.2%} of what is kept and moved the weights by {residual:.2%}"
     if measured is not None:
         figures += (

@@ -34,8 +34,13 @@ from elsa_lightning.training import ElsaCLI
 
 
 def test_fit_prunes_and_writes_a_model_that_every_command_takes(
-    tiny_llama: str, token_cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_llama: str,
+    token_cache: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO")
     common = [
         f"--model.name={tiny_llama}",
         "--data.seq_len=32",
@@ -50,7 +55,23 @@ def test_fit_prunes_and_writes_a_model_that_every_command_takes(
     main(["fit", "--config", "configs/elsa.yaml", "--trainer.max_steps=12", "--elsa.sparsity=0.75",
           *common, *quiet])  # fmt: skip
     (folder,) = tmp_path.rglob("hf")
-    following = re.findall(r"^  (?:elsa|python -m elsa_lightning) (test .*?)   #", capsys.readouterr().out, re.M)
+    printed = capsys.readouterr().out
+    following = re.findall(r"^  (?:elsa|python -m elsa_lightning) (test .*)$", printed, re.M)
+    assert re.search(r"^(Not c|C)onverged: .*\nSaved: .*hf, 0\.\d MB", printed, re.M)
+    (told,) = [m for m in map(str.strip, caplog.messages) if m.startswith("Prunes")]
+    run = re.escape(str(folder.parent))
+    for line, expected in zip(
+        told.splitlines(),
+        [
+            r"Prunes    .*tiny-llama to 75 % zeros in 17,408 of its 83,104 weights",
+            r"Takes     12 steps of 8 × 32 tokens, 3,072 in all; the mask is fixed after step 8",
+            r"Memory    about 0\.\d+ GiB on each device .*",
+            rf"Writes    {run}: the sparse model \(hf\), checkpoints; curves: tensorboard --logdir .*",
+            rf"Stopping  Ctrl-C saves a checkpoint; to go on: .* fit --config {run}/config.yaml --ckpt_path CHECKPOINT",
+        ],
+        strict=True,
+    ):
+        assert re.fullmatch(expected, line), line
     model = AutoModelForCausalLM.from_pretrained(folder)
     for p in select(model).parameters.values():
         assert int((p == 0).sum()) == round(0.75 * p.numel())
@@ -325,7 +346,7 @@ def test_any_data_module_can_be_given(tiny_llama: str, tmp_path: Path, capsys: p
     printed = capsys.readouterr().out
     weights = select(AutoModelForCausalLM.from_pretrained(next(tmp_path.rglob("hf")))).parameters.values()
     assert all(float((p == 0).float().mean()) == pytest.approx(0.5, abs=0.01) for p in weights)
-    (test,) = re.findall(r"^  (?:elsa|python -m elsa_lightning) (test .*?)   #", printed, re.M)
+    (test,) = re.findall(r"^  (?:elsa|python -m elsa_lightning) (test .*)$", printed, re.M)
     main([*test.split(), "--trainer.logger=false"])  # the saved configuration names the class too
     assert "test/perplexity" in capsys.readouterr().out
     main(["plan", *common, *theirs])

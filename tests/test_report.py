@@ -16,9 +16,9 @@ def test_the_table_sets_the_final_perplexity_and_zeros_beside_the_first() -> Non
         protocol="wikitext2 test, 166 segments of 2048 tokens",
     )  # fmt: skip
     assert table.splitlines()[0] == "opt-125m: perplexity on wikitext2 test, 166 segments of 2048 tokens"
-    assert table.splitlines()[1].split() == ["zeros", "of", "constrained", "all", "perplexity"]
-    assert table.splitlines()[2].split() == ["dense", "0.50", "%", "0.75", "%", "27.500"]
-    assert rows(table)["final"] == ["final", "90.00", "%", "45.00", "%", "55.000"]
+    assert table.splitlines()[1].split() == ["zeros", "of", "constrained", "all", "perplexity", "weights", "left"]
+    assert table.splitlines()[2].split() == ["dense", "0.50", "%", "0.75", "%", "27.500", "397"]
+    assert rows(table)["final"] == ["final", "90.00", "%", "45.00", "%", "55.000", "220"]
     assert "(200 constrained weights of 400 parameters)" in table and "dense → 2.00× perplexity" in table
     assert "sparse" not in table
 
