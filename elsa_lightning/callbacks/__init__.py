@@ -2,7 +2,8 @@
 
 from elsa_lightning.callbacks.elsa import ElsaCallback
 from elsa_lightning.callbacks.export import SaveHuggingFace
+from elsa_lightning.callbacks.formats import Export
 from elsa_lightning.callbacks.keep_mask import KeepMask
 from elsa_lightning.callbacks.terminate import SaveOnTerminate
 
-__all__ = ["ElsaCallback", "KeepMask", "SaveHuggingFace", "SaveOnTerminate"]
+__all__ = ["ElsaCallback", "Export", "KeepMask", "SaveHuggingFace", "SaveOnTerminate"]

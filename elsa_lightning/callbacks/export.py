@@ -67,7 +67,7 @@ class SaveHuggingFace(Callback):
             return
         folder = Path(self.dirpath).expanduser()
         check_replaceable(folder, "dirpath")
-        self._found = _identity(folder)
+        self._found = identity(folder)
         source = getattr(pl_module, "path", None)
         if isinstance(source, str) and folder.resolve() == Path(source).resolve():
             raise UserError(f"dirpath {self.dirpath!r} is the folder of the model that is pruned; give another")
@@ -92,8 +92,7 @@ class SaveHuggingFace(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder, on the first process."""
-        # every process asks for log_dir, which is a broadcast
-        folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "hf").expanduser()
+        folder = self._folder(trainer)
         model: Any = pl_module.model
         model = getattr(model, "_orig_mod", model)  # of torch.compile
         whole_state = _gather(model, trainer.strategy.model or pl_module)
@@ -108,7 +107,7 @@ class SaveHuggingFace(Callback):
                 rank_zero_warn(f"SaveHuggingFace: {problem}")
             self._written = {"dtype": dtype, "sparsity": zeros_in(whole)}
             write_card(whole, run_record(trainer, pl_module, **self._written))
-            if self.dirpath is not None and self._found is not None and _identity(folder) == self._found:
+            if self.dirpath is not None and self._found is not None and identity(folder) == self._found:
                 replace(whole, folder)
                 place = folder
             else:
@@ -116,6 +115,13 @@ class SaveHuggingFace(Callback):
         self.place = place
         if (place / ADAPTER).is_dir():
             _name_base(place)
+        self._tell(place, folder, dtype)
+
+    def _folder(self, trainer: Trainer) -> Path:
+        """Return the folder to write; every process asks for log_dir, which is a broadcast."""
+        return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "hf").expanduser()
+
+    def _tell(self, place: Path, folder: Path, dtype: str) -> None:
         rank_zero_info(f"Model saved for from_pretrained, weights in {dtype}: {place}")
         if place != folder:
             rank_zero_warn(f"SaveHuggingFace: {folder} is another run's and is left alone; this model is in {place}")
@@ -200,7 +206,7 @@ def _name_base(folder: Path) -> None:
     edit(folder / ADAPTER / "adapter_config.json", base_model_name_or_path=str(folder.resolve()))
 
 
-def _identity(folder: Path) -> object:
+def identity(folder: Path) -> object:
     """Return what tells a folder from another of the same name, or None where there is none."""
     if not folder.exists():
         return None

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from elsa_lightning.export.cpu_sparse import load_cpu_sparse, save_cpu_sparse, to_cpu_sparse
-    from elsa_lightning.export.write import Options, export
+    from elsa_lightning.export.formats import Options
+    from elsa_lightning.export.write import export
 
 __all__ = ["Options", "export", "load_cpu_sparse", "save_cpu_sparse", "to_cpu_sparse"]
 
@@ -13,5 +14,5 @@ __all__ = ["Options", "export", "load_cpu_sparse", "save_cpu_sparse", "to_cpu_sp
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "write" if name in ("Options", "export") else "cpu_sparse"
+    home = {"Options": "formats", "export": "write"}.get(name, "cpu_sparse")
     return getattr(import_module(f"{__name__}.{home}"), name)

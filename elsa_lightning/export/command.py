@@ -21,10 +21,10 @@ def parser() -> CommandParser:
     add("--output", required=True, metavar="FOLDER", help="to write; a model that is there is replaced at the end")
     add("--model", metavar="NAME", help="the model that a checkpoint is of, where the checkpoint does not say so")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they were given)")
-    add("--bits", type=int, choices=(4, 8), default=4, help="of quantized (default: %(default)s)")
+    add("--bits", type=int, choices=(4, 8), help="of quantized (default: of the grid it was trained on, else 4)")
     add(
-        "--group-size", "--group_size", type=int, default=128, metavar="N",
-        help="of quantized: weights that share a scale; 0 for a row (default: %(default)s)",
+        "--group-size", "--group_size", type=int, metavar="N",
+        help="of quantized: weights that share a scale; 0 for a row (default: of the grid it was trained on, else 128)",
     )  # fmt: skip
     add(
         "--break-even", "--break_even", type=float, metavar="SHARE",
@@ -43,7 +43,8 @@ def main(arguments: Sequence[str]) -> None:
     """
     given = parser().parse_args(arguments)
     from elsa_lightning.export.cpu_sparse import BREAK_EVEN
-    from elsa_lightning.export.write import Options, export
+    from elsa_lightning.export.formats import Options
+    from elsa_lightning.export.write import export
 
     even = BREAK_EVEN if given.break_even is None else given.break_even
     options = Options(given.bits, given.group_size, even, given.gguf_type, given.converter)

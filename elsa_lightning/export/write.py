@@ -22,6 +22,7 @@ from elsa_lightning.errors import UserError
 from elsa_lightning.export import cpu_sparse, reload
 from elsa_lightning.export.card import write_card
 from elsa_lightning.export.folders import check_replaceable, new_folder, save_tokenizer, zeros_of
+from elsa_lightning.export.formats import Options, check_format
 from elsa_lightning.export.gguf import check_gguf, write_gguf
 from elsa_lightning.export.quantized import check_groups, write_quantized
 from elsa_lightning.export.source import Source, find, open_source
@@ -32,25 +33,6 @@ from elsa_lightning.slicing import shrink
 Say = Callable[[str], None]
 
 _BEFORE_ROUNDING = "The perplexity was measured before the weights were rounded for this export."
-
-
-@dataclass(frozen=True)
-class Options:
-    """What an export may be told.
-
-    Attributes:
-        bits: Of ``quantized``.
-        group_size: Of ``quantized``; 0 is one scale a row.
-        break_even: Least share of zeros of a layer that ``cpu-sparse`` swaps.
-        gguf_type: Numbers of ``gguf``: ``f32``, ``f16``, ``bf16`` or ``q8_0``, which keep zeros.
-        converter: Path of llama.cpp's ``convert_hf_to_gguf.py``; None looks for it among the commands.
-    """
-
-    bits: int = 4
-    group_size: int = 128
-    break_even: float = cpu_sparse.BREAK_EVEN
-    gguf_type: str = "f16"
-    converter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,15 +86,13 @@ def export(
         UserError: Something given cannot be used, or what was written does not give the model back.
     """
     folder, options = Path(output).expanduser(), options or Options()
-    if to not in WRITERS:
-        raise UserError(f"--to must be one of {', '.join(WRITERS)}, got {to!r}")
+    check_format(to, options)
     check_replaceable(folder, "--output")
     found = find(Path(source).expanduser())
     if found.resolve() == folder.resolve():
         raise UserError(f"--output {str(folder)!r} is the folder to export; give another")
-    if to == "gguf":
-        check_gguf(options.gguf_type, options.converter)
     loaded = open_source(found, model, dtype)
+    options = options.of(loaded.record)
     if found != Path(source).expanduser():
         say(f"Exporting {found}.")
     for note in loaded.record.notes:
@@ -175,6 +155,7 @@ def _shrunk(source: Source, folder: Path, options: Options, say: Say) -> Made:
 
 def _quantized(source: Source, folder: Path, options: Options, say: Say) -> Made:
     model = source.model
+    assert options.bits is not None and options.group_size is not None  # of Options.of
     check_groups(model, options.bits, options.group_size)
     whole = _made(model)
     does = write_quantized(model, folder, options.bits, options.group_size)

@@ -1,0 +1,141 @@
+"""Export the model when training ends: what ``elsa export`` does, without a second command."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from elsa_lightning.adapters import has_adapter
+from elsa_lightning.callbacks.export import SaveHuggingFace, identity
+from elsa_lightning.callbacks.keep_mask import KeepMask
+from elsa_lightning.errors import UserError
+from elsa_lightning.export.folders import check_replaceable
+from elsa_lightning.export.formats import Options, check_format, check_run
+from elsa_lightning.export.write import export
+from elsa_lightning.sets import Constraint
+
+Format = Literal["hf", "shrunk", "quantized", "cpu-sparse", "gguf"]
+
+
+class Export(SaveHuggingFace):
+    """Exports the module's Hugging Face model when training ends, each format to a folder of its name.
+
+    It is what ``elsa export`` does: what was written is reloaded in a fresh process and compared, or it is not kept.
+    What a format needs, and what the set of the run cannot give, is refused before training. If a format fails at the
+    end the others are written, and the model itself as ``hf``, so that no training is lost.
+
+    Args:
+        to: Formats, of ``hf``, ``shrunk``, ``quantized``, ``cpu-sparse`` and ``gguf``; see docs/exports.md.
+        dirpath: Folder that the formats' folders are made in; None takes ``exports`` in the logger's folder. Exports
+            that are there when training begins are replaced, what another run wrote meanwhile is not: the folder then
+            gets a number.
+        dtype: Of the weights; None takes that of the model that was given.
+        options: Of single formats.
+
+    Raises:
+        UserError: A format is none, is given twice, or needs something that is not installed.
+    """
+
+    def __init__(
+        self,
+        to: Sequence[Format] = ("hf",),
+        dirpath: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        options: Options | None = None,
+    ) -> None:
+        super().__init__(dirpath, dtype, shrink=False)
+        self.to: tuple[str, ...] = tuple(to)
+        self.options = options or Options()
+        if not self.to or len(set(self.to)) < len(self.to):
+            raise UserError(f"to must name at least one format, and each once, got {list(self.to)}")
+        for name in self.to:
+            check_format(name, self.options)
+        self.exported: dict[str, Path] = {}  # by format, on the first process
+        self._identities: dict[str, object] = {}
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse folders that hold something else, before training."""
+        if stage != "fit" or self.dirpath is None:
+            return
+        source = getattr(pl_module, "path", None)
+        for name in {*self.to, "hf"}:
+            folder = Path(self.dirpath).expanduser() / name
+            check_replaceable(folder, "dirpath")
+            self._identities[name] = identity(folder)
+            if isinstance(source, str) and folder.resolve() == Path(source).resolve():
+                raise UserError(f"dirpath {self.dirpath!r} has the folder of the model that is pruned: give another")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what this run's model and set cannot be exported to, before training."""
+        super().on_fit_start(trainer, pl_module)
+        self.exported = {}
+        model: Any = pl_module.model
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
+        if isinstance(model, nn.Module) and has_adapter(model):
+            raise UserError(
+                "Export writes a model without its PEFT adapter, which would be lost: use SaveHuggingFace, and elsa "
+                "export on what merge_and_keep_zeros makes of it"
+            )
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        known = not any(isinstance(c, KeepMask) for c in callbacks)  # whose zeros are what the weights have
+        sets = [c.constraint for c in callbacks if isinstance(getattr(c, "constraint", None), Constraint)]
+        for name in self.to:
+            check_run(name, self.options, model, sets if known else None)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export, on the first process, now that the final model is measured."""
+        super().on_fit_end(trainer, pl_module)
+        if self._temporary is None or self.place is None:
+            return
+        base = self._base(Path(self._temporary.name).parent / "exports")
+        failed: dict[str, Exception] = {}
+        for to in self.to:
+            try:
+                self.exported[to] = export(self.place, to, base / to, options=self.options, say=rank_zero_info)
+            except Exception as error:  # one is no reason to lose the others
+                failed[to] = error
+        if failed and "hf" not in self.exported:
+            self.exported["hf"] = Path(shutil.move(self.place, base / "hf"))
+        self.place = next((self.exported[n] for n in ("hf", "shrunk", "quantized") if n in self.exported), None)
+        self._temporary.cleanup()
+        self._temporary = None
+        for to, why in failed.items():
+            raise UserError(
+                f"{' and '.join(failed)} could not be exported, {to} because of this: {why}; the trained model is in "
+                f"{self.exported['hf']}"
+            ) from why
+
+    def _folder(self, trainer: Trainer) -> Path:
+        """Return where the model is saved for the exports: beside them, under a name that is gone at the end."""
+        logs = trainer.log_dir or trainer.default_root_dir  # a broadcast
+        place = Path(logs) if self.dirpath is None else Path(self.dirpath).expanduser()
+        if not trainer.is_global_zero:
+            return place
+        place.mkdir(parents=True, exist_ok=True)
+        self._temporary = tempfile.TemporaryDirectory(dir=place, prefix=".export-")
+        return Path(self._temporary.name) / "hf"
+
+    def _base(self, folder: Path) -> Path:
+        """Return the folder for those of the formats: the one asked for, unless another run wrote there meanwhile."""
+        if self.dirpath is not None:
+            folder = Path(self.dirpath).expanduser()
+        for number in itertools.count():
+            base = folder if number == 0 else folder.with_name(f"{folder.name}_{number}")
+            found = self._identities if number == 0 else {}
+            if all(identity(base / name) == found.get(name) for name in {*self.to, "hf"}):
+                break
+        if base != folder:
+            rank_zero_warn(f"Export: {folder} has another run's models, which are left alone; these are in {base}")
+        return base
+
+    def _tell(self, place: Path, folder: Path, dtype: str) -> None:
+        rank_zero_info(f"Exporting to {', '.join(self.to)}, weights in {dtype}.")

@@ -1,0 +1,125 @@
+"""The formats of exports: what each may be told, and what it needs, found out before anything is trained or loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from elsa_lightning.errors import UserError
+from elsa_lightning.export import cpu_sparse
+from elsa_lightning.export.gguf import check_gguf
+from elsa_lightning.export.project import read_set
+from elsa_lightning.export.quantized import BITS, check_groups
+from elsa_lightning.export.record import Record
+from elsa_lightning.families import find
+from elsa_lightning.sets import NM, Constraint, Quantized, Unstructured
+from elsa_lightning.sets.structured import is_structured
+
+FORMATS = ("hf", "shrunk", "quantized", "cpu-sparse", "gguf")
+_BITS, _GROUP = 4, 128  # of quantized, where neither the user nor the set says
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an export may be told.
+
+    Attributes:
+        bits: Of ``quantized``: 4 or 8; None takes those of the grid that the model was trained on, else 4.
+        group_size: Of ``quantized``; 0 is one scale a row; None takes that of the grid, else 128.
+        break_even: Least share of zeros of a layer that ``cpu-sparse`` swaps.
+        gguf_type: Numbers of ``gguf``: ``f32``, ``f16``, ``bf16`` or ``q8_0``, which keep zeros.
+        converter: Path of llama.cpp's ``convert_hf_to_gguf.py``; None looks for it among the commands.
+    """
+
+    bits: int | None = None
+    group_size: int | None = None
+    break_even: float = cpu_sparse.BREAK_EVEN
+    gguf_type: str = "f16"
+    converter: str | None = None
+
+    def on_grid(self, constraint: object) -> Options:
+        """Return the options with what is not given taken from the grid of a set, if it has one."""
+        grid = constraint if isinstance(constraint, Quantized) and constraint.bits in BITS else None
+        bits = self.bits or (grid.bits if grid else _BITS)
+        size = self.group_size
+        if size is None:
+            size = _GROUP if grid is None else grid.group_size or 0
+        return replace(self, bits=bits, group_size=size)
+
+    def of(self, record: Record) -> Options:
+        """Return the options with what is not given taken from the set that a model was trained under."""
+        return self.on_grid(next(iter(sets_of(record)), None))
+
+
+def sets_of(record: Record) -> list[Constraint]:
+    """Return the sets that a record names; one that cannot be made from its name is left out."""
+    found = []
+    for settings in record.method:
+        try:
+            found.append(read_set(str(settings.get("constraint"))))
+        except UserError:
+            continue
+    return found
+
+
+def check_format(to: str, options: Options) -> None:
+    """Raise UserError if a format is none, or what it needs is not installed."""
+    if to not in FORMATS:
+        raise UserError(f"--to must be one of {', '.join(FORMATS)}, got {to!r}")
+    if to == "gguf":
+        check_gguf(options.gguf_type, options.converter)
+
+
+def check_run(to: str, options: Options, model: Any, sets: Sequence[Constraint] | None) -> None:
+    """Raise UserError if a format cannot be made of what a run is going to leave.
+
+    Args:
+        to: The format.
+        options: Of it.
+        model: Of transformers, before training.
+        sets: That the run constrains its weights to; None where that is not known beforehand.
+    """
+    if to == "shrunk":
+        find(model)
+        if sets is not None and not any(map(is_structured, sets)):
+            raise UserError(
+                f"shrunk cuts out what is zero as a whole, and no set of this run asks for that "
+                f"({', '.join(map(str, sets)) or 'there is none'}): train under Neurons, Heads, Layers or Experts, or "
+                f"leave shrunk out"
+            )
+    elif to == "quantized":
+        its = options.on_grid(next(iter(sets or ()), None))
+        check_groups(_skeleton(model), int(its.bits or 0), int(its.group_size or 0))
+    elif to == "cpu-sparse" and sets:
+        shares = [_share(constraint) for constraint in sets]
+        known = [share for share in shares if share is not None]
+        if len(known) == len(sets) and max(known) < options.break_even:
+            raise UserError(
+                f"cpu-sparse pays from {options.break_even:.0%} zeros on, and this run leaves {max(known):.0%}: prune "
+                f"further, leave cpu-sparse out, or set break_even if you measured another"
+            )
+
+
+def _skeleton(model: Any) -> Any:
+    """Return a model of the same configuration without memory, and without what strategies and adapters made of it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    build: Any = AutoModelForCausalLM.from_config
+    try:
+        with torch.device("meta"):
+            return build(model.config)
+    except ValueError as error:  # which transformers cannot load by itself
+        raise UserError(f"the model cannot be exported, for transformers does not load it by itself: {error}") from None
+
+
+def _share(constraint: Constraint) -> float | None:
+    """Return the share of zeros that the sparsest tensor of a set will have, where the set alone says it."""
+    if isinstance(constraint, Quantized):
+        return None if constraint.inside is None else _share(constraint.inside)
+    if isinstance(constraint, NM):
+        return 1 - constraint.n / constraint.m
+    if isinstance(constraint, Unstructured) and constraint.scope != "model" and constraint.sparsity is not None:
+        return constraint.sparsity + constraint.depth
+    return None
