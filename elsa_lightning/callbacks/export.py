@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from elsa_lightning.callbacks.ends import trains_nothing
 from elsa_lightning.callbacks.record import run_record
 from elsa_lightning.errors import UserError
 from elsa_lightning.export.card import write_card
-from elsa_lightning.export.folders import ADAPTER, check_replaceable, edit, replace, save_tokenizer, zeros_in
+from elsa_lightning.export.folders import ADAPTER, beside, check_replaceable, edit, replace, save_tokenizer, zeros_in
 from elsa_lightning.families import find
 from elsa_lightning.layout.fsdp1 import mark_slices, settle, whole_on_first
 from elsa_lightning.layout.sharded import clean, part_of
@@ -98,9 +97,8 @@ class SaveHuggingFace(Callback):
         whole_state = _gather(model, trainer.strategy.model or pl_module)
         if not trainer.is_global_zero:
             return
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-            whole = Path(temporary) / "whole"
+        with beside(folder) as temporary:
+            whole = temporary / "whole"
             dtype = self._write(pl_module, model, whole_state, whole)
             source = getattr(pl_module, "path", None)
             if source is not None and (problem := save_tokenizer(source, whole)) is not None:

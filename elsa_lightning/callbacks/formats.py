@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,8 @@ from elsa_lightning.adapters import has_adapter
 from elsa_lightning.callbacks.export import SaveHuggingFace, identity
 from elsa_lightning.callbacks.keep_mask import KeepMask
 from elsa_lightning.errors import UserError
-from elsa_lightning.export.folders import check_replaceable
+from elsa_lightning.export.archive import check_archive
+from elsa_lightning.export.folders import beside, check_replaceable
 from elsa_lightning.export.formats import Options, check_format, check_run
 from elsa_lightning.export.write import export
 from elsa_lightning.sets import Constraint
@@ -39,6 +40,9 @@ class Export(SaveHuggingFace):
             gets a number.
         dtype: Of the weights; None takes that of the model that was given.
         options: Of single formats.
+        measure: Measure the perplexity of what was written, as the run did, on the CPU. For CausalLM on
+            CalibrationData; of ``gguf`` it is left out.
+        archive: Write each folder as one compressed file too; needs the package zstandard.
 
     Raises:
         UserError: A format is none, is given twice, or needs something that is not installed.
@@ -50,17 +54,22 @@ class Export(SaveHuggingFace):
         dirpath: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         options: Options | None = None,
+        measure: bool = False,
+        archive: bool = False,
     ) -> None:
         super().__init__(dirpath, dtype, shrink=False)
         self.to: tuple[str, ...] = tuple(to)
         self.options = options or Options()
+        self.measure, self.archive = measure, archive
         if not self.to or len(set(self.to)) < len(self.to):
             raise UserError(f"to must name at least one format, and each once, got {list(self.to)}")
         for name in self.to:
             check_format(name, self.options)
+        if archive:
+            check_archive(Path(dirpath or ".") / self.to[0])
         self.exported: dict[str, Path] = {}  # by format, on the first process
         self._identities: dict[str, object] = {}
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: contextlib.ExitStack | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse folders that hold something else, before training."""
@@ -85,6 +94,12 @@ class Export(SaveHuggingFace):
                 "Export writes a model without its PEFT adapter, which would be lost: use SaveHuggingFace, and elsa "
                 "export on what merge_and_keep_zeros makes of it"
             )
+        data: Any = getattr(trainer, "datamodule", None)
+        if self.measure and not (hasattr(pl_module, "evaluation") and hasattr(data, "evaluation")):
+            raise UserError(
+                f"measure is for CausalLM on CalibrationData, which say how perplexity is measured, and not for "
+                f"{type(pl_module).__name__} on {'loaders' if data is None else type(data).__name__}: set it to false"
+            )
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         known = not any(isinstance(c, KeepMask) for c in callbacks)  # whose zeros are what the weights have
         sets = [c.constraint for c in callbacks if isinstance(getattr(c, "constraint", None), Constraint)]
@@ -96,17 +111,25 @@ class Export(SaveHuggingFace):
         super().on_fit_end(trainer, pl_module)
         if self._temporary is None or self.place is None:
             return
-        base = self._base(Path(self._temporary.name).parent / "exports")
+        base = self._base(self.place.parents[1] / "exports")
         failed: dict[str, Exception] = {}
         for to in self.to:
             try:
-                self.exported[to] = export(self.place, to, base / to, options=self.options, say=rank_zero_info)
+                self.exported[to] = export(
+                    self.place,
+                    to,
+                    base / to,
+                    options=self.options,
+                    measure=self.measure and to != "gguf",
+                    archive=self.archive,
+                    say=rank_zero_info,
+                )
             except Exception as error:  # one is no reason to lose the others
                 failed[to] = error
         if failed and "hf" not in self.exported:
             self.exported["hf"] = Path(shutil.move(self.place, base / "hf"))
         self.place = next((self.exported[n] for n in ("hf", "shrunk", "quantized") if n in self.exported), None)
-        self._temporary.cleanup()
+        self._temporary.close()
         self._temporary = None
         for to, why in failed.items():
             raise UserError(
@@ -120,9 +143,8 @@ class Export(SaveHuggingFace):
         place = Path(logs) if self.dirpath is None else Path(self.dirpath).expanduser()
         if not trainer.is_global_zero:
             return place
-        place.mkdir(parents=True, exist_ok=True)
-        self._temporary = tempfile.TemporaryDirectory(dir=place, prefix=".export-")
-        return Path(self._temporary.name) / "hf"
+        self._temporary = contextlib.ExitStack()
+        return self._temporary.enter_context(beside(place / "export")) / "hf"
 
     def _base(self, folder: Path) -> Path:
         """Return the folder for those of the formats: the one asked for, unless another run wrote there meanwhile."""

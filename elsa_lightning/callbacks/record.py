@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from elsa_lightning.admm import ADMM
 from elsa_lightning.export.record import Record, command, settings_of, versions
+from elsa_lightning.rate import peak
 from elsa_lightning.watch import verdict
 
 _SCALAR = (bool, int, float, str)
@@ -28,6 +29,7 @@ def run_record(trainer: Trainer, module: LightningModule, **known: Any) -> Recor
         training=_training(trainer, module),
         data=_data(getattr(trainer, "datamodule", None)),
         perplexity=_perplexity(module),
+        evaluation=module.evaluation() if _is_causal_lm(module) else {},  # type: ignore[operator]
         convergence=_convergence(methods),
         notes=_notes(methods),
         command=command(),
@@ -60,7 +62,8 @@ def _training(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     found: dict[str, Any] = {"optimizer steps": trainer.global_step, "precision": trainer.precision, **arguments}
     for optimizer in trainer.optimizers:
         defaults: dict[str, Any] = getattr(optimizer, "defaults", {})
-        numbers = {k: v for k, v in defaults.items() if isinstance(v, (float, tuple)) or (k == "lr")}
+        numbers = {k: v for k, v in defaults.items() if isinstance(v, (float, tuple))}
+        numbers |= {"lr": peak(optimizer)} if "lr" in numbers else {}  # which may have been chosen
         found.setdefault("optimizer", []).append(
             f"{type(optimizer).__name__}({', '.join(f'{k}={v}' for k, v in numbers.items())})"
         )

@@ -84,7 +84,9 @@ def _share(zeros: tuple[int, int]) -> str:
 
 
 def _perplexity(record: Record) -> str:
-    rows = [(name, record.perplexity[name]) for name in ("dense", "start", "sparse") if name in record.perplexity]
+    its = f"this export, reloaded{f' in {other}' if (other := record.perplexity.get('exported in')) else ''}"
+    names = {"dense": "dense", "start": "start", "sparse": "sparse", "exported": its}
+    rows = [(said, record.perplexity[name]) for name, said in names.items() if name in record.perplexity]
     if not rows:
         return ""
     table = "\n".join(f"| {name} | {value:.3f} |" for name, value in rows)

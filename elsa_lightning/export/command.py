@@ -32,6 +32,8 @@ def parser() -> CommandParser:
     )  # fmt: skip
     add("--gguf-type", "--gguf_type", default="f16", metavar="TYPE", help="of gguf: f32, f16, bf16 or q8_0")
     add("--converter", metavar="PATH", help="of gguf: llama.cpp's convert_hf_to_gguf.py, if it is no command")
+    add("--measure", action="store_true", help="measure the perplexity of what was written, as the run did")
+    add("--archive", action="store_true", help="write OUTPUT.tar.zst too, for transport")
     return made
 
 
@@ -48,4 +50,13 @@ def main(arguments: Sequence[str]) -> None:
 
     even = BREAK_EVEN if given.break_even is None else given.break_even
     options = Options(given.bits, given.group_size, even, given.gguf_type, given.converter)
-    export(given.source, given.to, given.output, model=given.model, dtype=given.dtype, options=options)
+    export(
+        given.source,
+        given.to,
+        given.output,
+        model=given.model,
+        dtype=given.dtype,
+        options=options,
+        measure=given.measure,
+        archive=given.archive,
+    )

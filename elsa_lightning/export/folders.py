@@ -7,19 +7,26 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
 
 from elsa_lightning.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # not of Unix
+    fcntl = None  # type: ignore[assignment]
+
 ADAPTER = "adapter"  # folder of a PEFT adapter inside that of its base
 RECORD = "elsa.json"
 CARD = "README.md"
+_LOCK = ".elsa-export"  # held by who writes
 
 _WRITTEN = re.compile(  # what save_pretrained of models and tokenizers leaves, and the exports
     r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab|preprocessor_config|elsa)\.json"
@@ -63,13 +70,56 @@ def check_replaceable(folder: Path, argument: str) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of ``folder`` at the end, and is gone if the block raises."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        whole = Path(temporary) / "whole"
+    """Yield an empty folder that takes the place of ``folder`` at the end, and is gone if the block raises.
+
+    A file at ``archive_of(whole)`` becomes the folder's archive; one of another model is never beside it.
+    """
+    with beside(folder) as temporary:
+        whole = temporary / "whole"
         whole.mkdir()
         yield whole
+        archive = archive_of(whole)
+        if archive.exists():
+            archive_of(folder).unlink(missing_ok=True)
         replace(whole, folder)
+        if archive.exists():
+            archive.replace(archive_of(folder))
+
+
+def archive_of(folder: Path) -> Path:
+    """Return the name of a folder's archive, beside it."""
+    return folder.with_name(f"{folder.name}.tar.zst")
+
+
+@contextlib.contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside another, gone at the end; what killed processes left there is cleared before."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _clear(folder)
+    made = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-")
+    with made as temporary, Path(temporary, _LOCK).open("w") as lock:
+        _take(lock)
+        yield Path(temporary)
+
+
+def _clear(folder: Path) -> None:
+    """Remove the hidden folders beside another whose processes are gone; a former folder without a new one returns."""
+    if fcntl is None:
+        return
+    for left in folder.parent.iterdir():
+        if not re.fullmatch(rf"\.{re.escape(folder.name)}-\w{{8}}", left.name) or not (left / _LOCK).is_file():
+            continue
+        with contextlib.suppress(OSError), (left / _LOCK).open("w") as lock:
+            _take(lock)  # or its process lives
+            if (left / "former").is_dir() and not folder.exists():
+                (left / "former").rename(folder)
+            shutil.rmtree(left)
+
+
+def _take(lock: IO[str]) -> None:
+    """Lock a file until it is closed, or its process is killed; raise OSError if another process has it."""
+    if fcntl is not None:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def replace(whole: Path, folder: Path) -> None:

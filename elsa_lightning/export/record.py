@@ -29,7 +29,10 @@ class Record:
         method: Set, form of the x-update and schedule, one mapping for each optimizer that was constrained.
         training: Optimizer, steps, precision, and the module's own arguments.
         data: Training text: ``name``, ``seq_len``, ``batch_size``.
-        perplexity: ``dense`` (or ``start``, of a start that was sparse), ``sparse``, ``protocol``.
+        perplexity: ``dense`` (or ``start``, of a start that was sparse), ``sparse``, ``protocol``; of an export that
+            was measured ``exported``, and ``exported in`` if that was another precision.
+        evaluation: How it was measured, to do it again: arguments of CalibrationData, ``precision``, and ``first``, the
+            number of segments, where these were not all.
         convergence: In words.
         notes: What else a user must know, such as that the run had not ended.
         command: That made the model.
@@ -45,6 +48,7 @@ class Record:
     training: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     perplexity: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
     convergence: str | None = None
     notes: list[str] = field(default_factory=list)
     command: str | None = None
@@ -80,7 +84,8 @@ class Record:
 
     def of_model(self) -> Record:
         """Return what is said of the model alone, whatever it was exported to."""
-        return dataclasses.replace(self, format="hf", export={}, sparsity={}, dtype=None)
+        found = {name: value for name, value in self.perplexity.items() if not name.startswith("exported")}
+        return dataclasses.replace(self, format="hf", export={}, sparsity={}, dtype=None, perplexity=found)
 
     def to_json(self) -> str:
         """Return all that is known."""

@@ -244,5 +244,6 @@ def _record(checkpoint: Mapping[str, Any], name: str, arguments: Mapping[str, An
         training={"optimizer steps": checkpoint.get("global_step"), **training},
         data=known,
         perplexity={} if dense is None else {"dense": dense},
+        evaluation=checkpoint.get("evaluation") or {},
         versions=versions(),
     )

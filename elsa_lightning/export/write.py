@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import gc
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from elsa_lightning.errors import UserError
-from elsa_lightning.export import cpu_sparse, reload
+from elsa_lightning.export import cpu_sparse
+from elsa_lightning.export.archive import check_archive, write_archive
 from elsa_lightning.export.card import write_card
-from elsa_lightning.export.folders import check_replaceable, new_folder, save_tokenizer, zeros_of
+from elsa_lightning.export.folders import archive_of, check_replaceable, new_folder, save_tokenizer, zeros_of
 from elsa_lightning.export.formats import Options, check_format
 from elsa_lightning.export.gguf import check_gguf, write_gguf
+from elsa_lightning.export.measure import Measured, check_measurable, judge, prepare
 from elsa_lightning.export.quantized import check_groups, write_quantized
+from elsa_lightning.export.record import Record
 from elsa_lightning.export.source import Source, find, open_source
+from elsa_lightning.export.verify import Made, difference, made_of, probe, verify
 from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.report import some
 from elsa_lightning.slicing import shrink
@@ -33,27 +28,6 @@ from elsa_lightning.slicing import shrink
 Say = Callable[[str], None]
 
 _BEFORE_ROUNDING = "The perplexity was measured before the weights were rounded for this export."
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a folder must give back when it is loaded.
-
-    Attributes:
-        logits: Of :func:`_probe`'s token ids.
-        sparsity: (zeros, entries) of each matrix.
-        tolerance: Largest difference of logits, relative to the largest of them.
-        does: What the export did, for the card.
-        rounded: Whether values are others than the model's.
-        checked: What to say of a folder that its writer has read back, and transformers does not load.
-    """
-
-    logits: Tensor
-    sparsity: dict[str, tuple[int, int]]
-    tolerance: float
-    does: dict[str, Any] = field(default_factory=dict)
-    checked: str | None = None
-    rounded: bool = False
 
 
 def export(
@@ -64,6 +38,8 @@ def export(
     model: str | None = None,
     dtype: str | None = None,
     options: Options | None = None,
+    measure: bool = False,
+    archive: bool = False,
     fresh: bool = True,
     say: Say = print,
 ) -> Path:
@@ -76,6 +52,9 @@ def export(
         model: Name or folder of the model that a checkpoint is of, where it does not say so.
         dtype: Of the weights: ``float32``, ``bfloat16`` or ``float16``; None takes the one that was given.
         options: Of single formats.
+        measure: Measure perplexity of what was written, as the run did; another one than the run's is an error, unless
+            values were rounded.
+        archive: Write the folder as one compressed file beside it too, ``OUTPUT.tar.zst``.
         fresh: Reload what was written in a process of its own; False does it in this one, which is quicker.
         say: Takes what there is to tell, line by line.
 
@@ -91,7 +70,11 @@ def export(
     found = find(Path(source).expanduser())
     if found.resolve() == folder.resolve():
         raise UserError(f"--output {str(folder)!r} is the folder to export; give another")
+    if archive:
+        check_archive(folder)
     loaded = open_source(found, model, dtype)
+    if measure:
+        check_measurable(loaded.record, to)
     options = options.of(loaded.record)
     if found != Path(source).expanduser():
         say(f"Exporting {found}.")
@@ -100,51 +83,61 @@ def export(
     if not any(zeros > 0.05 * size for zeros, size in zeros_of(loaded.model.state_dict()).values()):
         say("No matrix has more than 5 % zeros: this model is not sparse.")
     with new_folder(folder) as whole:
-        made = WRITERS[to](loaded, whole, options, say)
+        given = prepare(loaded.record, to, loaded.tokenizer) if measure else None
+        ids, made = probe(loaded.model), WRITERS[to](loaded, whole, options, say)
         if to != "gguf" and (problem := save_tokenizer(loaded.tokenizer, whole)) is not None:
             say(problem)
         kept = dtype_name(loaded.model.dtype)
         record = replace(loaded.record, format=to, dtype=kept, export=made.does, sparsity=made.sparsity)
-        if made.rounded and record.perplexity:
-            record = replace(record, notes=[*record.notes, _BEFORE_ROUNDING])
-        write_card(whole, record)
-        ids = _probe(loaded.model)
         del loaded
         gc.collect()
-        say(made.checked or _verify(whole, ids, made, fresh))
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        for line in _checked(whole, record, made, ids, given, fresh):
+            say(line)
+        size = sum(file.stat().st_size for file in whole.rglob("*") if file.is_file())
+        if archive:
+            write_archive(whole, folder.name, archive_of(whole))
+            packed = archive_of(whole).stat().st_size
     say(f"{to}: {folder}, {size / 1e6:,.1f} MB")
+    if archive:
+        say(f"archive: {archive_of(folder)}, {size / 1e6:,.1f} → {packed / 1e6:,.1f} MB")
+    elif archive_of(folder).exists():
+        say(f"{archive_of(folder)} is of an earlier export: give --archive to write it anew.")
     return folder
 
 
-def _probe(model: Any) -> Tensor:
-    """Return token ids that a model's logits are compared on, ``(2, 16)``."""
-    size = model.config.get_text_config().vocab_size
-    return torch.randint(0, size, (2, 16), generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def _made(model: Any, does: dict[str, Any] | None = None) -> Made:
-    logits = model(_probe(model)).logits
-    tolerance = 1e-4 if logits.dtype == torch.float32 else 2e-2
-    return Made(logits.float(), zeros_of(model.state_dict()), tolerance, does or {})
+def _checked(
+    whole: Path, record: Record, made: Made, ids: Tensor, given: Measured | None, fresh: bool
+) -> Iterator[str]:
+    """Load what was written, measure it, and write its card; yield what to say."""
+    if made.rounded and record.perplexity and given is None:
+        record = replace(record, notes=[*record.notes, _BEFORE_ROUNDING])
+    if made.checked is not None:
+        yield made.checked
+    else:
+        text, precision = (given.text, given.precision) if given else (None, "")
+        said, perplexity = verify(whole, ids, made, fresh, text, precision)
+        yield said
+        if given is not None and perplexity is not None:
+            record, said = judge(record, given, perplexity, made.rounded)
+            yield said
+    write_card(whole, record)
 
 
 def _hf(source: Source, folder: Path, options: Options, say: Say) -> Made:
     source.model.save_pretrained(folder)
-    return _made(source.model)
+    return made_of(source.model)
 
 
 def _shrunk(source: Source, folder: Path, options: Options, say: Say) -> Made:
-    whole, size = _made(source.model), source.model.num_parameters()
+    whole, size = made_of(source.model), source.model.num_parameters()
     model = shrink(source.model)
     if model.num_parameters() == size:
         raise UserError(
             "--to shrunk: no neuron, head, layer or expert of this model is zero as a whole, so nothing can be cut "
             "out; train under Neurons, Heads, Layers or Experts, or use --to hf"
         )
-    made = _made(model, {"parameters": f"{model.num_parameters():,} of {size:,}"})
-    if (off := _difference(made.logits, whole.logits)) > made.tolerance:
+    made = made_of(model, {"parameters": f"{model.num_parameters():,} of {size:,}"})
+    if (off := difference(made.logits, whole.logits)) > made.tolerance:
         raise UserError(
             f"--to shrunk: the smaller model's logits differ by {off:.1e} of the largest: nothing is written"
         )
@@ -157,14 +150,14 @@ def _quantized(source: Source, folder: Path, options: Options, say: Say) -> Made
     model = source.model
     assert options.bits is not None and options.group_size is not None  # of Options.of
     check_groups(model, options.bits, options.group_size)
-    whole = _made(model)
+    whole = made_of(model)
     does = write_quantized(model, folder, options.bits, options.group_size)
-    made = _made(model)
+    made = made_of(model)
     if does["exact layers"] < does["layers"]:
         does["relative change of the logits"] = _relative(made.logits, whole.logits)
         say(
             f"Rounding to {does['scheme']} moved the weights by {does['relative error of the weights']:.2%} of their "
-            f"norm and the logits by {does['relative change of the logits']:.2%}; elsa test measures the perplexity."
+            f"norm and the logits by {does['relative change of the logits']:.2%}; --measure says what it cost."
         )
     else:
         say(f"The weights lie on the grid of {does['scheme']}: nothing was rounded.")
@@ -175,7 +168,7 @@ def _cpu_sparse(source: Source, folder: Path, options: Options, say: Say) -> Mad
     model = source.model
     shares = cpu_sparse.shares_of_zeros(model)
     model.float()
-    made = _made(model)
+    made = made_of(model)
     cpu_sparse.to_cpu_sparse(model, options.break_even)
     dense = [name for name, share in shares.items() if share < options.break_even]
     say(f"{len(shares) - len(dense)} of {len(shares)} linear layers are kept as compressed sparse rows, float32.")
@@ -189,7 +182,7 @@ def _gguf(source: Source, folder: Path, options: Options, say: Say) -> Made:
     command = check_gguf(options.gguf_type, options.converter)
     checked = write_gguf(source.model, source.tokenizer, folder, options.gguf_type, command)
     return replace(
-        _made(source.model, {"type": options.gguf_type}), checked=checked, rounded=options.gguf_type != "f32"
+        made_of(source.model, {"type": options.gguf_type}), checked=checked, rounded=options.gguf_type != "f32"
     )
 
 
@@ -202,44 +195,5 @@ WRITERS: dict[str, Callable[[Source, Path, Options, Say], Made]] = {
 }
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
-
-
 def _relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp_min(1e-12))
-
-
-def _reloaded(folder: Path, ids: Tensor, fresh: bool) -> tuple[Tensor, dict[str, int], str]:
-    if not fresh:
-        return reload.look(folder, ids)
-    with tempfile.TemporaryDirectory() as place:
-        given, got = Path(place, "ids.safetensors"), Path(place, "logits.safetensors")
-        save_file({"ids": ids}, given)
-        paths = os.pathsep.join(path for path in sys.path if path)
-        environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-P", reload.__file__, str(folder), str(given), str(got)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise UserError(f"what was written does not load, and is not kept: {done.stderr.strip().splitlines()[-1:]}")
-        with safe_open(got, framework="pt") as tensors:
-            zeros, how = (json.loads(tensors.metadata()[key]) for key in ("zeros", "how"))
-            return tensors.get_tensor("logits"), zeros, f"in a fresh process, {how}"
-
-
-def _verify(folder: Path, ids: Tensor, made: Made, fresh: bool) -> str:
-    """Load a folder and compare; return what to say of it.
-
-    Raises:
-        UserError: It does not load, or logits or zeros are not those of the model.
-    """
-    logits, zeros, how = _reloaded(folder, ids, fresh)
-    logits = logits.float()
-    off = _difference(logits, made.logits) if logits.shape == made.logits.shape else float("inf")
-    if not off <= made.tolerance:
-        raise UserError(f"what was written gives other logits ({off:.1e} of the largest apart), and is not kept")
-    wrong = [name for name, (count, _) in made.sparsity.items() if zeros.get(name) != count]
-    if wrong:
-        raise UserError(f"what was written has {zeros.get(wrong[0])} zeros in {wrong[0]}, not as many as the model")
-    exact = "the same" if off == 0 else f"within {off:.0e}"
-    return f"Reloaded ({how}): logits {exact}, zeros the same."

@@ -199,6 +199,19 @@ class CalibrationData(LightningDataModule):
         scored = ", what is answered alone" if data.has_context else ""
         return f"{self.eval_source.name} {split}, {len(data)} segments of {self.seq_len} tokens{bos}{scored}"
 
+    def evaluation(self) -> dict[str, Any]:
+        """Return the arguments that make the same validation segments again, beside the tokenizer."""
+        theirs = None if self.eval_source.name == self.source.name else self.eval_source.name
+        arguments = {
+            "name": self.source.name,
+            "eval_name": theirs,
+            "text_column": self.source.text_column,
+            "seq_len": self.seq_len,
+            "eval_segments": self.eval_segments,
+            "bos_per_segment": self._sets["validation"].bos is not None,
+        }
+        return arguments | ({"streaming": True, "train_sequences": 1} if self.source.streaming else {})
+
     def _settings(self) -> dict[str, Any]:
         return {
             "data.name": self.source.name,

@@ -402,8 +402,21 @@ class CausalLM(LightningModule):
         part = f", the first {int(done)} of {whole} batches alone (limit_val_batches)" if done < whole else ""
         return f"{text}{part}, {self.trainer.precision}"
 
+    def evaluation(self) -> dict[str, Any]:
+        """Return how this run measures perplexity, to do it again; empty where that is not known."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        loaders = self.trainer.val_dataloaders
+        if loaders is None or not hasattr(data, "evaluation") or not self.trainer.enable_validation:
+            return {}
+        done, whole = sum(self.trainer.num_val_batches), len(loaders)
+        if done < whole and self.trainer.world_size > 1:  # which segments these were depends on the processes
+            return {}
+        found: dict[str, Any] = {**data.evaluation(), "precision": str(self.trainer.precision)}
+        return found | ({"first": int(done) * data.eval_batch_size} if done < whole else {})
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the dense perplexity, which a resumed run can no longer measure."""
+        """Keep the dense perplexity, which a resumed run can no longer measure, and how it was measured."""
+        checkpoint["evaluation"] = self.evaluation()
         checkpoint["dense_perplexity"] = self.dense_perplexity
         checkpoint["start_zeros"] = self._start and list(self._start)
 

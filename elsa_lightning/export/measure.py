@@ -1,0 +1,100 @@
+"""Perplexity of an export, by the protocol of the run that made the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elsa_lightning.errors import UserError
+from elsa_lightning.export.record import Record
+
+_NARROW = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What perplexity is to be measured on.
+
+    Attributes:
+        text: ``segments`` and ``labels``, int64 ``(segments, length)``; labels are -100 where nothing is scored.
+        precision: As Lightning names it.
+        protocol: In words, without the precision.
+        exact: Whether it must come out as recorded, up to the order of sums: nothing was rounded, and the precision is
+            that of the run.
+    """
+
+    text: dict[str, Tensor]
+    precision: str
+    protocol: str
+    exact: bool
+
+
+def check_measurable(record: Record, to: str) -> None:
+    """Raise UserError if perplexity cannot be measured as a run did."""
+    if to == "gguf":
+        raise UserError("--measure loads what was written with transformers, and gguf is for llama.cpp: leave it out")
+    if not record.evaluation:
+        raise UserError(
+            "--measure needs to know how the run measured, and nothing is known of that here: only runs of CausalLM on "
+            "CalibrationData say it; leave it out, and use elsa test on what is written"
+        )
+
+
+def prepare(record: Record, to: str, tokenizer: str) -> Measured:
+    """Return the text that a run measured on.
+
+    Args:
+        record: Of the model.
+        to: The format.
+        tokenizer: Folder or hub name.
+
+    Raises:
+        UserError: It is not there any more, or is another one now.
+    """
+    from elsa_lightning.lm.data import CalibrationData
+
+    known = dict(record.evaluation)
+    theirs, first = str(known.pop("precision")), known.pop("first", None)
+    data = CalibrationData(tokenizer=tokenizer, **known)
+    data.setup("validate")
+    protocol, recorded = data.protocol(), record.perplexity.get("protocol")
+    if recorded is not None and not recorded.startswith(protocol):
+        raise UserError(f"--measure: the run measured on {recorded}, and the text is now {protocol}: leave it out")
+    segments, labels = [], []
+    for batch in data.val_dataloader():
+        item: Any = batch if isinstance(batch, dict) else {"input_ids": batch, "labels": batch}
+        segments.append(item["input_ids"])
+        labels.append(item["labels"])
+    precision = "32-true" if to == "cpu-sparse" else theirs
+    wide = not theirs.endswith("-true") or theirs == "32-true"
+    exact = precision == theirs and not (wide and record.dtype in _NARROW)
+    text = {"segments": torch.cat(segments)[:first], "labels": torch.cat(labels)[:first].clone()}
+    return Measured(text, precision, protocol if recorded is None else recorded.rpartition(", ")[0], exact)
+
+
+def judge(record: Record, measured: Measured, value: float, rounded: bool) -> tuple[Record, str]:
+    """Return the record with an export's perplexity, and what to say of it.
+
+    Raises:
+        UserError: It is another one than the run measured, though nothing was rounded.
+    """
+    recorded = record.perplexity.get("sparse")
+    protocol = f"{measured.protocol}, {measured.precision}"
+    found = {"protocol": protocol} | record.perplexity | {"exported": value}
+    if recorded is None:
+        return replace(record, perplexity=found), f"Perplexity {value:.3f} on {protocol}."
+    off = value / recorded - 1
+    most = 1e-3 if measured.precision in ("32-true", "64-true") else 1e-2
+    if measured.exact and not rounded and not abs(off) <= most:
+        raise UserError(
+            f"what was written has perplexity {value:.3f}, the run measured {recorded:.3f}, and nothing was rounded in "
+            f"between: it is not kept"
+        )
+    if measured.protocol + ", " + measured.precision != record.perplexity.get("protocol"):
+        found["exported in"] = measured.precision
+    why = "rounding cost" if rounded or not measured.exact else "as recorded, up to"
+    said = f"Perplexity {value:.3f}, recorded {recorded:.3f}: {why} {off:+.2%} (on {protocol})."
+    return replace(record, perplexity=found), said
