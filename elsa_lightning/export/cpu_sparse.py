@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from elsa_lightning.errors import UnavailableError, UserError
 
 FILE = "cpu_sparse.safetensors"
-BREAK_EVEN = 0.6  # of zeros: from here on decoding was faster than dense float32 on one thread; see docs/exports.md
+# Measured on one thread with benchmarks/decode/products.py; see docs/exports.md.
+BREAK_EVEN = 0.6  # of zeros: from here on decoding is faster than in dense float32
+VECTORS, BLOCK = 2, 32  # rows: up to so many, one product with a vector each; more, products with so many at a time
 
 
 class CSRLinear(nn.Module):
@@ -51,6 +53,7 @@ class CSRLinear(nn.Module):
         self.register_buffer("values", torch.zeros(values, dtype=torch.float32))
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32) if bias else None)
         self._matrix: Tensor | None = None
+        self._made_of = 0  # address of the values in it
 
     @classmethod
     @torch.no_grad()
@@ -73,23 +76,37 @@ class CSRLinear(nn.Module):
 
     def matrix(self) -> Tensor:
         """Return W ``(out, in)`` as torch's sparse tensor, in the same memory."""
-        if self._matrix is None or self._matrix.values().data_ptr() != self.values.data_ptr():
+        values = self.values
+        if self._matrix is None or values.data_ptr() != self._made_of:  # whose memory the matrix holds
             size = (self.out_features, self.in_features)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")  # beta; they were checked
                 self._matrix = torch.sparse_csr_tensor(
-                    self.crow_indices, self.col_indices, self.values, size=size, check_invariants=False
+                    self.crow_indices, self.col_indices, values, size=size, check_invariants=False
                 )
+            self._made_of = values.data_ptr()
         return self._matrix
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``(..., out)`` of ``(..., in)``: one row by a product with a vector, more by one with a matrix."""
-        rows = x.reshape(-1, self.in_features).to(self.values.dtype)
-        w = self.matrix()
-        y = (w @ rows[0])[None] if len(rows) == 1 else (w @ rows.T.contiguous()).T
-        if self.bias is not None:
-            y = y + self.bias
-        return y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+        """Return ``(..., out)`` of ``(..., in)``.
+
+        Raises:
+            UserError: The last dimension is another.
+        """
+        if x.shape[-1] != self.in_features:
+            raise UserError(f"a layer of {self.in_features} inputs was given {x.shape[-1]}: shape {tuple(x.shape)}")
+        w, bias = self.matrix(), self.bias
+        if x.numel() == self.in_features and x.dtype == w.dtype:  # decoding: every microsecond here counts
+            y = torch.mv(w, x.reshape(-1)) if bias is None else torch.addmv(bias, w, x.reshape(-1))
+            return y.view(*x.shape[:-1], self.out_features)
+        rows = x.reshape(-1, self.in_features).to(w.dtype)
+        if 0 < len(rows) <= VECTORS:
+            y = torch.stack([torch.mv(w, row) for row in rows])
+        else:
+            y = torch.cat([(w @ block.T.contiguous()).T for block in torch.split(rows, BLOCK)])
+        if bias is not None:
+            y += bias
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def check(self) -> None:
         """Raise UserError if the indices point outside of the matrix, which the products would not notice."""

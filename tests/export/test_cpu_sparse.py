@@ -15,7 +15,7 @@ from torch import nn
 
 from elsa_lightning.cli import main
 from elsa_lightning.export import load_cpu_sparse, save_cpu_sparse, to_cpu_sparse
-from elsa_lightning.export.cpu_sparse import FILE, CSRLinear
+from elsa_lightning.export.cpu_sparse import BLOCK, FILE, CSRLinear
 from tests.export.models import IDS, cut, sparse_folder
 
 
@@ -33,7 +33,7 @@ def load(folder: Path | str) -> Any:
 @settings(max_examples=25, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    batch=st.lists(st.integers(0, 3), max_size=2),
+    batch=st.lists(st.sampled_from([0, 1, 2, 3, BLOCK + 1]), max_size=2),
     sparsity=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     bias=st.booleans(),
     seed=st.integers(0, 99),
@@ -50,6 +50,28 @@ def test_a_layer_is_the_dense_layer(
     assert sparse.zeros == int((layer.weight == 0).sum())
     assert sparse.col_indices.dtype == sparse.crow_indices.dtype == torch.int32
     assert torch.equal(copy.deepcopy(sparse)(x), sparse(x))
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (1, 16), (0, 3), (1,)])
+def test_inputs_of_another_width_are_refused_even_where_their_number_fits(shape: tuple[int, ...]) -> None:
+    layer = CSRLinear.of(torch.eye(3, 8), None)
+    with pytest.raises(ValueError, match=f"a layer of 8 inputs was given {shape[-1]}"):
+        layer(torch.randn(shape))
+
+
+def test_values_that_move_or_change_are_those_of_the_next_product() -> None:
+    torch.manual_seed(0)
+    layer, x = CSRLinear.of(torch.eye(6), None), torch.randn(1, 6)
+    assert torch.equal(layer(x), x)
+    layer.values.mul_(2)  # in their place
+    assert torch.equal(layer(x), 2 * x)
+    layer.load_state_dict({**layer.state_dict(), "values": torch.full((6,), 3.0)}, assign=True)
+    assert torch.equal(layer(x), 3 * x)
+    layer.values = torch.full((6,), 4.0)
+    assert torch.equal(layer(x), 4 * x)
+    layer._apply(lambda t: t.clone() if t.is_floating_point() else t)
+    layer.values.zero_()
+    assert not layer(x).any()
 
 
 def test_greedy_tokens_are_those_of_the_dense_model_and_survive_saving(folder: Path, tmp_path: Path) -> None:
