@@ -2,9 +2,9 @@
 
     python benchmarks/decode/products.py --shape 2048x2048 5632x2048 2048x5632
 
-For each shape (out × in) and sparsity: how many times as fast as the dense float32 product the sparse ones are, for 1 to
-256 rows, by a vector a row, by one matrix, and by matrices of so many rows. Weights are fetched from memory, as in a model,
-not from the cache. All products are timed in turn; medians of processor time on one thread.
+For each shape (out × in) and sparsity: how many times as fast as the dense float32 product the sparse ones are, for 1
+to 256 rows, by a vector a row, by one matrix, and by matrices of so many rows. Weights are fetched from memory, as in
+a model, not from the cache. All products are timed in turn; medians of processor time on one thread.
 """
 
 from __future__ import annotations
