@@ -177,6 +177,11 @@ class ADMM:
         """Make room for a state that will be loaded by name, which finds nothing else; see ConstrainedTensors."""
         self.tensors.expect(keys)
 
+    def shares(self) -> dict[str, float]:
+        """Return what each tensor that has a mask keeps of its entries, by name, over all processes."""
+        names, counts = self.occupancy()
+        return dict(zip(names, (counts[:, 0] / counts[:, 1].clamp_min(1)).tolist(), strict=True))
+
     def occupancy(self) -> tuple[list[str], Tensor]:
         """Return what :func:`elsa_lightning.watch.occupancy` counts, over all processes."""
         return watch.occupancy(list(self.tensors.values()), self.tensors.processes)

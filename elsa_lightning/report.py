@@ -1,8 +1,9 @@
-"""Tables and pictures after a run."""
+"""Tables after a run, and pictures of what it keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,6 +96,45 @@ def mask_mosaic(masks: Iterable[Tensor], tile: int = 48, columns: int = 7) -> Te
     tiles += [torch.zeros_like(tiles[0])] * (-len(tiles) % columns)
     rows = [torch.cat(tiles[start : start + columns], dim=1) for start in range(0, len(tiles), columns)]
     return torch.cat(rows, dim=0)
+
+
+def shares_map(shares: Mapping[str, float], tile: int = 12) -> Tensor:
+    """Return a picture of how much of each tensor is kept: a row a kind of tensor, a column a block.
+
+    A tensor's block is the first number in its name, and its kind the rest. White is what the tensor with the largest
+    share keeps, black is nothing; where there is no tensor a tile is grey and empty inside.
+
+    Args:
+        shares: Of the entries that are kept, by name.
+        tile: Pixels of a side of a tile.
+
+    Returns:
+        Float picture ``(height, width)`` in [0, 1] on the CPU.
+    """
+    places = {}
+    for name in shares:
+        number = re.search(r"(?<![^.])\d+(?![^.])", name)
+        kind = name if number is None else f"{name[: number.start()]}*{name[number.end() :]}"
+        places[name] = kind, 0 if number is None else int(number.group())
+    kinds = {kind: row for row, kind in enumerate(dict.fromkeys(kind for kind, _ in places.values()))}
+    blocks = {block: column for column, block in enumerate(sorted({block for _, block in places.values()}))}
+    picture = torch.full((len(kinds), len(blocks), tile + 1, tile + 1), 0.5)
+    picture[:, :, 1:-2, 1:-2] = 0
+    most = max(max(shares.values(), default=0), 1e-12)
+    for name, (kind, block) in places.items():
+        picture[kinds[kind], blocks[block], :-1, :-1] = shares[name] / most
+    return picture.transpose(1, 2).reshape(len(kinds) * (tile + 1), -1)
+
+
+def shares_line(shares: Mapping[str, float]) -> str | None:
+    """Return in words how unequal the shares are that tensors keep, or None where all keep the same to a percent."""
+    order = sorted(shares, key=shares.__getitem__)
+    if not order or shares[order[0]] >= 0.99 * shares[order[-1]]:
+        return None
+    least, middle, most = (f"{shares[name]:.3g}" for name in (order[0], order[len(order) // 2], order[-1]))
+    return (
+        f"tensors keep from {least} ({order[0]}) to {most} ({order[-1]}) of their entries, half of them up to {middle}"
+    )
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elsa_lightning.report import Zeros, mask_mosaic, perplexity_table
+from elsa_lightning.report import Zeros, mask_mosaic, perplexity_table, shares_line, shares_map
 
 
 def rows(table: str) -> dict[str, list[str]]:
@@ -67,3 +67,20 @@ def test_tiles_go_in_rows_of_a_transformer_block() -> None:
 
 def test_a_tensor_of_which_nothing_is_left_is_black() -> None:
     assert mask_mosaic([torch.zeros(4, 4, dtype=torch.bool)], tile=4, columns=1)[:4, :4].sum() == 0
+
+
+def test_the_map_has_a_row_a_kind_and_a_column_a_block() -> None:
+    shares = {"layers.2.up": 0.1, "layers.10.up": 0.4, "layers.2.down": 0.2, "head": 0.0}
+    picture = shares_map(shares, tile=5)
+    assert picture.shape == (3 * 6, 3 * 6)  # up, down and the head; no number, 2 and 10
+    middles = picture[2::6, 2::6]
+    nothing = 0.0
+    assert torch.equal(middles, torch.tensor([[nothing, 0.25, 1.0], [nothing, 0.5, nothing], [0.0, nothing, nothing]]))
+    corners = picture[::6, ::6]
+    assert torch.equal(corners, torch.tensor([[0.5, 0.25, 1.0], [0.5, 0.5, 0.5], [0.0, 0.5, 0.5]]))  # grey without one
+
+
+def test_unequal_shares_are_told_in_a_line() -> None:
+    told = shares_line({"a": 0.5, "b": 0.02, "c": 0.3})
+    assert told == "tensors keep from 0.02 (b) to 0.5 (a) of their entries, half of them up to 0.3"
+    assert shares_line({"a": 0.1, "b": 0.1001}) is None and shares_line({}) is None

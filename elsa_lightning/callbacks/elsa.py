@@ -32,6 +32,7 @@ from elsa_lightning.forms import Prox, make_form
 from elsa_lightning.layout.fsdp1 import mark_slices, settle
 from elsa_lightning.layout.lowbit import StateDtype, check_state_dtype
 from elsa_lightning.layout.sharded import match_names
+from elsa_lightning.report import shares_line
 from elsa_lightning.schedule import PenaltySchedule, Schedule
 from elsa_lightning.selection import ALL_LINEAR, Selection, select
 from elsa_lightning.sets import Constraint
@@ -368,6 +369,8 @@ class ElsaCallback(Callback):
             rank_zero_warn(
                 "Elsa: no gradient reached the constrained weights in this run, so they were cut by magnitude alone"
             )
+        if (told := shares_line(self.admm.shares())) is not None:  # counted by all processes together
+            rank_zero_info(f"Elsa: {told}")
         self._monitors.end(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

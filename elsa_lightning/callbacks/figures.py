@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,10 +13,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from elsa_lightning.admm import ADMM
 from elsa_lightning.callbacks.health import Health, diverged
 from elsa_lightning.errors import UserError
-from elsa_lightning.report import mask_mosaic
+from elsa_lightning.report import mask_mosaic, shares_map
 from elsa_lightning.watch import UPDATED, Stationarity, Update, figures
 
-_MOSAICS = 10  # pictures of the masks in a run
+_PICTURES = 10  # of the masks, and of each tensor's share, in a run
 
 
 def log_settings(trainer: Trainer, module: LightningModule, admm: ADMM) -> None:
@@ -60,7 +61,7 @@ class Figures:
         self.prefix = prefix
         self._logged: Update | None = None
         self._measured: Stationarity | None = None
-        self._mosaics = 0
+        self._pictures = 0
         self._health = Health()
 
     def log(self, trainer: Trainer, pl_module: LightningModule, admm: ADMM, outputs: Any) -> None:
@@ -87,24 +88,36 @@ class Figures:
         for warning in self._health.warnings(admm, found["primal_residual"], found["mask_flips"], found["sparsity"]):
             rank_zero_warn(warning)
         metrics = {f"{self.prefix}/{name}": value for name, value in found.items()}
+        shares = self._due(admm)
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.log_metrics(metrics | self._spread(shares), step=trainer.global_step)
         # for progress bar and monitors; log_every_n_steps would drop most of these from the logger
         shown = {f"{self.prefix}/primal_residual", f"{self.prefix}/sparsity"}
         for name, value in metrics.items():
             pl_module.log(name, value, prog_bar=name in shown, logger=False)
-        self._draw(trainer, admm)
+        self._draw(trainer, admm, shares)
 
-    def _draw(self, trainer: Trainer, admm: ADMM) -> None:
-        """Add a picture of the masks now and then."""
-        due = math.ceil(_MOSAICS * admm.step / admm.total_steps)
-        if due > self._mosaics and not admm.sharded:  # no process has a whole mask
-            self._mosaics = due
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_image(
-                        f"{self.prefix}/masks",
-                        mask_mosaic(mask for _, mask in admm.each_mask()),
-                        trainer.global_step,
-                        dataformats="HW",
-                    )
+    def _due(self, admm: ADMM) -> dict[str, float]:
+        """Return, now and then, what each tensor keeps of its entries, over all processes."""
+        due = math.ceil(_PICTURES * admm.step / admm.total_steps)
+        if due <= self._pictures:
+            return {}
+        self._pictures = due
+        return admm.shares()
+
+    def _spread(self, shares: dict[str, float]) -> dict[str, float]:
+        """Return three numbers of the shares: one of each tensor would be too many."""
+        if not shares:
+            return {}
+        of = {"least": min(shares.values()), "median": statistics.median(shares.values()), "most": max(shares.values())}
+        return {f"{self.prefix}/kept_{name}": value for name, value in of.items()}
+
+    def _draw(self, trainer: Trainer, admm: ADMM, shares: dict[str, float]) -> None:
+        """Add pictures of the shares, and of the masks where a process has whole ones."""
+        for logger in trainer.loggers if shares else ():
+            if isinstance(logger, TensorBoardLogger):
+                pictures = {"kept": shares_map(shares)}
+                if not admm.sharded:
+                    pictures["masks"] = mask_mosaic(mask for _, mask in admm.each_mask())
+                for name, picture in pictures.items():
+                    logger.experiment.add_image(f"{self.prefix}/{name}", picture, trainer.global_step, dataformats="HW")
