@@ -29,6 +29,7 @@ from elsa_lightning import watch
 from elsa_lightning.constrained import ConstrainedTensors
 from elsa_lightning.errors import UserError
 from elsa_lightning.forms import Form, Prox, Step, make_form
+from elsa_lightning.forms.base import Forgets, Importance
 from elsa_lightning.layout.lowbit import StateDtype, check_state_dtype
 from elsa_lightning.layout.rows import Rows
 from elsa_lightning.layout.sharded import Processes, local
@@ -261,18 +262,22 @@ class ADMM:
             self._project_in_place(late, resumable=False)
             for tensor in late if self.constraint.fixes_values and not self.finished else ():
                 tensor.allocate(SPLIT, SCALE)
-        forgets: dict[int, Tensor] = {}
+        forgets: dict[int, Forgets] = {}
         if self.constraint.fixes_values and not self.finished:
             start = self.schedule.freeze_step(self.total_steps)
             progress = min(1.0, (self.step - start) / max(1, self.total_steps - start))
             places = self.tensors.places
             remembering = {places[tensor.p]: tensor for tensor in self.tensors.holding(SPLIT)}
             forgets = self.form.forgets(self.optimizer, remembering, max(0.0, progress))
-        self._hold(self._seeds_of(_OF_STEPS), forgets)
+        refits = self.schedule.refits_at(self.step, self.total_steps) and not self.finished
+        self._hold(self._seeds_of(_OF_STEPS), forgets, self.importance if refits else None)
 
-    def _hold(self, seed: Callable[[nn.Parameter], int] | None, forgets: Mapping[int, Tensor]) -> None:
+    def _hold(
+        self, seed: Callable[[nn.Parameter], int] | None, forgets: Mapping[int, Forgets],
+        importance: Importance | None = None,
+    ) -> None:  # fmt: skip
         masked = self.tensors.holding(MASK)
-        updates.hold(self.constraint, masked, self.tensors.places, self._copies, seed, forgets)
+        updates.hold(self.constraint, masked, self.tensors.places, self._copies, seed, forgets, importance)
 
     def _noise(self, layout: Rows, rows: slice, p: nn.Parameter) -> Tensor:
         return layout.noise(rows, self._seed(p, _OF_WEIGHTS))

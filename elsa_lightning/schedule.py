@@ -62,8 +62,14 @@ class Schedule:
     def projects_at(self, step: int, total: int) -> bool:
         """Say whether the mask is refreshed after optimizer step ``step``, counted from 1."""
         freeze = self.freeze_step(total)
-        interval = self.interval or min(32, max(1, freeze // 64))
-        return step == 1 or step == freeze or (step < freeze and step % interval == 0)
+        return step == 1 or step == freeze or (step < freeze and step % self._every(total) == 0)
+
+    def refits_at(self, step: int, total: int) -> bool:
+        """Say whether, after a step on a fixed mask, numbers that groups of entries share are chosen anew."""
+        return self.freeze_step(total) < step < total and step % self._every(total) == 0
+
+    def _every(self, total: int) -> int:
+        return self.interval or min(32, max(1, self.freeze_step(total) // 64))
 
     def penalty_at(self, step: int, total: int) -> float:
         """Return the penalty that holds after optimizer step ``step``."""

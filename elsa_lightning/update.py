@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from elsa_lightning.forms import Form, Sums
+from elsa_lightning.forms.base import Forgets, Importance
 from elsa_lightning.forms.on_set import on_values
 from elsa_lightning.layout.sharded import Processes, exact_dtype, local
 from elsa_lightning.sets.base import Constraint, Point, Points, project
@@ -16,7 +17,6 @@ from elsa_lightning.tensors import KEYS, MASK, NUMBERS, REMOVED, SCALE, SPLIT, C
 from elsa_lightning.watch import Stationarity, Update
 
 Value = Callable[[ConstrainedTensor, slice], Tensor]
-Importance = Callable[[ConstrainedTensor, slice], Tensor | None]
 
 
 class LivePoints(Points):
@@ -238,7 +238,8 @@ def damage(constraint: Constraint, points: LivePoints) -> Tensor:
 
 def hold(
     constraint: Constraint, tensors: Sequence[ConstrainedTensor], places: Mapping[nn.Parameter, int],
-    copies: Collection[str],    seed: Callable[[nn.Parameter], int] | None, forgets: Mapping[int, Tensor],
+    copies: Collection[str], seed: Callable[[nn.Parameter], int] | None, forgets: Mapping[int, Forgets],
+    importance: Importance | None = None,
 ) -> None:  # fmt: skip
     """Put the zeros and values back that a step on a fixed mask disturbed, in the optimizer's own copies the zeros too.
 
@@ -250,13 +251,17 @@ def hold(
         seed: Of the rounding of a parameter's split, where what the values do not hold of a step is to be remembered;
             None where no step was made.
         forgets: What that memory loses, by the place of a tensor; see :meth:`Form.forgets`.
+        importance: F̂ of some rows, where the numbers that groups of entries share are to be chosen anew.
     """
     for tensor in tensors if constraint.fixes_values else ():
         for piece in tensor.pieces():
             remembers = seed is not None and tensor.has(SPLIT)
             split = tensor.split(piece.rows) if remembers else tensor.x(piece.rows).new_zeros(())
             place = places[tensor.p]
-            split = on_values(constraint, place, tensor, piece, split, forgets.get(place) if remembers else None)
+            if remembers:
+                split = on_values(constraint, place, tensor, piece, split, forgets.get(place), importance)
+            else:
+                on_values(constraint, place, tensor, piece, split)
             if seed is not None and remembers:
                 tensor.set_split(piece.rows, split, seed(tensor.p))
     for tensor in tensors:

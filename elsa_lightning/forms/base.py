@@ -16,6 +16,9 @@ from elsa_lightning.schedule import Schedule
 from elsa_lightning.sets.base import Constraint
 from elsa_lightning.tensors import ConstrainedTensor
 
+Forgets = tuple[Tensor, Tensor]
+Importance = Callable[[ConstrainedTensor, slice], Tensor | None]  # F̂ of some rows
+
 
 @dataclass(frozen=True)
 class Step:
@@ -117,10 +120,11 @@ class Form(ABC):
 
     def forgets(
         self, optimizer: Optimizer, tensors: Mapping[int, ConstrainedTensor], progress: float
-    ) -> dict[int, Tensor]:
+    ) -> dict[int, Forgets]:
         """Return what memory below the resolution of the set's values loses in a step on a fixed mask, by place.
 
-        That is a share of it, times the distance of neighbouring values; nothing for those that forget nothing.
+        Nothing for those that forget nothing; else two lengths, both to be divided by the distance of neighbouring
+        values: the first gives the share that is lost, the second, where it is below 1, what that is multiplied with.
 
         Args:
             optimizer: Which stepped.

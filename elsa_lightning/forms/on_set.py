@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from elsa_lightning.errors import UserError
-from elsa_lightning.forms.base import Form, Step, Sums, relative_rates
+from elsa_lightning.forms.base import Forgets, Form, Importance, Step, Sums, relative_rates
 from elsa_lightning.layout.rows import Piece
 from elsa_lightning.layout.sharded import exact_dtype
 from elsa_lightning.schedule import Schedule
@@ -85,7 +86,7 @@ class OnSet(Form):
 
 def on_values(
     constraint: Constraint, place: int, tensor: ConstrainedTensor, piece: Piece, split: Tensor,
-    forgets: Tensor | None = None,
+    forgets: Forgets | None = None, importance: Importance | None = None,
 ) -> Tensor:  # fmt: skip
     """Bring weights that a step moved back to the set's values; return the split, which remembers what that takes.
 
@@ -95,16 +96,26 @@ def on_values(
         tensor: Whose weights.
         piece: Which rows.
         split: Their split, with what was lost before.
-        forgets: What share of that is forgotten first, times the distance of neighbouring values.
+        forgets: How much of that is forgotten first; see :meth:`Form.forgets`.
+        importance: F̂ of some rows, where the numbers that groups of entries share are to be chosen anew.
     """
     x, mask = tensor.x(piece.rows), tensor.mask(piece.rows)
     point = tensor.point(place, piece, x)
-    if forgets is not None and (apart := constraint.resolution(point)) is not None:
-        split = split * (1 - forgets.to(split.dtype) / apart).clamp_min(0)
+    apart = constraint.resolution(point)
+    if forgets is not None and apart is not None:
+        share, path = (length.to(split.dtype) / apart for length in forgets)
+        split = split * (1 - share * path.clamp_max(1)).clamp_min(0)
     v = x - split
+    if importance is not None and point.numbers is not None:
+        kept = v.masked_fill(~mask, 0)
+        point.numbers.copy_(constraint.fit(kept, replace(point, v=v, importance=importance(tensor, piece.rows))))
     z = project(constraint, v, mask, point)
     x.copy_(z)
-    return torch.where(mask, z - v, split)
+    lost = z - v
+    if apart is not None:  # beyond the last value it would grow for ever, and the values with it when they are chosen
+        most = torch.maximum(split.abs(), apart)
+        lost = torch.minimum(torch.maximum(lost, -most), most)
+    return torch.where(mask, lost, split)
 
 
 class Feedback(OnSet):
@@ -163,6 +174,7 @@ class Linearized(OnSet):
         self._inner: dict[int, Tensor] = {}  # Σ d² on the mask
         self._relative: dict[int, float] = {}  # learning rates over the largest
         self._pace: Tensor = torch.empty(0)  # root mean square of d on the mask at the largest rate
+        self._paths: dict[int, float] = {}  # Σ of learning rates over the largest, since the mask was fixed
 
     def slowness(self, index: int, penalty: float) -> Any:
         """Return ρ."""
@@ -195,12 +207,16 @@ class Linearized(OnSet):
 
     def forgets(
         self, optimizer: Optimizer, tensors: Mapping[int, ConstrainedTensor], progress: float
-    ) -> dict[int, Tensor]:
-        """Return c ‖d‖ at this step's learning rate."""
+    ) -> dict[int, Forgets]:
+        """Return c ‖d‖ at this step's learning rate, and Σ ‖d‖ since the mask was fixed."""
         if not len(self._pace):
             return {}
         rates, self._peaks = relative_rates(optimizer, self._peaks)
-        return {i: self._pace[i] * (self._SETTLED * progress * rates[tensor.p]) for i, tensor in tensors.items()}
+        found = {}
+        for i, tensor in tensors.items():
+            self._paths[i] = self._paths.get(i, 0.0) + rates[tensor.p]
+            found[i] = (self._pace[i] * (self._SETTLED * progress * rates[tensor.p]), self._pace[i] * self._paths[i])
+        return found
 
     def factors(self, sums: Sums, rescale: float, penalty: float, span: int) -> Tensor:
         """Return θ, and take the new ρ."""
@@ -222,7 +238,7 @@ class Linearized(OnSet):
         relative = torch.tensor([self._relative.get(i, 1.0) for i in range(count)], device=w.device, dtype=w.dtype)
         pace = (_rms(sums.inner, sums.former) / relative).bfloat16().to(w.dtype)
         self._pace = torch.where(sums.inner > 0, pace, self._pace)
-        self._rates, self._relative = {}, {}
+        self._rates, self._relative, self._paths = {}, {}, {}
         return theta
 
     def inverse_penalty(self, tensor: ConstrainedTensor, penalty: float, off: Tensor, kept: Tensor) -> Any:
@@ -232,7 +248,8 @@ class Linearized(OnSet):
     def state_dict(self) -> dict[str, Any]:
         """Return ρ, what the dual was, how large steps were, and the largest learning rates."""
         numbers = {"slow": self._slow, "memory": self._memory, "pace": self._pace}
-        return {**{name: t.tolist() for name, t in numbers.items()}, "peaks": list(self._peaks)}
+        paths = {str(place): path for place, path in self._paths.items()}
+        return {**{name: t.tolist() for name, t in numbers.items()}, "peaks": list(self._peaks), "paths": paths}
 
     def load_state_dict(self, state_dict: dict[str, Any], device: torch.device) -> None:
         """Restore them."""
@@ -241,6 +258,7 @@ class Linearized(OnSet):
             for name in ("slow", "memory", "pace")
         )
         self._peaks = list(state_dict["peaks"])
+        self._paths = {int(place): path for place, path in state_dict["paths"].items()}
 
 
 def _walk(group: dict[str, Any]) -> float:

@@ -212,6 +212,52 @@ def test_weights_between_two_levels_change_between_these_until_the_frozen_phase_
         assert sum(changes[-150:-100]) > 100
 
 
+def test_what_pulls_beyond_the_last_value_does_not_wind_up() -> None:
+    """A weight that is pushed outwards for long turns back soon, and the grid chosen next is not stretched by it."""
+    p = nn.Parameter(torch.tensor([[7.0, 1.0, -2.0, 3.0]]))
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    admm = ADMM(optimizer, {"p": p}, Quantized(4), total_steps=1000, schedule=Schedule(interval=300, ramp=0, frozen=0))
+    for n in range(299):
+        p.grad = torch.tensor([[-0.1, 0.0, 0.0, 0.0]])
+        optimizer.step()
+        assert codes(admm, "p")[0].tolist() == [[[7, 1, -2, 3]]], n
+    for _ in range(16):  # what is remembered is one level at most, and half a level below the last is the one before
+        p.grad = torch.tensor([[0.1, 0.0, 0.0, 0.0]])
+        optimizer.step()
+    scale = float(codes(admm, "p")[1])
+    assert scale == pytest.approx(1, abs=0.15)  # chosen again at step 300
+    assert round(float(p.detach()[0, 0]) / scale) == 6
+
+
+def test_grids_follow_what_their_weights_have_in_common_on_a_fixed_mask() -> None:
+    """All drift outwards by a tenth of a level: none changes its level, so only the scale can follow."""
+    start = torch.tensor([[7.0, 3.0, -5.0, 0.0, 2.0, -6.0, 1.0, 4.0]])
+    for interval, expected in ((1, 1.1), (1000, 1.0)):  # chosen anew at every step, or never
+        p = nn.Parameter(start.clone())
+        optimizer = torch.optim.SGD([p], lr=1.0)
+        options = Schedule(interval=interval, ramp=0, frozen=0.9)
+        admm = ADMM(optimizer, {"p": p}, Quantized(4), total_steps=20, schedule=options)
+        for _ in range(20):
+            p.grad = -start * 0.1 / 19 * (admm.step > 0)
+            optimizer.step()
+        admm.finish()
+        assert float(p.detach()[0, 0]) / 7 == pytest.approx(expected, abs=0.02)
+        assert_on_grid(admm, 4)
+
+
+def test_a_short_frozen_phase_forgets_nothing_that_a_drift_could_use() -> None:
+    """Weights almost half way to the next level when the mask is fixed get there by the little that is left to go."""
+    near, on = torch.tensor([0.42, -0.42, 0.0, 0.0]), torch.tensor([[3.0, -3.0, 2.0, 7.0]])
+    p = nn.Parameter(on + near)
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    admm = ADMM(optimizer, {"p": p}, Quantized(4), total_steps=20, schedule=Schedule(interval=100, ramp=0, frozen=0.9))
+    for _ in range(20):
+        p.grad = -near.sign()[None] * 0.01
+        optimizer.step()
+    admm.finish()
+    assert p.tolist() == [[4, -4, 2, 7]]
+
+
 MIXED: dict[str, Constraint] = {
     "grid": Quantized(4, 4), "rows": Quantized(8), "2:4": Quantized(4, 4, NM(2, 4)),
     "rows 2:4": Quantized(3, None, NM(2, 4)), "half": Quantized(4, 4, Unstructured(0.5, "model")),
