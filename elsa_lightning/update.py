@@ -54,17 +54,37 @@ class LivePoints(Points):
         return self.processes.add(t)
 
 
-def decide(constraint: Constraint, points: LivePoints) -> list[Tensor]:
-    """Return the packed mask of each tensor; nothing of the tensors changes before all are there."""
+def decide(constraint: Constraint, points: LivePoints, inert: bool = False) -> list[Tensor]:
+    """Return the packed mask of each tensor; nothing of the tensors changes before all are there.
+
+    Args:
+        constraint: The set.
+        points: The tensors.
+        inert: Whether what the former mask did not keep is held back by the :attr:`~Constraint.inertia` of its set.
+    """
     packed = [tensor.room_for_mask() for tensor in points.tensors]
     for member, indices in constraint.members(points.names):
-        masks = member.support(points.only(indices))
+        mine = points.only(indices)
+        if inert and member.inertia:
+            mine.value = _held_back(mine.value, member.inertia)
+        masks = member.support(mine)
         for index in indices:
             tensor = points.tensors[index]
             for rows, *_ in tensor.pieces():
                 tensor.set_mask(rows, next(masks).view(tensor.x(rows).shape), packed[index])
         next(masks, None)  # lets every process get to the end
     return packed
+
+
+def _held_back(value: Value, inertia: float) -> Value:
+    """Return (v + τ z_before)/(1 + τ), where z_before is v on the former mask, for weights that lie on the set."""
+
+    def held(tensor: ConstrainedTensor, rows: slice) -> Tensor:
+        v = value(tensor, rows)
+        fresh = not (tensor.has(MASK) and tensor.has(SPLIT))
+        return v if fresh else torch.where(tensor.mask(rows), v, v / (1 + inertia))
+
+    return held
 
 
 def fit(constraint: Constraint, points: LivePoints, packed: Sequence[Tensor]) -> None:
@@ -105,7 +125,7 @@ def update(
         span: Optimizer steps of the ADMM phase.
         seed: Of the rounding of a tensor's split.
     """
-    packed = decide(constraint, points)
+    packed = decide(constraint, points, inert=form.on_set)
     fit(constraint, points, packed)
     fresh = [not tensor.has(SPLIT) for tensor in points.tensors]
     sums = _count(form, constraint, points, packed, places, count)

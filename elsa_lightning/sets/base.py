@@ -135,10 +135,13 @@ class Constraint(ABC):
         grain: Rows × columns of ``(out, in)``, from each multiple on, that no piece and no shard may cut; 0 for all
             there are. Of weights that are stored transposed it is turned.
         fixes_values: Whether kept entries cannot take any value, so that :meth:`values` changes them.
+        inertia: τ of a proximal term τ ‖z − z_before‖² in the projection: what was cut is chosen as if it were 1 + τ
+            times smaller. For sets where an exchange costs much beside what it gains.
     """
 
     grain: tuple[int, int] = (1, 1)
     fixes_values: bool = False
+    inertia: float = 0.0
 
     def check(self, shapes: Mapping[str, torch.Size], transposed: Collection[str] = ()) -> None:
         """Raise UserError, naming the tensor, if tensors of these names and shapes cannot be in the set.

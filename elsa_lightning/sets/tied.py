@@ -51,7 +51,13 @@ class Tied(Constraint):
     Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over z whose units are zero but for ``kept`` of each tie: it keeps those
     with the largest Σ Fᵢ vᵢ² over their entries in all members; equal ones go to the lower unit. An entry of units of
     several ties stays if all of them do, an entry of none stays. Processes exchange one number a unit.
+
+    Scores of units are sums over many entries and lie close together, so that those next to the border are soon in
+    another order, and each exchange takes out a whole unit that the others had adapted to. Hence the inertia: in a run
+    a unit that was cut returns when it remembers twice the size of one that is kept.
     """
+
+    inertia = 1.0
 
     @abstractmethod
     def ties(self, shapes: Mapping[str, torch.Size]) -> list[Tie]:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from elsa_lightning import ADMM, ByPattern, Experts, Heads, Layers, Neurons, Width, shrink
+from elsa_lightning import ADMM, NM, ByPattern, Experts, Heads, Layers, Neurons, Width, shrink
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.kernels import is_transposed
+from elsa_lightning.schedule import Schedule
 from elsa_lightning.selection import select
-from elsa_lightning.sets import Constraint
+from elsa_lightning.sets import Constraint, Member, Tie, Tied
 from elsa_lightning.sets.base import WholePoints
 
 COMMON = {"vocab_size": 48, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -278,6 +280,32 @@ def test_the_number_of_units_falls_along_the_ramp() -> None:
 
 
 # ---------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class OneColumn(Tied):
+    """The best column of the matrix."""
+
+    def ties(self, shapes: Any) -> list[Tie]:
+        return [Tie(shapes["p"][1], 1, (Member("p", 1),))]
+
+
+def test_a_unit_returns_when_it_remembers_twice_the_size_of_one_that_is_kept() -> None:
+    """Single weights do as soon as it is more: see the same with N:M."""
+    for constraint, inertia in ((OneColumn(), 1.0), (ByPattern({"p": OneColumn()}), 1.0), (NM(1, 2), 0.0)):
+        p = nn.Parameter(torch.tensor([[1.0, 0.95], [1.0, 0.95]]))
+        optimizer = torch.optim.SGD([p], lr=1.0)
+        schedule = Schedule(interval=1, ramp=0, frozen=0, penalty=1.0)
+        ADMM(optimizer, {"p": p}, constraint, total_steps=100, schedule=schedule, prox="feedback")
+        for n in range(20):  # the second column's memory: 0.95, 1.05, ...
+            p.grad = torch.tensor([[0.0, -0.1 * (n > 0)]] * 2)
+            optimizer.step()
+            back = 0.95 + 0.1 * n > 1 + inertia
+            assert p.any(dim=0).tolist() == [not back, back], n
+            if back:
+                break
+        else:
+            raise AssertionError("it never came back")
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "float8_e4m3fn"])
