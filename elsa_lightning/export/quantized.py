@@ -73,7 +73,13 @@ def check_groups(model: nn.Module, bits: int, group_size: int) -> dict[str, nn.L
 
 
 @torch.no_grad()
-def find_grid(weight: Tensor, bits: int, group_size: int = 0, dtype: torch.dtype | None = None) -> Grid:
+def find_grid(
+    weight: Tensor,
+    bits: int,
+    group_size: int = 0,
+    dtype: torch.dtype | None = None,
+    product: torch.dtype | None = None,
+) -> Grid:
     """Return the symmetric grid of a weight: its own where it has one in the scales' dtype, else the nearest of a kind.
 
     The largest magnitude of a group is ``largest`` times its scale. Where all of a group are whole multiples of one,
@@ -84,29 +90,31 @@ def find_grid(weight: Tensor, bits: int, group_size: int = 0, dtype: torch.dtype
         bits: Of the codes.
         group_size: Columns that share a scale; 0 for all.
         dtype: Of the scales; None takes the weight's.
+        product: In which who unpacks multiplies; None takes the scales'.
     """
     dtype = dtype or weight.dtype
+    product = product or dtype
     group = group_size or weight.shape[1]
     at_once = max(1, _ROWS // weight.shape[1])
-    pieces = [_grid(rows.reshape(-1, group), bits, dtype) for rows in torch.split(weight.detach(), at_once)]
+    pieces = [_grid(rows.reshape(-1, group), bits, dtype, product) for rows in torch.split(weight.detach(), at_once)]
     codes = torch.cat([codes for codes, _ in pieces]).view(weight.shape)
     return Grid(codes, torch.cat([scales for _, scales in pieces]).view(len(weight), -1))
 
 
-def _grid(groups: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _grid(groups: Tensor, bits: int, dtype: torch.dtype, product: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return codes and scales of groups ``(n, size)``."""
     most = (1 << (bits - 1)) - 1
     largest = groups.abs().amax(dim=1).double()
     codes, scales = _coded(groups, _safe(largest / most, dtype), most)
-    open_ = (~_exact(groups, codes, scales, dtype)).nonzero().flatten()
-    if len(open_) > 256 and not _search(groups[open_[:: len(open_) // 128]], bits, dtype)[2].any():
+    open_ = (~_exact(groups, codes, scales, product)).nonzero().flatten()
+    if len(open_) > 256 and not _search(groups[open_[:: len(open_) // 128]], bits, dtype, product)[2].any():
         return codes, scales  # none of a sample is on a grid
-    found, its, done = _search(groups[open_], bits, dtype)
+    found, its, done = _search(groups[open_], bits, dtype, product)
     codes[open_[done]], scales[open_[done]] = found[done], its[done]
     return codes, scales
 
 
-def _search(groups: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _search(groups: Tensor, bits: int, dtype: torch.dtype, product: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes and scales of groups, and for which of them a grid was found that they lie on exactly."""
     most = (1 << (bits - 1)) - 1
     largest = groups.abs().amax(dim=1).double()
@@ -120,7 +128,7 @@ def _search(groups: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tens
                 return codes, scales, done
             scale = _neighbour(_safe(largest[left] / code, dtype), step)
             its, _ = _coded(groups[left], scale, most)
-            hit = _exact(groups[left], its, scale, dtype)
+            hit = _exact(groups[left], its, scale, product)
             codes[left[hit]], scales[left[hit]], done[left[hit]] = its[hit], scale[hit], True
     return codes, scales, done
 
@@ -144,9 +152,9 @@ def _coded(groups: Tensor, scale: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def _exact(groups: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _exact(groups: Tensor, codes: Tensor, scale: Tensor, product: torch.dtype) -> Tensor:
     """Say of which groups codes and scales give back every value."""
-    return (codes.to(dtype) * scale[:, None] == groups).all(dim=1)
+    return (codes.to(product) * scale.to(product)[:, None] == groups).all(dim=1)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -180,10 +180,8 @@ def _cpu_sparse(source: Source, folder: Path, options: Options, say: Say) -> Mad
 
 def _gguf(source: Source, folder: Path, options: Options, say: Say) -> Made:
     command = check_gguf(options.gguf_type, options.converter)
-    checked = write_gguf(source.model, source.tokenizer, folder, options.gguf_type, command)
-    return replace(
-        made_of(source.model, {"type": options.gguf_type}), checked=checked, rounded=options.gguf_type != "f32"
-    )
+    checked, rounded = write_gguf(source.model, source.tokenizer, folder, options.gguf_type, command)
+    return replace(made_of(source.model, {"type": options.gguf_type}), checked=checked, rounded=rounded)
 
 
 WRITERS: dict[str, Callable[[Source, Path, Options, Say], Made]] = {

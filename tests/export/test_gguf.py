@@ -22,8 +22,8 @@ def test_types_that_lose_zeros_and_a_missing_converter_are_refused(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     for kind, message in (
-        ("q4_1", "q4_1 has an offset a block, in which zeros are lost: give one of f32, f16, bf16, q8_0"),
-        ("q4_0", "q4_0 is not written by llama.cpp's converter; write f16, and let llama-quantize make it"),
+        ("q4_1", "q4_1 has an offset a block, in which zeros are lost: give one of f32, f16, bf16, q8_0, q4_0"),
+        ("q5_0", "q5_0 is not written here; write f16, and let llama-quantize make it"),
         ("f16", "none was found: clone https://github.com/ggml-org/llama.cpp"),
     ):
         with pytest.raises(ValueError, match=r"--gguf-type|--to gguf") as refused:
