@@ -6,13 +6,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elsa_lightning.export.cpu_sparse import load_cpu_sparse, save_cpu_sparse, to_cpu_sparse
     from elsa_lightning.export.formats import Options
+    from elsa_lightning.export.semi_structured import to_semi_structured, why_not_semi_structured
     from elsa_lightning.export.write import export
 
-__all__ = ["Options", "export", "load_cpu_sparse", "save_cpu_sparse", "to_cpu_sparse"]
+__all__ = [
+    "Options",
+    "export",
+    "load_cpu_sparse",
+    "save_cpu_sparse",
+    "to_cpu_sparse",
+    "to_semi_structured",
+    "why_not_semi_structured",
+]
+_HOMES = {
+    "Options": "formats",
+    "export": "write",
+    "to_semi_structured": "semi_structured",
+    "why_not_semi_structured": "semi_structured",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = {"Options": "formats", "export": "write"}.get(name, "cpu_sparse")
-    return getattr(import_module(f"{__name__}.{home}"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'cpu_sparse')}"), name)
