@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -26,7 +27,6 @@ except ImportError:  # not of Unix
 ADAPTER = "adapter"  # folder of a PEFT adapter inside that of its base
 RECORD = "elsa.json"
 CARD = "README.md"
-_LOCK = ".elsa-export"  # held by who writes
 
 _WRITTEN = re.compile(  # what save_pretrained of models and tokenizers leaves, and the exports
     r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab|preprocessor_config|elsa)\.json"
@@ -96,30 +96,52 @@ def beside(folder: Path) -> Iterator[Path]:
     """Yield a hidden folder beside another, gone at the end; what killed processes left there is cleared before."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clear(folder)
-    made = tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-")
-    with made as temporary, Path(temporary, _LOCK).open("w") as lock:
-        _take(lock)
-        yield Path(temporary)
+    for last in (False, False, True):
+        made = tempfile.TemporaryDirectory(dir=folder.parent, prefix=_prefix(folder), ignore_cleanup_errors=True)
+        with made as place:
+            lock = _take(Path(place))
+            if lock is None and not last and fcntl is not None:
+                continue  # another process took it for one that was left
+            try:
+                yield Path(place)
+            finally:
+                shutil.rmtree(place)
+                if lock is not None:
+                    os.close(lock)
+            return
+
+
+def _prefix(folder: Path) -> str:
+    return f".{folder.name}.elsa-"
 
 
 def _clear(folder: Path) -> None:
     """Remove the hidden folders beside another whose processes are gone; a former folder without a new one returns."""
-    if fcntl is None:
-        return
-    for left in folder.parent.iterdir():
-        if not re.fullmatch(rf"\.{re.escape(folder.name)}-\w{{8}}", left.name) or not (left / _LOCK).is_file():
+    for left in folder.parent.glob(f"{glob.escape(_prefix(folder))}*"):
+        if (lock := _take(left)) is None:
             continue
-        with contextlib.suppress(OSError), (left / _LOCK).open("w") as lock:
-            _take(lock)  # or its process lives
-            if (left / "former").is_dir() and not folder.exists():
-                (left / "former").rename(folder)
-            shutil.rmtree(left)
+        if (left / "former").is_dir() and not folder.exists():
+            (left / "former").rename(folder)
+        shutil.rmtree(left, ignore_errors=True)
+        os.close(lock)
 
 
-def _take(lock: IO[str]) -> None:
-    """Lock a file until it is closed, or its process is killed; raise OSError if another process has it."""
-    if fcntl is not None:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _take(folder: Path) -> int | None:
+    """Lock a folder until what is returned is closed, or the process ends; None if another has it, or it is gone."""
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if folder.is_dir():
+            return descriptor
+    except OSError:
+        pass
+    os.close(descriptor)
+    return None
 
 
 def replace(whole: Path, folder: Path) -> None:

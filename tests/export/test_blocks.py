@@ -17,33 +17,30 @@ from gguf.quants import dequantize  # noqa: E402
 
 # what llama.cpp's converter does of a Llama: its names, and the rows of queries and keys in another order
 CONVERTER = """
-import argparse, sys
-import gguf, torch
-from transformers import AutoModelForCausalLM
+import argparse, json
+import gguf
+from safetensors.numpy import load_file
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--outtype")
 parser.add_argument("--outfile")
 parser.add_argument("model")
 given = parser.parse_args()
-model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
-config = model.config
+config = json.load(open(given.model + "/config.json"))
 writer = gguf.GGUFWriter(given.outfile, "llama")
 writer.add_name("a model")
-writer.add_block_count(config.num_hidden_layers)
+writer.add_block_count(config["num_hidden_layers"])
 writer.add_token_list(["a", "b", "ü"])
 writer.add_token_scores([0.0, -1.5, 2.0])
 writer.add_file_type({"f32": 0, "q8_0": 7}[given.outtype])
-names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-for name, t in model.state_dict().items():
-    if name == "lm_head.weight":
-        continue
-    for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+for name, t in load_file(given.model + "/model.safetensors").items():
+    for part, heads in (("q_proj", config["num_attention_heads"]), ("k_proj", config["num_key_value_heads"])):
         if part in name:
-            t = t.view(heads, 2, -1, t.shape[1]).swapaxes(1, 2).reshape(t.shape)
+            t = t.reshape(heads, 2, -1, t.shape[1]).swapaxes(1, 2).reshape(t.shape)
     kind = gguf.GGMLQuantizationType.Q8_0
-    rounded = given.outtype == "q8_0" and t.dim() > 1
-    data = gguf.quants.quantize(t.numpy(), kind) if rounded else t.numpy()
+    rounded = given.outtype == "q8_0" and t.ndim > 1
+    data = gguf.quants.quantize(t, kind) if rounded else t
     writer.add_tensor(names.get_name(name, (".weight",)), data, raw_dtype=kind if rounded else None)
 writer.write_header_to_file()
 writer.write_kv_data_to_file()
