@@ -3,8 +3,8 @@
     python benchmarks/decode/products.py --shape 2048x2048 5632x2048 2048x5632
 
 For each shape (out × in) and sparsity: how many times as fast as the dense float32 product the sparse ones are, for 1
-to 256 rows, by a vector a row, by one matrix, and by matrices of so many rows. Weights are fetched from memory, as in
-a model, not from the cache. All products are timed in turn; medians of processor time on one thread.
+to 256 rows, by a vector a row, by one matrix, and by matrices of so many rows. Weights are fetched from memory, as in a
+model, not from the cache. All products are timed in turn; medians of processor time on one thread.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elsa_lightning.export.cpu_sparse import BREAK_EVEN, VECTORS, CSRLinear
+from elsa_lightning.export.cpu_sparse import BLOCK, BREAK_EVEN, CSRLinear
 
 ROWS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256)
 BLOCKS = (8, 16, 32, 48, 64)
@@ -42,7 +42,7 @@ def sparse_products(layers: list[CSRLinear], x: Tensor) -> dict[str, Callable[[]
     matrices = itertools.cycle([layer.matrix() for layer in layers])
     blocks = [b for b in BLOCKS if b < len(x)]
     made: dict[str, Callable[[], object]] = {"matrix": lambda: (next(matrices) @ x.T.contiguous()).T.contiguous()}
-    if len(x) <= 4:
+    if len(x) <= 3:
         made["vectors"] = lambda: [torch.mv(w, row) for w in [next(matrices)] for row in x]
 
     def by(block: int) -> Callable[[], object]:
@@ -74,7 +74,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"The layer takes a vector a row for up to {VECTORS} rows; below {BREAK_EVEN:.0%} zeros it stays dense.")
+    print(
+        f"A layer takes a vector for one row, matrices of {BLOCK} for more; it is dense below {BREAK_EVEN:.0%} zeros."
+    )
     for shape, sparsity in itertools.product(given.shape, given.sparsity):
         table(*map(int, shape.split("x")), sparsity, given.rounds)
 

@@ -21,7 +21,7 @@ from elsa_lightning.errors import UnavailableError, UserError
 FILE = "cpu_sparse.safetensors"
 # Measured on one thread with benchmarks/decode/products.py; see docs/exports.md.
 BREAK_EVEN = 0.6  # of zeros: from here on decoding is faster than in dense float32
-VECTORS, BLOCK = 2, 32  # rows: up to so many, one product with a vector each; more, products with so many at a time
+BLOCK = 32  # rows of a product with a matrix, where there are more than one; more at a time take longer
 
 
 class CSRLinear(nn.Module):
@@ -100,10 +100,7 @@ class CSRLinear(nn.Module):
             y = torch.mv(w, x.reshape(-1)) if bias is None else torch.addmv(bias, w, x.reshape(-1))
             return y.view(*x.shape[:-1], self.out_features)
         rows = x.reshape(-1, self.in_features).to(w.dtype)
-        if 0 < len(rows) <= VECTORS:
-            y = torch.stack([torch.mv(w, row) for row in rows])
-        else:
-            y = torch.cat([(w @ block.T.contiguous()).T for block in torch.split(rows, BLOCK)])
+        y = torch.cat([(w @ block.T.contiguous()).T for block in torch.split(rows, BLOCK)])
         if bias is not None:
             y += bias
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
