@@ -31,6 +31,7 @@ commands for a model that is saved:
   export     write it for elsewhere: smaller, quantized, for CPUs, as GGUF
 
 commands for runs:
+  sweep      fit at several sparsities and seeds, one after the other
   report     one page of what runs left, compared
 
 examples:
@@ -46,7 +47,8 @@ examples:
   elsa sparsity runs/elsa/lightning_logs/version_0/hf
   elsa export --from runs/elsa/lightning_logs/version_0 --to cpu-sparse \\
       --output exports/cpu
-  # runs compared, on one page
+  # the price of sparsity, as a curve
+  elsa sweep --config configs/elsa.yaml --sparsity 0.5,0.7,0.9
   elsa report runs/elsa --output report.html
 
 options:
@@ -114,6 +116,10 @@ def _report(arguments: Sequence[str]) -> None:
     import_module("elsa_lightning.reports.command").main(arguments)
 
 
+def _sweep(arguments: Sequence[str]) -> None:
+    import_module("elsa_lightning.sweep").main(arguments)
+
+
 def _sparsity(arguments: Sequence[str]) -> None:
     parser = CommandParser(
         "elsa sparsity", description="Where the zeros of a saved model are; nothing is loaded whole."
@@ -130,4 +136,5 @@ WITHOUT_TRAINER: dict[str, Callable[[Sequence[str]], None]] = {
     "export": _export,
     "report": _report,
     "sparsity": _sparsity,
+    "sweep": _sweep,
 }

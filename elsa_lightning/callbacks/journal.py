@@ -64,6 +64,7 @@ class Journal:
         }
         if trainer.is_global_zero:
             self.place = unused(Path(folder) / JOURNAL)
+            self._write(trainer, trainer.lightning_module, "running")
 
     def note(self, trainer: Trainer, module: LightningModule, outputs: Any, *, last: bool = False) -> None:
         """Note where the run is if a tenth of it has passed, on every process.

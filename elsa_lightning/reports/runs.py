@@ -54,6 +54,7 @@ class Run:
         saved: Models on disk.
         missing: What is not known, and how to get it.
         ancestors: Folders of the runs that it went on from.
+        source: File of the journal.
     """
 
     name: str
@@ -64,6 +65,12 @@ class Run:
     saved: list[Saved] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     ancestors: list[Path] = field(default_factory=list)
+    source: Path | None = None
+
+    @property
+    def place(self) -> Path:
+        """What tells it from every other run."""
+        return (self.source or self.folder).resolve()
 
     @property
     def notes(self) -> list[dict[str, Any]]:
@@ -151,7 +158,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
                 f"{str(path)!r} does not exist: give the folder of a run, or one that has runs in it"
             )
         found = list(_below(place.parent if place.is_file() else place))
-        found = [run for run in found if not place.is_file() or run.journal == _json(place)]
+        found = [run for run in found if not place.is_file() or run.source == place]
         if not found:
             raise UserError(
                 f"{str(path)!r} is no run and has none below it: there is no elsa_run.json, no TensorBoard events, no "
@@ -159,10 +166,9 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
                 f"runs/elsa/lightning_logs/version_0"
             )
         for run in found:
-            known = {other.folder.resolve(): other for other in runs}
             if not run.journal and not run.series:
                 exports.append(run)
-            elif run.folder.resolve() not in known or known[run.folder.resolve()].journal != run.journal:
+            elif not any(run.place == other.place for other in runs):
                 runs.append(run)
     gone_on = {ancestor.resolve() for run in runs for ancestor in run.ancestors}
     asked = {Path(path).expanduser().resolve() for path in paths}
@@ -196,7 +202,7 @@ def _read(folder: Path, journal: Path | None, alone: bool) -> Run:
         journal: Its journal.
         alone: Whether no other run shares the folder, so that what else is there is of this one.
     """
-    run = Run(str(folder), folder)
+    run = Run(str(folder), folder, source=journal)
     if journal is not None:
         run.journal = _json(journal)
         if not run.journal:
@@ -264,7 +270,7 @@ def _go_back(run: Run) -> None:
         return
     start = int(run.journal.get("first_step", 0))
     former = next((p for p in list(Path(resumed).parents)[:_LEVELS] if p.is_dir() and _is_run(p)), None)
-    runs = [] if former is None else [r for r in _below(former) if r.journal != run.journal]
+    runs = [] if former is None else [r for r in _below(former) if r.place != run.place]
     runs = [r for r in runs if r.journal.get("started", "") <= run.journal.get("started", "")]
     if not runs:
         run.missing.append(f"The run went on from {resumed}, which is not there: its figures begin at step {start}.")
