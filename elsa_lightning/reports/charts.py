@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from statistics import fmean
@@ -89,16 +89,18 @@ def trade_offs(runs: Sequence[Run]) -> list[Chart]:
     """Return the Pareto curves of runs that have a perplexity: against sparsity, bytes and tokens a second."""
     if len(runs) < 2:
         return []
-    size: Callable[[Run], float | None] = lambda run: run.smallest.size / 2**20 if run.smallest else None  # noqa: E731
-    speed: Callable[[Run], float | None] = lambda run: run.fastest  # noqa: E731
-    charts = [_pareto(runs, "pareto", "Perplexity against sparsity", "Zeros among the constrained weights",
-                      lambda run: run.sparsity, more_is_better=True, percent=True)]  # fmt: skip
-    if len({size(run) for run in runs} - {None}) > 1:
-        charts.append(_pareto(runs, "pareto-bytes", "Perplexity against size", "MiB of weights on disk, of the "
-                              "smallest model of each run", size, more_is_better=False))  # fmt: skip
-    if len({speed(run) for run in runs} - {None}) > 1:
-        charts.append(_pareto(runs, "pareto-speed", "Perplexity against speed", "Tokens a second of the fastest "
-                              "export", speed, more_is_better=True))  # fmt: skip
+    of_runs = [(run.sparsity, run.sparse, run.name, run) for run in runs]
+    charts = [_pareto(runs, "pareto", "Perplexity against sparsity", "Zeros among the constrained weights", of_runs,
+                      more_is_better=True, percent=True)]  # fmt: skip
+    saved = [(s, f"{run.name}, {s.format}", run) for run in runs for s in run.saved]
+    sizes = [(s.size / 2**20, s.perplexity, name, run) for s, name, run in saved]
+    speeds = [(s.tokens_per_second, s.perplexity, name, run) for s, name, run in saved if s.tokens_per_second]
+    if len({x for x, y, *_ in sizes if y is not None}) > 1:
+        charts.append(_pareto(runs, "pareto-bytes", "Perplexity against size", "MiB of weights on disk", sizes,
+                              more_is_better=False))  # fmt: skip
+    if len({x for x, y, *_ in speeds if y is not None}) > 1:
+        charts.append(_pareto(runs, "pareto-speed", "Perplexity against speed", "Tokens a second", speeds,
+                              more_is_better=True))  # fmt: skip
     return charts
 
 
@@ -208,15 +210,26 @@ def _traces(runs: Sequence[Run], lines: Sequence[_Line], shown: str) -> list[dic
 
 
 def _pareto(
-    runs: Sequence[Run], name: str, title: str, axis: str, of: Callable[[Run], float | None], *,
-    more_is_better: bool, percent: bool = False,
+    runs: Sequence[Run], name: str, title: str, axis: str,
+    points: Sequence[tuple[float | None, float | None, str, Run]], *, more_is_better: bool, percent: bool = False,
 ) -> Chart:  # fmt: skip
-    known = [(x, run.sparse, run) for run in runs if (x := of(run)) is not None and run.sparse is not None]
+    """Return perplexity against something else.
+
+    Args:
+        runs: All of them.
+        name: Of the chart.
+        title: Of the chart.
+        axis: What it is against.
+        points: That, perplexity, a name and the run.
+        more_is_better: Whether the most of it is the best.
+        percent: Whether it is a fraction.
+    """
+    known = [(x, y, label, run) for x, y, label, run in points if x is not None and y is not None]
     if not known:
         return Chart(name, title, "No run has both.")
     groups: dict[str, list[tuple[float, float]]] = {}
-    for x, y, run in known:
-        groups.setdefault(run.but_for_seed, []).append((x, y))
+    for x, y, label, run in known:
+        groups.setdefault(run.but_for_seed + label.removeprefix(run.name), []).append((x, y))
     means = [(fmean(x for x, _ in group), fmean(y for _, y in group)) for group in groups.values()]
     best: list[tuple[float, float]] = []
     for x, y in sorted(means, key=lambda mean: (-mean[0] if more_is_better else mean[0], mean[1])):
@@ -230,15 +243,15 @@ def _pareto(
             "name": "best of each", "meta": {"colour": 0}, "hoverinfo": "skip", "showlegend": False,
         },
         {
-            "type": "scatter", "mode": "markers", "x": [x for x, _, _ in known], "y": [y for _, y, _ in known],
+            "type": "scatter", "mode": "markers", "x": [x for x, *_ in known], "y": [y for _, y, *_ in known],
             "name": "runs", "meta": {"colour": 0}, "marker": {"size": 10}, "showlegend": False,
-            "text": [escape(run.name) for _, _, run in known],
+            "text": [escape(label) for _, _, label, _ in known],
             "hovertemplate": f"%{{text}}<br>%{{x:{'.2%' if percent else '.4~g'}}}, perplexity %{{y:.4~g}}"
             "<extra></extra>",
         },
     ]  # fmt: skip
     dense = {float(f"{run.dense:.4g}") for run in runs if run.dense is not None}
-    ends = [min(x for x, _, _ in known), max(x for x, _, _ in known)]
+    ends = [min(x for x, *_ in known), max(x for x, *_ in known)]
     for value in sorted(dense)[:3]:
         traces.append(
             {
@@ -250,8 +263,8 @@ def _pareto(
         "xaxis": {"title": {"text": axis}, "tickformat": ".0%" if percent else None},
         "yaxis": {"title": {"text": "perplexity"}}, "hovermode": "closest",
     }  # fmt: skip
-    spoken = ", ".join(f"{run.name}: {show(x)}, perplexity {y:.4g}" for x, y, run in known[:20])
-    rows = [(run.name, show(x), f"{y:.3f}") for x, y, run in sorted(known, key=_first)]
+    spoken = ", ".join(f"{label}: {show(x)}, perplexity {y:.4g}" for x, y, label, _ in known[:20])
+    rows = [(label, show(x), f"{y:.3f}") for x, y, label, _ in sorted(known, key=_first)]
     seeds = " (means, of runs that differ by their seed alone)" if len(groups) < len(known) else ""
     text = f"Lower is better. The line joins the runs{seeds} that no other beats in both."
     return Chart(
@@ -259,7 +272,7 @@ def _pareto(
     )
 
 
-def _first(point: tuple[float, float, Run]) -> float:
+def _first(point: tuple[float, float, str, Run]) -> float:
     return point[0]
 
 

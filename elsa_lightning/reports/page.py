@@ -117,7 +117,7 @@ def _described(run: Run, charts: list[Chart]) -> dict[str, Any]:
         "protocol": run.record.get("perplexity", {}).get("protocol"),
         "sparsity": "–" if run.sparsity is None else f"{run.sparsity:.2%}".replace("%", " %"),
         "size": _bytes(run.smallest.size) if run.smallest else "–",
-        "speed": f"{run.fastest:,.1f}" if run.fastest else "–",
+        "speed": f"{run.fastest.tokens_per_second:,.1f}" if run.fastest else "–",
         "steps": f"{run.journal['step']:,}" if "step" in run.journal else "–",
         "time": _duration(run.journal.get("seconds")),
         "memory": _bytes(run.journal.get("peak_memory")),
@@ -131,8 +131,8 @@ def _described(run: Run, charts: list[Chart]) -> dict[str, Any]:
         "missing": run.missing,
         "settings": _settings(run),
         "saved": [
-            (saved.format, str(saved.folder), _bytes(saved.size),
-             f"{saved.tokens_per_second:,.1f}" if saved.tokens_per_second else "–")
+            (saved.format, str(saved.folder), _bytes(saved.size), _bytes(saved.archive),
+             f"{saved.tokens_per_second:,.1f}" if saved.tokens_per_second else "–", _figure(saved.perplexity))
             for saved in run.saved
         ],
         "samples": [[str(sample.get(of, "")) for of in ("prompt", "dense", "sparse")] for sample in _samples(run)],

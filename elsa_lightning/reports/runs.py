@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,14 +11,12 @@ from typing import Any
 
 from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.export.folders import RECORD
-
-Series = dict[str, list[tuple[int, float]]]  # by name of the metric: (step, value)
+from elsa_lightning.reports.metrics import EVENTS, TABLE, Series, logged, noted, number
 
 JOURNALS = "elsa_run*.json"
-_EVENTS = "events.out.tfevents.*"
-_TABLE = "metrics.csv"
-_NO_METRICS = ("epoch", "step", "hp_metric")
 _LEVELS = 3  # from a checkpoint up to the folder of its run
+_ARCHIVE = ".tar.zst"
+_ROUNDED = ("quantized", "gguf")  # whose perplexity is another than the run's
 _WEIGHTS = ("*.safetensors", "*.gguf", "*.pt", "*.bin")
 
 
@@ -33,12 +29,16 @@ class Saved:
         format: ``hf``, ``shrunk``, ``quantized``, ``cpu-sparse`` or ``gguf``.
         size: Bytes of its weights.
         tokens_per_second: If its record says so.
+        archive: Bytes of the compressed file beside it, if there is one.
+        perplexity: Measured on it, or the run's where the values are the run's.
     """
 
     folder: Path
     format: str
     size: int
-    tokens_per_second: float | None
+    tokens_per_second: float | None = None
+    archive: int | None = None
+    perplexity: float | None = None
 
 
 @dataclass
@@ -87,12 +87,12 @@ class Run:
     def dense(self) -> float | None:
         """Perplexity before the first step."""
         known = self.record.get("perplexity", {})
-        return _number(known.get("dense", known.get("start"))) or self._last("val/dense_perplexity")
+        return number(known.get("dense", known.get("start"))) or self._last("val/dense_perplexity")
 
     @property
     def sparse(self) -> float | None:
         """Perplexity of what the run left."""
-        return _number(self.record.get("perplexity", {}).get("sparse")) or self._last("val/final_perplexity")
+        return number(self.record.get("perplexity", {}).get("sparse")) or self._last("val/final_perplexity")
 
     @property
     def sparsity(self) -> float | None:
@@ -135,9 +135,11 @@ class Run:
         return min(self.saved, key=lambda saved: saved.size, default=None)
 
     @property
-    def fastest(self) -> float | None:
-        """Tokens a second of the fastest export that was timed."""
-        return max((s.tokens_per_second for s in self.saved if s.tokens_per_second), default=None)
+    def fastest(self) -> Saved | None:
+        """The fastest export of those that were timed."""
+        return max(
+            (s for s in self.saved if s.tokens_per_second), key=lambda s: s.tokens_per_second or 0, default=None
+        )  # fmt: skip
 
     def _last(self, metric: str) -> float | None:
         return self.series[metric][-1][1] if self.series.get(metric) else None
@@ -191,7 +193,7 @@ def _below(folder: Path) -> Iterator[Run]:
 
 
 def _is_run(folder: Path) -> bool:
-    return any(next(folder.glob(pattern), None) is not None for pattern in (JOURNALS, _EVENTS, _TABLE))
+    return any(next(folder.glob(pattern), None) is not None for pattern in (JOURNALS, EVENTS, TABLE))
 
 
 def _read(folder: Path, journal: Path | None, alone: bool) -> Run:
@@ -207,15 +209,15 @@ def _read(folder: Path, journal: Path | None, alone: bool) -> Run:
         run.journal = _json(journal)
         if not run.journal:
             run.missing.append(f"{journal} cannot be read, so command, settings, scores and memory are not known")
-    records = sorted(folder.rglob(RECORD)) if alone else []
+    records = sorted(folder.rglob(RECORD), key=lambda file: (file.parent.name != "hf", file)) if alone else []
     run.record = dict(run.journal.get("record", {}))
     for file in records:
         known = _json(file)
         if file.parent.parent == folder or file.parent == folder:
             run.record = {**known, **run.record}
         run.saved += _saved(file.parent, known)
-    run.series = _logged(folder) if alone else {}
-    for name, values in _noted(run.notes).items():
+    run.series = logged(folder) if alone else {}
+    for name, values in noted(run.notes).items():
         run.series.setdefault(name, values)
     _go_back(run)
     _say_what_is_missing(run, journal)
@@ -226,41 +228,15 @@ def _saved(folder: Path, known: dict[str, Any]) -> list[Saved]:
     size = sum(file.stat().st_size for pattern in _WEIGHTS for file in folder.glob(pattern))
     if not size:
         return []
-    speed = _number(known.get("export", {}).get("tokens_per_second"))
-    return [Saved(folder, str(known.get("format", "hf")), size, speed)]
-
-
-def _logged(folder: Path) -> Series:
-    """Return what loggers wrote, in steps' order."""
-    series: Series = {}
-    if next(folder.glob(_EVENTS), None) is not None:
-        from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
-
-        events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
-        for name in events.Tags()[SCALARS]:
-            series[name] = [(event.step, event.value) for event in events.Scalars(name)]
-    elif (folder / _TABLE).is_file():
-        with (folder / _TABLE).open(newline="", encoding="utf-8") as table:
-            for row in csv.DictReader(table):
-                if (step := _number(row.get("step"))) is None:
-                    continue
-                for name, cell in row.items():
-                    if (value := _number(cell)) is not None:
-                        series.setdefault(name, []).append((int(step), value))
-    return {
-        name: sorted({step: value for step, value in values if math.isfinite(value)}.items())
-        for name, values in series.items()
-        if name not in _NO_METRICS
-    }
-
-
-def _noted(notes: Sequence[dict[str, Any]]) -> Series:
-    series: Series = {}
-    for note in notes:
-        for name, value in note.get("metrics", {}).items():
-            if value is not None and name not in _NO_METRICS:
-                series.setdefault(name, []).append((int(note["step"]), float(value)))
-    return series
+    measured, kind = known.get("perplexity", {}), str(known.get("format", "hf"))
+    archive = folder.with_name(f"{folder.name}{_ARCHIVE}")
+    return [
+        Saved(
+            folder, kind, size, number(known.get("export", {}).get("tokens_per_second")),
+            archive.stat().st_size if archive.is_file() else None,
+            number(measured.get("exported", None if kind in _ROUNDED else measured.get("sparse"))),
+        )
+    ]  # fmt: skip
 
 
 def _go_back(run: Run) -> None:
@@ -313,7 +289,8 @@ def _attach(export: Run, runs: list[Run]) -> None:
 
 
 def _of_model(record: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(json.dumps(record.get(name), sort_keys=True) for name in ("command", "perplexity", "method"))
+    perplexity = {n: v for n, v in record.get("perplexity", {}).items() if not n.startswith("exported")}
+    return record.get("command"), json.dumps(perplexity), json.dumps(record.get("method"), sort_keys=True)
 
 
 def _name(runs: list[Run]) -> None:
@@ -342,10 +319,3 @@ def _json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _number(value: Any) -> float | None:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None

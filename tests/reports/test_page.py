@@ -12,7 +12,7 @@ from PIL import Image
 
 from elsa_lightning.cli import main
 from elsa_lightning.reports.charts import trade_offs
-from elsa_lightning.reports.runs import read_runs
+from elsa_lightning.reports.runs import Saved, read_runs
 
 from .runs import run
 
@@ -67,6 +67,18 @@ def test_the_curve_joins_means_of_seeds_that_nothing_beats(folder: Path) -> None
     assert line["x"] == [pytest.approx(0.5, abs=1e-3), pytest.approx(0.9, abs=1e-3)] and line["y"] == [22.0, 32.0]
     assert sorted(points["y"]) == [22.0, 30.0, 34.0] and dense["y"] == [20.0, 20.0]
     assert "means, of runs that differ by their seed alone" in chart.text
+
+
+def test_sizes_make_a_curve_where_models_differ_in_them(folder: Path) -> None:
+    runs = read_runs([folder])
+    assert [chart.name for chart in trade_offs(runs)] == ["pareto"]
+    for found, size in zip(runs, (1, 2, 3), strict=True):
+        found.saved.append(Saved(found.folder, "hf", size * 2**20, 10.0 / size, perplexity=found.sparse))
+    _, sizes, speeds = trade_offs(runs)
+    assert sizes.figure is not None and speeds.figure is not None
+    line, points, _ = json.loads(sizes.figure)["data"]
+    assert points["x"] == [1, 2, 3] and points["y"] == [30.0, 34.0, 22.0] and line["y"] == [32.0, 22.0]
+    assert json.loads(speeds.figure)["data"][1]["x"] == [10.0, 5.0, pytest.approx(10 / 3)]
 
 
 def test_what_is_not_there_is_said_with_how_to_get_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,17 +61,29 @@ def test_a_run_that_was_resumed_is_one_from_its_beginning(tmp_path: Path) -> Non
     assert "7.ckpt, which is not there: its figures begin at step 7" in found.missing[0]
 
 
+def export(folder: Path, record: dict[str, Any], form: str, **measured: float) -> Path:
+    """Write what an export leaves, but for the model."""
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"0" * 1000)
+    told = {**record, "format": form, "export": {"tokens_per_second": 12.5}}
+    (folder / "elsa.json").write_text(json.dumps({**told, "perplexity": {**record["perplexity"], **measured}}))
+    return folder
+
+
 def test_an_export_belongs_to_the_run_whose_model_it_is(tmp_path: Path) -> None:
     folder = run(tmp_path / "run", logger=False)
     record = json.loads((folder / JOURNAL).read_text())["record"]
-    for name, known in (("of it", record), ("of another", {**record, "command": "elsa fit other"})):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(b"0" * 1000)
-        told = {**known, "format": "cpu-sparse", "export": {"tokens_per_second": 12.5}}
-        (tmp_path / name / "elsa.json").write_text(json.dumps(told))
-    (found,) = read_runs([folder, tmp_path / "of it"])
-    assert found.smallest is not None and found.smallest.size == 1000 and found.fastest == 12.5
-    _, alone = read_runs([folder, tmp_path / "of another"])
+    sparse = export(tmp_path / "sparse", record, "cpu-sparse")
+    rounded = export(tmp_path / "rounded", record, "quantized")
+    measured = export(tmp_path / "measured", record, "quantized", exported=31.0)
+    (tmp_path / "measured.tar.zst").write_bytes(b"0" * 100)
+    (found,) = read_runs([folder, sparse, rounded, measured])
+    assert [saved.perplexity for saved in found.saved] == [30.0, None, 31.0]
+    assert [saved.archive for saved in found.saved] == [None, None, 100]
+    assert found.smallest is not None and found.smallest.size == 1000
+    assert found.fastest is not None and found.fastest.tokens_per_second == 12.5
+    other = export(tmp_path / "of another", {**record, "command": "elsa fit other"}, "hf")
+    _, alone = read_runs([folder, other])
     assert "without the run that made it" in alone.missing[0] and alone.sparse == 30.0
 
 
