@@ -28,6 +28,7 @@ commands that train or measure:
 
 commands for a model that is saved:
   sparsity   where its zeros are
+  evaluate   perplexity and zero-shot tasks, beside the dense model
   export     write it for elsewhere: smaller, quantized, for CPUs, as GGUF
 
 commands for runs:
@@ -108,6 +109,10 @@ def _shipped(argument: str) -> str:
     return argument.replace(value, found)
 
 
+def _evaluate(arguments: Sequence[str]) -> None:
+    import_module("elsa_lightning.evaluation.command").main(arguments)
+
+
 def _export(arguments: Sequence[str]) -> None:
     import_module("elsa_lightning.export.command").main(arguments)
 
@@ -133,6 +138,7 @@ def _sparsity(arguments: Sequence[str]) -> None:
 
 # each takes the arguments after its name, and imports what is heavy once these are parsed
 WITHOUT_TRAINER: dict[str, Callable[[Sequence[str]], None]] = {
+    "evaluate": _evaluate,
     "export": _export,
     "report": _report,
     "sparsity": _sparsity,

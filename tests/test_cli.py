@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import elsa_lightning
 import elsa_lightning.callbacks
+import elsa_lightning.evaluation
 import elsa_lightning.export
 import elsa_lightning.sets
 from elsa_lightning import NM, ByPattern, ElsaCallback, Quantized, Unstructured, cli
@@ -388,6 +389,8 @@ NO_RUN = HEAVY - {"torch", "numpy"}
         ("elsa nothing", HEAVY),
         ("elsa sparsity --help", HEAVY),
         ("elsa export --help", HEAVY),
+        ("elsa evaluate --help", HEAVY),
+        ("elsa evaluate nowhere --perplexity pydocs --output /no/where", HEAVY),
         ("elsa export --from nowhere --to hf --output {}/out", NO_RUN),
         ("elsa sparsity {}", NO_RUN),
         ("elsa fit --help", {"datasets", "bitsandbytes", "tensorboard"}),  # Lightning's torchmetrics loads transformers
@@ -401,7 +404,9 @@ def test_no_more_is_loaded_than_is_needed(code: str, left_out: set[str], tiny_ll
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-@pytest.mark.parametrize("package", [elsa_lightning, elsa_lightning.export], ids=lambda package: package.__name__)
+@pytest.mark.parametrize(
+    "package", [elsa_lightning, elsa_lightning.export, elsa_lightning.evaluation], ids=lambda package: package.__name__
+)
 def test_type_checkers_see_the_names_that_load_when_used(package: ModuleType) -> None:
     (block,) = [node for node in ast.parse(inspect.getsource(package)).body if isinstance(node, ast.If)]
     seen = [name.name for node in block.body if isinstance(node, ast.ImportFrom) for name in node.names]

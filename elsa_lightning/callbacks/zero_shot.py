@@ -1,0 +1,112 @@
+"""Zero-shot tasks before and after a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from elsa_lightning.callbacks.versions import unused
+from elsa_lightning.errors import UserError
+from elsa_lightning.evaluation.command import write
+from elsa_lightning.evaluation.compare import Score, table, to_dict
+from elsa_lightning.evaluation.tasks import PUBLISHED, check_lm_eval, zero_shot
+from elsa_lightning.lm.text import load_tokenizer
+
+
+class ZeroShot(Callback):
+    """Runs tasks of lm-eval on the dense model before the first step and on the sparse one after the last.
+
+    Looks for a Hugging Face model in the module's attribute ``model``. Prints a table, logs
+    ``zero_shot/<task>_<metric>`` and writes ``evaluation.json`` into the logger's folder. Of several processes the
+    first evaluates and the others wait.
+
+    Args:
+        tasks: Of lm-eval; None takes the published seven (boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge,
+            openbookqa), whose data is downloaded.
+        include_path: Folder of task files of one's own, whose data may be local.
+        limit: Items a task at most, the first; None takes all.
+        num_fewshot: Examples before each question.
+        batch_size: Sequences at once.
+        dense: Whether to evaluate before the first step, too.
+        tokenizer: Hub name or folder; None takes the module's attribute ``path``, as CausalLM has it.
+
+    Raises:
+        UserError: lm-eval is not installed.
+    """
+
+    def __init__(
+        self,
+        tasks: list[str] | None = None,
+        include_path: str | None = None,
+        limit: int | None = None,
+        num_fewshot: int = 0,
+        batch_size: int = 8,
+        dense: bool = True,
+        tokenizer: str | None = None,
+    ) -> None:
+        check_lm_eval()
+        self.tasks = list(tasks or PUBLISHED)
+        self.options: dict[str, Any] = {
+            "include_path": include_path, "limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size,
+        }  # fmt: skip
+        self.dense, self.tokenizer = dense, tokenizer
+        self.before: list[Score] = []
+        self.after: list[Score] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a model that is sharded, of which no process has all."""
+        if stage == "fit" and isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+            raise UserError(
+                f"ZeroShot needs the whole model on one device, and {type(trainer.strategy).__name__} shards it: leave "
+                f"the callback out, and call elsa evaluate on what the run leaves"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate the dense model, unless a checkpoint brought its scores along."""
+        if self.dense and trainer.global_step == 0:
+            self.before = self._measure(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate the model that the run leaves."""
+        self.after = self._measure(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print, log and write the scores."""
+        folder = trainer.log_dir or trainer.default_root_dir  # every process asks: this is a broadcast
+        if not trainer.is_global_zero or not self.after:
+            return
+        rank_zero_info(table(self.after, self.before))
+        figures = {f"zero_shot/{score.name}_{score.metric}": score.value for score in self.after}
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
+        file = unused(Path(folder) / "evaluation.json")
+        write(file, {"step": trainer.global_step, "figures": to_dict(self.after, self.before)})
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> list[Score]:
+        found: list[Score] = []
+        if trainer.is_global_zero:
+            model: Any = getattr(pl_module, "model", None)
+            model = getattr(model, "_orig_mod", model)  # of torch.compile
+            path = self.tokenizer or getattr(pl_module, "path", None)
+            if not hasattr(model, "save_pretrained") or path is None:
+                raise UserError(
+                    f"ZeroShot needs a Hugging Face model in the module's attribute 'model', and its tokenizer in "
+                    f"'path' or ZeroShot(tokenizer=...); {type(pl_module).__name__} has not"
+                )
+            found = zero_shot(model, load_tokenizer(path), self.tasks, **self.options)
+        trainer.strategy.barrier()
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the dense model's scores, which a resumed run can no longer measure."""
+        scores = [dataclasses.asdict(score) for score in self.before]
+        return {"before": [{**score, "parts": list(score["parts"].items())} for score in scores]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore them."""
+        self.before = [Score(**{**score, "parts": dict(score["parts"])}) for score in state_dict["before"]]

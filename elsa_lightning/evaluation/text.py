@@ -1,0 +1,123 @@
+"""Perplexity by the published protocol: the text as one, cut into segments that do not overlap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from elsa_lightning.errors import UserError
+from elsa_lightning.evaluation.compare import Score, mean_error
+from elsa_lightning.lm.chat import column_of
+from elsa_lightning.lm.local import rows
+from elsa_lightning.lm.packing import PackedTokens
+from elsa_lightning.lm.perplexity import TokenPerplexity
+from elsa_lightning.lm.text import Source, token_stream
+from elsa_lightning.optim.moments import dtype_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Bos = Literal["auto", "segment", "stream", "none"]
+_USUAL_LENGTH = 2048  # of the published tables
+
+
+def perplexity(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    seq_len: int | None = None,
+    segments: int | None = None,
+    bos: Bos = "auto",
+) -> Score:
+    """Return the perplexity of a model on a text, its error over segments.
+
+    The documents are joined (WikiText-2 and files with two newlines, the first 1,100 of C4 with a blank), tokenized
+    once, cut into segments of ``seq_len`` tokens, and the tail is dropped. Each token but a segment's first is scored.
+
+    Args:
+        model: A causal language model of transformers, on its device.
+        tokenizer: The model's.
+        text: ``wikitext2`` (its test text), ``c4`` (256 segments of its validation text), ``pydocs``, or a file or
+            folder of text, all of it or, where names say so, its test files.
+        seq_len: Tokens a segment; None takes 2048, or as many as the model can take.
+        segments: As many as this, the first; None takes all.
+        bos: ``stream``: what the tokenizer puts before a text, once at its beginning, as published. ``segment``: at the
+            start of every segment. ``none``: nowhere. ``auto``: ``segment`` for Gemma, which needs it, else ``stream``.
+
+    Raises:
+        UserError: An argument is out of range, or the text makes no segment.
+        UnavailableError: A text could not be had.
+    """
+    if bos not in get_args(Bos):
+        raise UserError(f"bos must be one of {get_args(Bos)}, got {bos!r}")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = seq_len or min(_USUAL_LENGTH, longest or _USUAL_LENGTH)
+    if length < 2 or (longest is not None and length > longest):
+        raise UserError(f"seq_len must be from 2 to the {longest} tokens that the model can take, got {length}")
+    if segments is not None and segments < 1:
+        raise UserError(f"segments must be 1 or more, got {segments}")
+    if bos == "auto":
+        bos = "segment" if "gemma" in type(tokenizer).__name__.lower() + tokenizer.name_or_path.lower() else "stream"
+    if bos == "segment" and tokenizer.bos_token_id is None:
+        raise UserError("bos 'segment' needs a tokenizer with a BOS token, and this one has none: give stream")
+    tokens = _tokens(text, tokenizer, length, bos)
+    packed = PackedTokens(tokens, length, tokenizer.bos_token_id if bos == "segment" else None, segments)
+    if len(packed) == 0:
+        raise UserError(f"{text!r} has {len(tokens)} tokens, not one segment of {length}: give a smaller seq_len")
+    split = "" if text not in ("wikitext2", "c4", "pydocs") else " validation" if text == "c4" else " test"
+    put = {"segment": "BOS at each segment", "none": "no BOS", "stream": "no BOS"}[bos]
+    if bos == "stream" and len(tokens) and int(tokens[0]) == tokenizer.bos_token_id:
+        put = "BOS once, at the beginning"
+    protocol = f"{text}{split}, {len(packed)} segments of {length} tokens, {put}, {dtype_name(model.dtype)}"
+    losses = _losses(model, packed, text)
+    mean = math.fsum(losses) / len(losses)
+    value = math.exp(mean) if mean < 700 else math.inf
+    error = mean_error(losses)
+    parts: dict[Hashable, float] = {}
+    if math.isfinite(value):
+        parts = {(protocol, place): value * loss for place, loss in enumerate(losses)}
+    return Score(text, "perplexity", value, None if error is None else value * error, len(losses), parts, protocol)
+
+
+@torch.inference_mode()
+def _losses(model: Any, packed: PackedTokens, text: str) -> list[float]:
+    """Return each segment's mean negative log-likelihood, in nats."""
+    metric = TokenPerplexity().to(model.device)
+    training = model.training
+    model.eval()
+    losses = []
+    for place in tqdm(range(len(packed)), f"perplexity on {text}", leave=False, mininterval=0.5):
+        item = packed[place]
+        assert isinstance(item, torch.Tensor)
+        ids = item[None].to(model.device)
+        metric.reset()
+        metric.update(model(ids, use_cache=False).logits[:, :-1], ids[:, 1:])
+        losses.append(float((metric.total_log_probs / metric.count).cpu()))
+    model.train(training)
+    return losses
+
+
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase, length: int, bos: Bos) -> np.ndarray:
+    source = Source(text, hold_out=False)
+    plain = bos != "stream"
+    if not source.is_local and not plain:
+        return token_stream(source, "test", tokenizer.name_or_path, seq_len=length)
+    joined = _local_text(source) if source.is_local else source.evaluation_text("test")
+    ids = tokenizer(joined, add_special_tokens=not plain, verbose=False)["input_ids"]
+    most = 256 * length if text == "c4" else None
+    return np.asarray(ids[:most], dtype=np.int32)
+
+
+def _local_text(source: Source) -> str:
+    read = list(rows(source.part("test")))
+    column = column_of(read[0], source.text_column, source.name)
+    documents = [row[column] for row in read]
+    if not all(isinstance(document, str) for document in documents):
+        raise UserError(f"{source.name!r} holds conversations, which elsa test measures; perplexity here is of text")
+    return "\n\n".join(documents)
