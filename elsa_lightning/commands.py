@@ -14,15 +14,17 @@ class CommandParser(argparse.ArgumentParser):
 
     Args:
         prog: Name of the command, such as ``elsa export``.
+        others: Whether options that it does not know are for somebody else, who says what is wrong with them.
         kwargs: Passed to :class:`argparse.ArgumentParser`.
     """
 
-    def __init__(self, prog: str, **kwargs: Any) -> None:
+    def __init__(self, prog: str, *, others: bool = False, **kwargs: Any) -> None:
         super().__init__(prog, allow_abbrev=False, **kwargs)
+        self._others = others
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does, but look for a mistyped option first, which else may be told as a missing one."""
-        for argument in args or ():
+        for argument in () if self._others else args or ():
             word = argument.partition("=")[0]
             if word.startswith("--") and len(word) > 2 and word not in self._option_string_actions:
                 near = nearest(word, self._option_string_actions)

@@ -83,6 +83,7 @@ def parser() -> CommandParser:
     """Return the parser; making it imports nothing that takes time."""
     made = CommandParser(
         "elsa sweep",
+        others=True,
         description="Fit at several sparsities and seeds, and report them together: perplexity against sparsity.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,5 +1,6 @@
 """What the READMEs show is executed; what takes long or needs a network goes through the real parsers only."""
 
+import json
 import re
 import runpy
 import shlex
@@ -15,6 +16,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from torch import nn
 from torch.utils.data import DataLoader
 
+from elsa_lightning import sweep
 from elsa_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -43,11 +45,12 @@ def commands(*start: str) -> list[str]:
     return [line for line in COMMANDS if shlex.split(line)[: len(start)] == list(start)]
 
 
+SPARSITY, REPORT, SWEEP = (commands("elsa", name) for name in ("sparsity", "report", "sweep"))
+
+
 def elsa_commands() -> list[str]:
-    return [*(line for line in commands("elsa") if line not in SPARSITY), *commands("torchrun")]
-
-
-SPARSITY = commands("elsa", "sparsity")
+    own = [*SPARSITY, *REPORT, *SWEEP]
+    return [*(line for line in commands("elsa") if line not in own), *commands("torchrun")]
 
 
 def zeros(weight: torch.Tensor) -> float:
@@ -55,7 +58,8 @@ def zeros(weight: torch.Tensor) -> float:
 
 
 def test_every_command_is_of_a_kind_that_is_checked_here() -> None:
-    checked = [*commands("make"), *elsa_commands(), *SPARSITY, *commands("python", "train.py"), *benchmark_commands()]
+    of_runs = [*SPARSITY, *REPORT, *SWEEP]
+    checked = [*commands("make"), *elsa_commands(), *of_runs, *commands("python", "train.py"), *benchmark_commands()]
     assert sorted(checked) == sorted(COMMANDS)
 
 
@@ -115,6 +119,39 @@ def test_sparsity_command_counts(
     shutil.copytree(tiny_llama, tmp_path / "runs/elsa/lightning_logs/version_0/hf")
     main(shlex.split(command)[1:])
     assert "model.layers.1.mlp.up_proj.weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", REPORT)
+def test_report_command_writes_a_page(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("plotly", reason="plotly is not installed (the extra report)")
+    monkeypatch.chdir(tmp_path)
+    arguments = shlex.split(command)[1:]
+    if "--help" in arguments:
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "examples:" in capsys.readouterr().out
+        return
+    for folder in ("runs/elsa/lightning_logs/version_0", "exports/cpu"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "elsa_run.json").write_text('{"status": "finished", "tensors": {"0.weight": [1, 10, 0, 1]}}')
+    main(arguments)
+    (page,) = tmp_path.rglob("*.html")
+    found = json.loads(page.with_suffix(".json").read_text())["runs"]
+    assert found and all(one["sparsity"] == 0.9 for one in found)
+
+
+@pytest.mark.parametrize("command", SWEEP)
+def test_sweep_command_gives_fit_what_it_takes(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    given, others = sweep.parser().parse_known_args(shlex.split(command)[2:])
+    assert given.sparsity
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *others, "--elsa.sparsity", given.sparsity[0], "--print_config"])
+    assert end.value.code == 0, capsys.readouterr().err
 
 
 THEIR_SCRIPT = """
