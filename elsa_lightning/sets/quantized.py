@@ -36,8 +36,8 @@ class Quantized(Constraint):
     largest of equals. Scales are numbers of bfloat16, so that float32 and float16 hold them too. Groups lie as those of
     :class:`~elsa_lightning.NM`. Zero is a level, so that zeros stay zeros; a group of zeros has scale 1.
 
-    Scales are chosen at every update and kept in between, where each step is rounded to the grid and what is lost in
-    that is remembered; in the frozen phase too. While a ramp closes in on the other set the grid has 8 bits.
+    Scales are chosen at every update, as often in the frozen phase, and kept in between, where each step is rounded to
+    the grid and what is lost in that is remembered. While a ramp closes in on the other set the grid has 8 bits.
 
     Args:
         bits: 2, 3, 4 or 8. The most negative integer of so many bits is not used.
