@@ -155,8 +155,8 @@ class Linearized(OnSet):
 
         on a fixed mask, every step    u ← (1 − c ‖d‖/s) u    c from 0 to 8, ‖d‖ the root mean square of a step
 
-    less by L/s where the sum L of these since the mask was fixed is below s, until all rest: a drift d moves a weight as long as it is above c/2 ‖d‖, so the clearest cases are settled first and
-    the others make up for them.
+    less by L/s where the sum L of these since the mask was fixed is below s, until all rest: a drift d moves a weight
+    as long as it is above c/2 ‖d‖, so the clearest cases are settled first and the others make up for them.
     """
 
     name = "linearized"
