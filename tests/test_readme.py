@@ -23,22 +23,20 @@ ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", ROOT / "callbacks/README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
-RUN_ELSEWHERE = ROOT / "docs/integrations.md"  # tests/integrations/test_docs.py has what its examples need
+RUN_ELSEWHERE = {  # by tests of their own
+    "python": [ROOT / "docs/integrations.md", ROOT / "docs/story.md"],
+    "bash": [ROOT / "docs/story.md"],
+}
 
 
 def blocks(language: str) -> list[str]:
     """Return the fenced blocks of all READMEs, each once."""
-    pages = [page for page in READMES if language != "python" or page != RUN_ELSEWHERE]
+    pages = [page for page in READMES if page not in RUN_ELSEWHERE[language]]
     found = [block for page in pages for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)]
     return list(dict.fromkeys(found))
 
 
 COMMANDS = list(dict.fromkeys(line for block in blocks("bash") for line in block.splitlines()))
-
-
-RUN_ELSEWHERE = re.findall(
-    r"```python\n(.*?)```", (ROOT / "docs/integrations.md").read_text(), re.S
-)  # by its own tests
 
 
 def commands(*start: str) -> list[str]:
@@ -63,7 +61,7 @@ def test_every_command_is_of_a_kind_that_is_checked_here() -> None:
     assert sorted(checked) == sorted(COMMANDS)
 
 
-@pytest.mark.parametrize("block", [block for block in blocks("python") if block not in RUN_ELSEWHERE])
+@pytest.mark.parametrize("block", blocks("python"))
 def test_python_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: str) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_llama, tmp_path / "runs/elsa/lightning_logs/version_0/hf")  # where the demo leaves its model
