@@ -127,6 +127,7 @@ def closing(trainer: Trainer, logs: str, again: str, another: str | None) -> str
     lines.append(f"Saved: {folder}, {size / 1e6:.1f} MB, where zeros take as much room as other weights")
     hints = [
         ("its perplexity on the test text", f"{run} test {again} --model.name {folder}"),
+        ("all of it on a page", f"{run} report {logs}"),
         ("a form of it that is faster on CPUs; others: elsa export --help",
          f"{run} export --from {logs} --to cpu-sparse --output exports/cpu"),
         ("your model and your text", f"{run} fit {again} --model.name MODEL --data.name TEXT"),

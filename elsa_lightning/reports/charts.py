@@ -77,6 +77,8 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
         ),
         _chart(runs, "dead", "Dead rows", "Outputs of which no weight is left, of all outputs of constrained tensors.",
                [_Line(i, "dead rows", p) for i, run in enumerate(runs) if (p := _dead(run))], percent=True),
+        _chart(runs, "kept", "What tensors keep", "Least, median and most of the shares that tensors keep.",
+               _lines(runs, method.format("kept_(least|median|most)")), percent=True),
         _chart(runs, "memory", "Peak memory", "In GiB: what torch allocated on a GPU, elsewhere what the process held.",
                [_Line(i, "peak memory", p) for i, run in enumerate(runs) if (p := _memory(run))]),
         _chart(runs, "time", "Time", "Minutes since training began.",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from elsa_lightning.callbacks.journal import JOURNAL
 from tests.distributed import worker
 
 ROOT = Path(__file__).parents[2]
@@ -155,6 +156,21 @@ def test_two_processes_find_what_one_finds(case: str, folder: Path) -> None:
         assert_alike(one["weights"], two["weights"])
     else:  # FSDP1 keeps float32
         assert_close({n: p.float() for n, p in one["weights"].items()}, two["weights"], ROUNDED)
+
+
+@pytest.mark.parametrize("how", STRATEGIES)
+def test_two_processes_note_what_one_notes(how: str, folder: Path) -> None:
+    one, two = (json.loads((folder / f"{name}-{MAIN}" / JOURNAL).read_text()) for name in ("one", how))
+    assert two["status"] == "finished" and two["processes"] == 2
+    assert [note["step"] for note in two["notes"]] == [note["step"] for note in one["notes"]]
+    for name, counts in two["tensors"].items():
+        if how != "fsdp1" or not name.startswith("unused"):  # whose gradient of 0 moves nothing
+            assert counts[:2] == one["tensors"][name][:2], name
+    for mine, theirs in zip(one["notes"], two["notes"], strict=True):
+        assert (mine["scores"] is None) == (theirs["scores"] is None)
+        for of in ("kept", "cut") if mine["scores"] and how != "fsdp1" else ():
+            moved = sum(abs(a - b) for a, b in zip(mine["scores"][of], theirs["scores"][of], strict=True))
+            assert moved <= 4  # rounding at the edge of a bin
 
 
 @pytest.mark.parametrize("name", LOW)

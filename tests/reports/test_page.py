@@ -20,7 +20,7 @@ pytest.importorskip("plotly", reason="plotly is not installed (the extra report)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed (apt-get install chromium)")
-FIGURES = {"loss", "perplexity", "residuals", "sparsity", "penalty", "flips", "dead", "memory", "time"}
+FIGURES = {"loss", "perplexity", "residuals", "sparsity", "penalty", "flips", "dead", "kept", "memory", "time"}
 
 
 @pytest.fixture(scope="module")
