@@ -14,7 +14,7 @@ from elsa_lightning.callbacks.versions import unused
 from elsa_lightning.errors import UserError
 from elsa_lightning.evaluation.command import write
 from elsa_lightning.evaluation.compare import Score, table, to_dict
-from elsa_lightning.evaluation.tasks import PUBLISHED, check_lm_eval, zero_shot
+from elsa_lightning.evaluation.tasks import PUBLISHED, check_lm_eval, check_tasks, zero_shot
 from elsa_lightning.lm.text import load_tokenizer
 
 
@@ -66,41 +66,50 @@ class ZeroShot(Callback):
                 f"the callback out, and call elsa evaluate on what the run leaves"
             )
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse before training what could not be evaluated after it."""
+        self._model(pl_module)
+        if trainer.is_global_zero:
+            check_tasks(self.tasks, self.options["include_path"])
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the dense model, unless a checkpoint brought its scores along."""
         if self.dense and trainer.global_step == 0:
             self.before = self._measure(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate the model that the run leaves."""
-        self.after = self._measure(trainer, pl_module)
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print, log and write the scores."""
+        """Evaluate the model that the run leaves, once everybody has saved it; print, log and write the scores."""
+        self.after = self._measure(trainer, pl_module)
         folder = trainer.log_dir or trainer.default_root_dir  # every process asks: this is a broadcast
-        if not trainer.is_global_zero or not self.after:
+        if not trainer.is_global_zero:
             return
         rank_zero_info(table(self.after, self.before))
         figures = {f"zero_shot/{score.name}_{score.metric}": score.value for score in self.after}
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
+            logger.save()
         file = unused(Path(folder) / "evaluation.json")
         write(file, {"step": trainer.global_step, "figures": to_dict(self.after, self.before)})
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> list[Score]:
         found: list[Score] = []
         if trainer.is_global_zero:
-            model: Any = getattr(pl_module, "model", None)
-            model = getattr(model, "_orig_mod", model)  # of torch.compile
-            path = self.tokenizer or getattr(pl_module, "path", None)
-            if not hasattr(model, "save_pretrained") or path is None:
-                raise UserError(
-                    f"ZeroShot needs a Hugging Face model in the module's attribute 'model', and its tokenizer in "
-                    f"'path' or ZeroShot(tokenizer=...); {type(pl_module).__name__} has not"
-                )
-            found = zero_shot(model, load_tokenizer(path), self.tasks, **self.options)
+            model, tokenizer = self._model(pl_module)
+            found = zero_shot(model, load_tokenizer(tokenizer), self.tasks, **self.options)
         trainer.strategy.barrier()
         return found
+
+    def _model(self, pl_module: LightningModule) -> tuple[Any, str]:
+        """Return the model and where its tokenizer is."""
+        model: Any = getattr(pl_module, "model", None)
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
+        path = self.tokenizer or getattr(pl_module, "path", None)
+        if not hasattr(model, "save_pretrained") or path is None:
+            raise UserError(
+                f"ZeroShot needs a Hugging Face model in the module's attribute 'model', and its tokenizer in 'path' "
+                f"or ZeroShot(tokenizer=...); {type(pl_module).__name__} has not"
+            )
+        return model, path
 
     def state_dict(self) -> dict[str, Any]:
         """Return the dense model's scores, which a resumed run can no longer measure."""

@@ -90,14 +90,7 @@ def _evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    manager = _manager(tasks, include_path)
-    try:
-        loaded = manager.load(list(tasks))
-    except Exception as error:  # of datasets, the hub's clients and task files alike
-        raise UnavailableError(
-            f"the tasks {', '.join(tasks)} could not be loaded: {type(error).__name__}: {error}\nWithout a network "
-            f"give --include-path FOLDER with task files whose data is local (docs/evaluation.md)"
-        ) from error
+    manager, loaded = _loaded(tasks, include_path)
     manager.load = lambda _: loaded  # or the data would be loaded again
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     results = simple_evaluate(
@@ -147,6 +140,24 @@ def _counting() -> Iterator[_Cut]:
         ours.removeFilter(counter)
         everything.setLevel(former[0])
         ours.setLevel(former[1])
+
+
+def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> None:
+    """Raise the errors of :func:`zero_shot` that need no model: load tasks and their data, and leave them."""
+    check_lm_eval()
+    with _counting():
+        _loaded(tasks, include_path)
+
+
+def _loaded(tasks: Sequence[str], include_path: str | Path | None) -> tuple[Any, Any]:
+    manager = _manager(tasks, include_path)
+    try:
+        return manager, manager.load(list(tasks))
+    except Exception as error:  # of datasets, the hub's clients and task files alike
+        raise UnavailableError(
+            f"the tasks {', '.join(tasks)} could not be loaded: {type(error).__name__}: {error}\nWithout a network "
+            f"give --include-path FOLDER with task files whose data is local (docs/evaluation.md)"
+        ) from error
 
 
 def _manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
 from elsa_lightning.cli import main
-from elsa_lightning.errors import UnavailableError, UserError
+from elsa_lightning.errors import UserError
 from elsa_lightning.export.folders import RECORD
 from elsa_lightning.export.record import Record
 
@@ -190,14 +192,21 @@ def test_a_run_evaluates_before_and_after_and_remembers_when_it_is_resumed(
     assert resumed.before == first.before and resumed.before[0].parts
 
 
-def test_what_is_no_language_model_is_refused(tasks: Path, tmp_path: Path) -> None:
-    from lightning.pytorch.demos.boring_classes import BoringModel
-
+@pytest.mark.parametrize(
+    ("tasks_", "module", "message"),
+    [
+        ("words", BoringModel, "ZeroShot needs a Hugging Face model in the module's attribute 'model'"),
+        ("wrods", None, "knows no task 'wrods'"),
+    ],
+)
+def test_what_could_not_be_evaluated_is_refused_before_training(
+    tasks_: str, module: Any, message: str, tasks: Path, tmp_path: Path, tiny_llama: str
+) -> None:
     trainer = Trainer(
-        max_steps=1, accelerator="cpu", callbacks=[ZeroShot(["words"], str(tasks))], logger=False,
+        max_steps=1, accelerator="cpu", callbacks=[ZeroShot([tasks_], str(tasks), dense=False)], logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
     )  # fmt: skip
-    with pytest.raises(UserError, match="ZeroShot needs a Hugging Face model in the module's attribute 'model'"):
-        trainer.fit(BoringModel())
-    with pytest.raises(UnavailableError):
-        zero_shot(None, None, ["words"], include_path=tmp_path / "nowhere")  # type: ignore[arg-type]
+    made = module() if module else CausalLM(tiny_llama)
+    with pytest.raises(UserError, match=message):
+        trainer.fit(made, DataLoader(torch.zeros(4, 8, dtype=torch.long)))
+    assert trainer.global_step == 0
