@@ -62,8 +62,15 @@ def test_every_command_is_of_a_kind_that_is_checked_here() -> None:
 
 
 @pytest.mark.parametrize("block", blocks("python"))
-def test_python_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: str) -> None:
+def test_python_block_runs(
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: str, text_file: Path
+) -> None:
+    if "ZeroShot" in block:
+        pytest.importorskip(
+            "lm_eval.tasks", reason="lm-eval is not installed (the extra evaluate)", exc_type=ImportError
+        )
     monkeypatch.chdir(tmp_path)
+    shutil.copy(text_file, tmp_path / "held_out.txt")
     shutil.copytree(tiny_llama, tmp_path / "runs/elsa/lightning_logs/version_0/hf")  # where the demo leaves its model
     torch.manual_seed(0)
     theirs, model = BoringModel(), nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 2))
@@ -103,7 +110,7 @@ def test_elsa_command_parses(command: str, monkeypatch: pytest.MonkeyPatch, caps
         arguments = shlex.split(command)  # elsa ..., or torchrun ... -m elsa_lightning ...
         start = arguments.index("elsa_lightning") if arguments[0] == "torchrun" else 0
         ends = ["--print_config"] if "help" not in command else []  # help ends by itself
-        if arguments[start + 1] == "export":  # which has no configuration: arguments are looked at before help
+        if arguments[start + 1] in ("export", "evaluate"):  # no configuration: arguments are looked at before help
             ends = ["--help"]
         main([*(a for a in arguments[start + 1 :] if a != "--print_config"), *ends])
     assert exit_.value.code == 0, capsys.readouterr().err

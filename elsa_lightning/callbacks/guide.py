@@ -128,13 +128,14 @@ def closing(trainer: Trainer, logs: str, again: str, another: str | None) -> str
     hints = [
         ("its perplexity on the test text", f"{run} test {again} --model.name {folder}"),
         ("all of it on a page", f"{run} report {logs}"),
+        ("beside the dense model, on WikiText-2 and standard tasks, which it downloads", f"{run} evaluate {logs}"),
         ("a form of it that is faster on CPUs; others: elsa export --help",
          f"{run} export --from {logs} --to cpu-sparse --output exports/cpu"),
         ("your model and your text", f"{run} fit {again} --model.name MODEL --data.name TEXT"),
         ("in Python", f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"),
     ]  # fmt: skip
     if another:
-        hints.insert(2, ("another sparsity", f"{run} fit {again} {another} 0.95"))
+        hints.insert(3, ("another sparsity", f"{run} fit {again} {another} 0.95"))
     if longer:
         hints.insert(0, ("longer, for it had not converged", f"{run} fit {again} --trainer.max_steps {longer}"))
     return "\n".join([*lines, "", "What to do next:", *_wrapped(hints)])

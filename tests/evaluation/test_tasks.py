@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,23 +25,14 @@ pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not install
 from elsa_lightning.callbacks import ZeroShot
 from elsa_lightning.evaluation import zero_shot
 
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    validation: {data}
-output_type: multiple_choice
-validation_split: validation
-doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: right
-metric_list:
-  - metric: acc
-  - metric: acc_norm
-metadata:
-  version: 1.0
-"""
+(TASK,) = re.findall(r"```yaml\n(.*?)```", (Path(__file__).parents[2] / "docs/evaluation.md").read_text(), re.S)
+
+
+def write_task(folder: Path, name: str, data: Path) -> None:
+    text = TASK.replace("path/to/capitals.jsonl", str(data)).replace("task: capitals", f"task: {name}")
+    (folder / f"{name}.yaml").write_text(text)
+
+
 WORDS = ["def", "class", "import", "return", "module", "value", "list", "string", "number", "file", "object", "name"]
 
 
@@ -60,7 +52,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         data = folder / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data))
+        write_task(folder, name, data)
     return folder
 
 
@@ -147,7 +139,7 @@ def test_the_command_sets_a_run_beside_its_dense_model_without_a_network(
 def test_a_mistake_is_told_in_one_line(
     arguments: list[str], told: str, tiny_llama: str, tasks: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tasks / "broken.yaml").write_text(TASK.format(name="broken", data=tasks / "gone.jsonl"))
+    write_task(tasks, "broken", tasks / "gone.jsonl")
     with pytest.raises(SystemExit) as end:
         main(["evaluate", tiny_llama, "--include-path", str(tasks), *arguments])
     assert end.value.code == 1 and f"elsa: error: {told}" in capsys.readouterr().err
@@ -157,7 +149,7 @@ def test_questions_that_are_cut_are_counted(tiny_llama: str, tmp_path: Path) -> 
     (tmp_path / "long.jsonl").write_text(
         json.dumps({"question": "module " * 100, "choices": ["a", "b"], "right": 0}) + "\n"
     )
-    (tmp_path / "long.yaml").write_text(TASK.format(name="long", data=tmp_path / "long.jsonl"))
+    write_task(tmp_path, "long", tmp_path / "long.jsonl")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
     found = zero_shot(model, tokenizer, ["long"], include_path=tmp_path)
     assert "inputs that were cut on the left to the model's 64 tokens: 1" in found[0].protocol
