@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.fsdp1 import FlatSlice
 from elsa_lightning.layout.kernels import channels_last, is_transposed, lies_in_rows
-from elsa_lightning.layout.lowbit import BLOCK, StateDtype, decode, encode, pack, unpack
+from elsa_lightning.layout.lowbit import BLOCK, StateDtype, as_integers, decode, encode, pack, unpack, unpack_off
 from elsa_lightning.layout.rows import Piece, Rows
 from elsa_lightning.layout.sharded import Part, clean, laid_out_like, local
 from elsa_lightning.optim.moments import dtype_name, lays_out_anew, second_moment
@@ -141,6 +141,24 @@ class ConstrainedTensor:
         before = self.layout.before(rows, 8)
         return unpack(self.layout.groups(packed, rows, 8), before + self.layout.width(rows))[..., before:]
 
+    def take_off(self, rows: slice) -> Tensor:
+        """Zero rows of the weights off the mask; return what was there, 0 on the mask."""
+        off = self._off(rows)
+        bits = as_integers(self.x(rows))
+        bits ^= off.bitwise_and_(bits)
+        return off.view(self.p.dtype)
+
+    def zero_off(self, t: Tensor, rows: slice) -> None:
+        """Zero rows of a tensor that lies as the weights do off the mask, NaN too."""
+        of = self.layout.take(t, rows)
+        as_integers(of).bitwise_and_(self._off(rows, of.dtype).bitwise_not_())
+
+    def _off(self, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
+        """Return integers as wide as a dtype, the weights' or another, with all bits set off the mask."""
+        before, packed = self.layout.before(rows, 8), self.state[MASK] if self.aside is None else self.aside
+        groups, n = self.layout.groups(packed, rows, 8), before + self.layout.width(rows)
+        return unpack_off(groups, n, dtype or self.p.dtype)[..., before:]
+
     def set_mask(self, rows: slice, mask: Tensor, packed: Tensor | None = None) -> None:
         """Store rows of the mask, in the state or in a tensor from :meth:`room_for_mask`."""
         stored = self.layout.groups(self.state[MASK] if packed is None else packed, rows, 8)
@@ -168,6 +186,11 @@ class ConstrainedTensor:
     def set_split(self, rows: slice, values: Tensor, seed: int) -> None:
         """Store rows of s, rounded to what they are kept in."""
         each, layout = BLOCK if self.state_dtype == "float8_e4m3fn" else 1, self.layout
+        if self.state_dtype == "float32":
+            stored = layout.take(self.state[SPLIT], rows)
+            if stored.data_ptr() != values.data_ptr():  # else it was changed in place
+                stored.copy_(values)
+            return
         aligned = layout.aligned(values, rows, each)
         stored, scale = encode(aligned, self.state_dtype, lambda: layout.aligned(self.noise(rows, seed), rows, each))
         layout.take(self.state[SPLIT], rows).copy_(stored[..., layout.before(rows, each) :])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from elsa_lightning.forms import Form, Sums
 from elsa_lightning.forms.base import Forgets, Importance
 from elsa_lightning.forms.on_set import on_values
+from elsa_lightning.layout.lowbit import masked
 from elsa_lightning.layout.sharded import Processes, exact_dtype, local
 from elsa_lightning.sets.base import Constraint, Point, Points, project
 from elsa_lightning.tensors import KEYS, MASK, NUMBERS, REMOVED, SCALE, SPLIT, ConstrainedTensor
@@ -96,7 +97,7 @@ def fit(constraint: Constraint, points: LivePoints, packed: Sequence[Tensor]) ->
         for piece in tensor.pieces():
             rows = piece.rows
             v, importance = points.value(tensor, rows), points.importance(tensor, rows)
-            z = v.masked_fill(~tensor.unpacked(packed[index], rows), 0)
+            z = masked(v, tensor.unpacked(packed[index], rows))
             tensor.numbers(rows).copy_(constraint.fit(z, tensor.point(index, piece, v, importance)))
 
 
@@ -170,11 +171,11 @@ def _count(
             v, x, mask = points.value(tensor, rows), tensor.x(rows), tensor.unpacked(packed[index], rows)
             z = project(constraint, v, mask, tensor.point(index, piece, v))
             former = torch.ones_like(mask) if fresh else tensor.mask(rows)
-            before = (x.to(v.dtype) if fresh else form.former_z(tensor, rows)).masked_fill(~former, 0)
+            before = masked((x if fresh else form.former_z(tensor, rows)).to(v.dtype), former)
             numbers = [
                 (x - z).square().sum(), x.to(v.dtype).square().sum(), (z - before).square().sum(),
                 (mask ^ former).sum(), mask.sum(), former.sum(), z.square().sum(),
-                v.masked_fill(former, 0).square().sum(), v.masked_fill(mask, 0).square().sum(),
+                masked(v, ~former).square().sum(), masked(v, ~mask).square().sum(),
                 torch.full((), mask.numel(), device=v.device),
             ]  # fmt: skip
             sums[places[index], :10] += torch.stack([number.to(sums.dtype) for number in numbers])
@@ -238,7 +239,7 @@ def stationarity(
 def _lengths(form: Form, tensor: ConstrainedTensor, rows: slice) -> list[Tensor]:
     """Return ‖D⁻¹∇f‖² off the mask, how many these are, ‖x‖², how many are on it, ‖D⁻¹∇f‖² on it, of some rows."""
     mask, square = tensor.mask(rows), form.direction(tensor, rows).square()
-    off, on = square.masked_fill(mask, 0).sum(), square.masked_fill(~mask, 0).sum()
+    off, on = masked(square, ~mask).sum(), masked(square, mask).sum()
     return [off, (~mask).sum(), tensor.x(rows).float().square().sum(), mask.sum(), on]
 
 
@@ -287,10 +288,9 @@ def hold(
     for tensor in tensors:
         others = [local(tensor.state[key]) for key in copies if key in tensor.state]
         for rows, *_ in tensor.pieces():
-            mask = tensor.mask(rows)
-            tensor.x(rows).mul_(mask)
-            for other in others:
-                tensor.layout.take(other, rows).mul_(mask)
+            tensor.x(rows)  # looks whether it lies as before
+            for t in (tensor.p.detach(), *others):
+                tensor.zero_off(t, rows)
 
 
 def weight_copies(tensors: Sequence[ConstrainedTensor], processes: Processes) -> list[str]:
@@ -362,10 +362,9 @@ def fix(constraint: Constraint, tensors: Sequence[ConstrainedTensor]) -> None:
     """
     for tensor in tensors:
         for rows, *_ in tensor.pieces():
-            off = ~tensor.mask(rows)
-            tensor.x(rows).masked_fill_(off, 0)
+            tensor.zero_off(tensor.p.detach(), rows)
             if constraint.fixes_values and tensor.has(SPLIT):
-                tensor.set_split(rows, tensor.split(rows).masked_fill(off, 0), seed=0)  # rounds nothing
+                tensor.set_split(rows, masked(tensor.split(rows), tensor.mask(rows)), seed=0)  # rounds nothing
         if not constraint.fixes_values:
             tensor.release(SPLIT, SCALE)
 
@@ -394,7 +393,7 @@ def cut(
         mask = tensor.mask(rows) if packed is None else tensor.unpacked(packed, rows)
         point = tensor.point(place, piece, x, None if chosen else importance(tensor, rows))
         if tensor.shared is not None and not chosen:
-            point = replace(point, numbers=constraint.fit(x.masked_fill(~mask, 0), point))
+            point = replace(point, numbers=constraint.fit(masked(x, mask), point))
             if keeps and not resumable and point.numbers is not None:
                 tensor.numbers(rows).copy_(point.numbers)
         z = project(constraint, x, mask, point)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elsa_lightning.errors import UserError
+from elsa_lightning.layout.lowbit import masked
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.sets.base import Constraint
 from elsa_lightning.tensors import ConstrainedTensor
@@ -171,7 +172,7 @@ class Form(ABC):
 
     def dual(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
         """Return u."""
-        return -tensor.split(rows).masked_fill(tensor.mask(rows), 0)
+        return -masked(tensor.split(rows), ~tensor.mask(rows))
 
     def inverse_penalty(self, tensor: ConstrainedTensor, penalty: float, off: Tensor, kept: Tensor) -> Any:
         """Return 1/λ of a tensor, in the metric of :meth:`direction`, for the stationarity of a run.

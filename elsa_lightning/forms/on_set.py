@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.forms.base import Forgets, Form, Importance, Step, Sums, relative_rates
+from elsa_lightning.layout.lowbit import chosen, masked
 from elsa_lightning.layout.rows import Piece
 from elsa_lightning.layout.sharded import exact_dtype
 from elsa_lightning.schedule import Schedule
@@ -41,19 +42,28 @@ class OnSet(Form):
             seed, slow = step.seed(tensor.p), self.slowness(index, step.penalty)
             for piece in tensor.pieces():
                 rows = piece.rows
-                x, mask, split = tensor.x(rows), tensor.mask(rows), tensor.split(rows)
-                d = x.masked_fill(mask, 0)
+                inner = self._inner_step(step, index, tensor, piece) if step.updates else None
+                d, split = tensor.take_off(rows), tensor.split(rows)
                 if step.updates:
                     self.watch(index, tensor, d)
-                if step.updates and step.constraint.fixes_values:  # all that is not a value is of this step
-                    moved = x.masked_fill(~mask, 0)
-                    at = project(step.constraint, moved, mask, tensor.point(index, piece, moved))
-                    self.watch(index, tensor, moved - at, inner=True)
-                split.sub_(d.to(split.dtype) / slow) if isinstance(slow, Tensor) else split.sub_(d, alpha=1 / slow)
-                x.mul_(mask)
+                if inner is not None:
+                    self.watch(index, tensor, inner, inner=True)
+                d = d.to(split.dtype)
+                if isinstance(slow, Tensor):
+                    split.addcdiv_(d, slow.to(split.dtype), value=-1)
+                else:
+                    split.sub_(d, alpha=1 / slow)
                 if step.constraint.fixes_values:
                     split = on_values(step.constraint, index, tensor, piece, split)
                 tensor.set_split(rows, split, seed)
+
+    def _inner_step(self, step: Step, index: int, tensor: ConstrainedTensor, piece: Piece) -> Tensor | None:
+        """Return the step on the mask where the set fixes values: all that is not a value is of this step."""
+        if not step.constraint.fixes_values:
+            return None
+        x, mask = tensor.x(piece.rows), tensor.mask(piece.rows)
+        moved = masked(x, mask)
+        return moved - project(step.constraint, moved, mask, tensor.point(index, piece, moved))
 
     def watch(self, index: int, tensor: ConstrainedTensor, d: Tensor, inner: bool = False) -> None:
         """Look at a step off the mask, or on it, before an update."""
@@ -71,8 +81,7 @@ class OnSet(Form):
     ) -> None:
         """Store −u; x ← z. What the set's values do not hold on the mask is remembered whole."""
         lost = z - v
-        faded = lost * factor
-        tensor.set_split(rows, torch.where(mask, lost, faded, out=faded), seed)
+        tensor.set_split(rows, chosen(mask, lost, lost * factor), seed)
         tensor.x(rows).copy_(z)
 
     def reopen(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
@@ -115,7 +124,7 @@ def on_values(
     if apart is not None:  # beyond the last value it would grow for ever, and the values with it when they are chosen
         most = torch.maximum(split.abs(), apart)
         lost = torch.minimum(torch.maximum(lost, -most), most)
-    return torch.where(mask, lost, split)
+    return chosen(mask, lost, split)
 
 
 class Feedback(OnSet):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from elsa_lightning.forms.base import Form, Step, relative_rates
+from elsa_lightning.layout.lowbit import chosen
 from elsa_lightning.tensors import ConstrainedTensor
 
 
@@ -23,7 +24,7 @@ class Pull(Form):
         self, tensor: ConstrainedTensor, rows: slice, v: Tensor, mask: Tensor, z: Tensor, factor: Any, seed: int
     ) -> None:
         """s ← z − u, which is v on the mask and −u off it."""
-        tensor.set_split(rows, torch.where(mask, v, v * -factor), seed)
+        tensor.set_split(rows, chosen(mask, v, v * -factor), seed)
 
 
 class Coupled(Pull):

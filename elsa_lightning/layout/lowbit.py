@@ -10,6 +10,7 @@ Bits and blocks run along rows, so that what is stored of a row depends on that 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Literal, cast, get_args
 
 import torch
@@ -21,8 +22,10 @@ StateDtype = Literal["float32", "bfloat16", "float8_e4m3fn"]
 
 BLOCK = 32  # entries that share a power-of-two scale, as in the OCP microscaling formats
 _LARGEST = 448.0  # of float8_e4m3fn
-_SMALLEST_NORMAL, _SPACING = 2.0**-6, 2.0**-9
+_SPACING = 2.0**-9  # of its subnormals
 _DROPPED = 20  # of float32's 23 bits of mantissa
+_GATHER = 0x0102040810204080  # times eight bytes of 0 or 1 it has these as the bits of its highest byte
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_state_dtype(name: str) -> StateDtype:
@@ -34,14 +37,47 @@ def check_state_dtype(name: str) -> StateDtype:
 
 def pack(mask: Tensor) -> Tensor:
     """Return a bool mask ``(..., n)`` as bytes ``(..., ⌈n/8⌉)``, the first entry of each row in the lowest bit."""
-    bits = _split(mask.to(torch.uint8), 8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(dim=-1, dtype=torch.uint8)
+    eight = _split(mask, 8).contiguous().view(torch.int64).squeeze(-1)  # a byte each, 0 or 1
+    return ((eight * _GATHER) >> 56).to(torch.uint8)
 
 
 def unpack(packed: Tensor, n: int) -> Tensor:
     """Return the bool mask ``(..., n)`` that :func:`pack` packed."""
-    bits = (packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-    return bits.flatten(-2)[..., :n].to(torch.bool)
+    eight = _table(packed.device, torch.bool).index_select(0, packed.flatten().int())
+    return eight.view(torch.bool).view(*packed.shape[:-1], 8 * packed.shape[-1])[..., :n]
+
+
+def unpack_off(packed: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """Return integers ``(..., n)`` as wide as a dtype, all bits set where the mask that was packed is not, else none.
+
+    What is masked with them as integers is 0 where the mask keeps it, and itself elsewhere, in one pass.
+    """
+    bits = _table(packed.device, _INTEGERS[dtype.itemsize]).index_select(0, packed.flatten().int())
+    return bits.view(*packed.shape[:-1], 8 * packed.shape[-1])[..., :n]
+
+
+def masked(values: Tensor, mask: Tensor) -> Tensor:
+    """Return values, 0 where a mask is False: by their bits, since a CPU branches at each entry for ``masked_fill``."""
+    bits = mask.view(torch.int8).to(_INTEGERS[values.dtype.itemsize]).neg_()
+    return bits.bitwise_and_(as_integers(values)).view(values.dtype)
+
+
+def chosen(mask: Tensor, values: Tensor, others: Tensor) -> Tensor:
+    """Return values where a mask is True, else others, of the same dtype: ``torch.where`` without branches."""
+    bits, other = mask.view(torch.int8).to(_INTEGERS[values.dtype.itemsize]).neg_(), as_integers(others)
+    return bits.bitwise_and_(as_integers(values) ^ other).bitwise_xor_(other).view(values.dtype)
+
+
+def as_integers(t: Tensor) -> Tensor:
+    """Return a tensor's bits as integers, in the same memory."""
+    return t.view(_INTEGERS[t.dtype.itemsize])
+
+
+@cache
+def _table(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return what each byte of a packed mask stands for: bools, eight in an int64, or eight integers of ``dtype``."""
+    bits = (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1
+    return bits.bool().view(torch.int64).flatten() if dtype == torch.bool else (bits - 1).to(dtype)
 
 
 def encode(values: Tensor, dtype: StateDtype, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -62,17 +98,23 @@ def encode(values: Tensor, dtype: StateDtype, noise: Callable[[], Tensor]) -> tu
 def decode(stored: Tensor, exponents: Tensor | None) -> Tensor:
     """Return what :func:`encode` stored, in at least float32."""
     if exponents is not None:
-        blocks = _split(stored.view(torch.float8_e4m3fn).float(), BLOCK)
+        values = _float8(stored.device).index_select(0, stored.flatten().int()).view(stored.shape)
+        blocks = _split(values, BLOCK)
         return (blocks * _power_of_two(exponents[..., None])).flatten(-2)[..., : stored.shape[-1]]
     return stored.float() if stored.dtype == torch.bfloat16 else stored
 
 
 def round_to_bfloat16(values: Tensor, noise: Tensor) -> Tensor:
-    """Return values rounded up or down to bfloat16 as ``noise``, random int32, decides: exact in the mean."""
+    """Return values rounded up or down to bfloat16 as ``noise`` decides: exact in the mean.
+
+    Args:
+        values: Any floats.
+        noise: Random int32 of their shape, which is used up.
+    """
     values = values.float()
-    bits = (noise & 0xFFFF).add_(values.view(torch.int32))
-    rounded = bits.bitwise_and_(-1 << 16).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)  # NaN's bits would run over to 0
+    bits = noise.bitwise_and_(0xFFFF).add_(values.view(torch.int32)).bitwise_and_(-1 << 16)
+    rounded = bits.view(torch.float32).add_(values.clamp(-1, 1), alpha=0)  # 0, or NaN, whose bits would run over to 0
+    return rounded.to(torch.bfloat16)
 
 
 def _round_to_float8(values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,6 +122,9 @@ def _round_to_float8(values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
     Scales are powers of two so that what is representable stays so when the scale moves: storing an entry
     again that did not change gives the same bits, without new noise.
+
+    Rounding is in two steps, each exact in the mean: to three bits of mantissa, then, which changes only subnormals,
+    to a multiple of their spacing.
     """
     blocks = _split(values.float(), BLOCK)
     largest = blocks.abs().amax(dim=-1)
@@ -87,11 +132,17 @@ def _round_to_float8(values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     fits = _power_of_two(exponent) * (_LARGEST / 2) >= largest
     exponent = (exponent - fits.int()).clamp(-126, 126)  # so that values that were rounded before are representable
     scaled = blocks * _power_of_two(-exponent[..., None])
-    noise = _split(noise & ((1 << _DROPPED) - 1), BLOCK)
-    subnormal = torch.add(noise * (_SPACING / (1 << _DROPPED)), scaled).div_(_SPACING).floor_().mul_(_SPACING)
-    normal = noise.add_(scaled.view(torch.int32)).bitwise_and_(-1 << _DROPPED).view(torch.float32)
-    rounded = torch.where(scaled.abs() < _SMALLEST_NORMAL, subnormal, normal).to(torch.float8_e4m3fn)
+    noise = _split(noise, BLOCK)
+    near = (noise & ((1 << _DROPPED) - 1)).add_(scaled.view(torch.int32)).bitwise_and_(-1 << _DROPPED)
+    dither = (noise >> (_DROPPED - 1)).bitwise_or_(1)  # odd, so that nothing is half way; 13 bits with their sign
+    rounded = near.view(torch.float32).add_(dither, alpha=_SPACING / (1 << 13)).to(torch.float8_e4m3fn)
     return rounded.view(torch.uint8).flatten(-2)[..., : values.shape[-1]].contiguous(), exponent.to(torch.int8)
+
+
+@cache
+def _float8(device: torch.device) -> Tensor:
+    """Return what each byte of float8_e4m3fn stands for: looking them up is faster than torch's conversion."""
+    return torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).float()
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
@@ -101,5 +152,6 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 def _split(values: Tensor, size: int) -> Tensor:
     """Return rows ``(..., n)`` as pieces ``(..., ⌈n/size⌉, size)``, filled up with 0."""
-    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % size))
+    missing = -values.shape[-1] % size
+    padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
     return padded.reshape(*padded.shape[:-1], padded.shape[-1] // size, size)

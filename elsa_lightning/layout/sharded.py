@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ SLICE = "_elsa_slice"  # attribute of a parameter that FSDP1 shards: its Part
 GROUP = "_elsa_group"  # and the processes it is sharded over
 _WITHOUT_FLOAT64 = {"mps"}
 _MIX = (0x85EBCA6B - (1 << 32), 0xC2B2AE35 - (1 << 32))  # MurmurHash3's finalizer, as int32
+_TABLE = 1 << 16  # random numbers that there are; with as many of rows as of columns, 2³² of entries
+_SPREAD = 0x9E3779B1 - (1 << 32)  # 2³² over the golden ratio: a product's high bits depend on all bits
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Part:
     def noise(self, local: torch.Size, rows: slice, seed: int, device: torch.device) -> Tensor:
         """Return random int32 ``(rows, n)``, which depend on the seed and the place in the whole.
 
-        So a run draws the same numbers on any number of processes, and again when it is resumed.
+        So a run draws the same numbers on any number of processes, and again when it is resumed. Hashes of the row and
+        of the column, spread by one product: the high bits of the numbers are the best.
 
         Args:
             local: Shape of the part.
@@ -64,26 +68,56 @@ class Part:
             seed: Any integer.
             device: Where to.
         """
+        n = self.shape[-1]
         if self.start is not None:
-            places = torch.arange(rows.start, rows.stop, device=device) + self.start
-            return _hashed(places.to(torch.int32)[None], seed)
-        columns = torch.arange(local[-1], device=device) + self.offsets[-1]
+            place = torch.arange(rows.start, rows.stop, device=device) + self.start
+            by_row, by_column = _hashed(place // n, seed, 0), _hashed(place % n, seed, 1)
+            return by_row.bitwise_xor_(by_column).mul_(_SPREAD)[None]
+        by_column = _hashed(slice(self.offsets[-1], self.offsets[-1] + local[-1]), seed, 1, device)
+        if local[1:-1] == self.shape[1:-1]:  # rows without gaps
+            first = int(rows.start) + (self.offsets[0] * math.prod(self.shape[1:-1]) if len(local) > 1 else 0)
+            by_row = _hashed(slice(first, first + int(rows.stop) - int(rows.start)), seed, 0, device)
+            return (by_row[:, None] ^ by_column).mul_(_SPREAD)
         row = torch.arange(rows.start, rows.stop, device=device)
-        above, stride = torch.zeros_like(row), self.shape[-1]
+        above, stride = torch.zeros_like(row), 1
         for size, whole_size, offset in zip(local[-2::-1], self.shape[-2::-1], self.offsets[-2::-1], strict=True):
             above += (row % size + offset) * stride
             row, stride = row // max(1, size), stride * whole_size
-        return _hashed(above.to(torch.int32)[:, None] + columns.to(torch.int32), seed)
+        return (_hashed(above, seed, 0)[:, None] ^ by_column).mul_(_SPREAD)
 
 
-def _hashed(bits: Tensor, seed: int) -> Tensor:
-    """Mix int32 in place with a seed."""
-    bits.bitwise_xor_(_mixed(seed))
+def _hashed(places: Tensor | slice, seed: int, of: int, device: torch.device | None = None) -> Tensor:
+    """Return random int32 of places: those of a table of its own, from a place that the seed says.
+
+    Args:
+        places: Integers from 0 on, or a range of them.
+        seed: Any integer.
+        of: Which of the two tables.
+        device: Of a range.
+    """
+    start, flips = (_mixed(2 * seed + of) & 0x7FFFFFFF) % _TABLE, _mixed(~seed)
+    if isinstance(places, slice):
+        first, count = (places.start + start) % _TABLE, places.stop - places.start
+        table = _random_bits(torch.device("cpu") if device is None else device)[of]
+        if count <= _TABLE:
+            return table[first : first + count] ^ flips if of == 0 else table[first : first + count]
+        places = torch.arange(places.start, places.stop, device=device)
+    found = _random_bits(places.device)[of][(places + start) % _TABLE]
+    return found.bitwise_xor_(flips) if of == 0 else found
+
+
+@cache
+def _random_bits(device: torch.device) -> Tensor:
+    """Return two tables of random int32, each twice in a row so that a range never leaves it, the same on any device.
+
+    They are hashes of places, which take a dozen operations: too many for every step.
+    """
+    bits = torch.arange(2 * _TABLE, device=device).to(torch.int32).bitwise_xor_(0x2545F491)
     for shift, factor in zip((16, 13), _MIX, strict=True):
         bits ^= (bits >> shift).bitwise_and_((1 << (32 - shift)) - 1)
         bits *= factor
     bits ^= (bits >> 16).bitwise_and_((1 << 16) - 1)
-    return bits
+    return bits.view(2, _TABLE).repeat(1, 2)
 
 
 def _mixed(seed: int) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from elsa_lightning.errors import UserError
+from elsa_lightning.layout.lowbit import masked
 from elsa_lightning.layout.rows import Piece, Rows
 from elsa_lightning.layout.sharded import Part, whole
 
@@ -237,11 +238,11 @@ def distance(v: Tensor, importance: Tensor | None) -> Tensor:
 
 def project(constraint: Constraint, v: Tensor, mask: Tensor, point: Point) -> Tensor:
     """Return z: v on the mask, brought to the set's values where it fixes them, and 0 off it."""
-    z = v.masked_fill(~mask, 0)
+    z = masked(v, mask)
     if not constraint.fixes_values:
         return z
     z = z.to(torch.promote_types(v.dtype, torch.float32))
     if point.numbers is None and constraint.shared(point.name) is not None:
         point = replace(point, numbers=constraint.fit(z, point))
-    z = constraint.values(z, point).masked_fill_(~mask, 0)
+    z = masked(constraint.values(z, point), mask)
     return z.to(v.dtype if point.dtype is None else point.dtype).to(v.dtype)  # as the weights can hold it

@@ -1,6 +1,6 @@
 """What ElsaCallback adds to an optimizer step: the same loop with plain Adam and with each form of the prox.
 
-    python benchmarks/step_overhead.py --interval 32
+    python benchmarks/step_overhead/run.py --interval 32
 
 The loops take turns, one projection interval at a time, in one process on the same weights and batches, so
 that a machine whose speed drifts slows all of them. Prints a Markdown table of medians and ratios.

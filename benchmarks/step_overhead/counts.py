@@ -1,0 +1,202 @@
+"""Counts what an operation moves, launches and waits for: bytes, kernels and looks of the host at the device.
+
+The counts come from the operations that torch dispatches, so they are the same on any machine and need no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from elsa_lightning import ADMM, Unstructured
+from elsa_lightning.layout import rows
+from elsa_lightning.schedule import Schedule
+
+_NOTHING_READ = ("copy_", "fill_", "zero_")  # of what they write
+_EMPTY = ("empty", "empty_strided", "empty_like", "new_empty")
+# on a GPU these wait until the size or the value of their result is known
+_LOOKS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "bincount", "unique", "equal", "is_nonzero")
+INTERVAL = 4
+
+
+@dataclass
+class Counts:
+    """What was counted.
+
+    Attributes:
+        kernels: Operations that touch memory; views do not.
+        looks: Times the host waits for the device.
+        moved: Bytes that the operations read and write, as if nothing stayed in a cache.
+        kept: Of tensors that were there before, bytes that are read or written at least once each: what crosses
+            between memory and a cache that holds a piece.
+        fresh: Most bytes that one operation makes anew.
+        names: How often each operation was called.
+    """
+
+    kernels: int = 0
+    looks: int = 0
+    moved: int = 0
+    kept: int = 0
+    fresh: int = 0
+    names: dict[str, int] = field(default_factory=dict)
+
+
+class Counting(TorchDispatchMode):
+    """Counts while it is on.
+
+    Args:
+        counts: Where to; new ones if None.
+    """
+
+    def __init__(self, counts: Counts | None = None) -> None:
+        super().__init__()
+        self.counts = Counts() if counts is None else counts
+        self._made: dict[int, Tensor] = {}  # by storage; held, so that no address comes back
+        self._seen: set[tuple[Any, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        looks = name in _LOOKS or (name == "index" and any(_is_mask(t) for t in args[1]))
+        if name == "_local_scalar_dense":
+            self.counts.looks += 1
+            return out
+        returned = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
+        read = list(_tensors(args)) + list(_tensors((kwargs or {}).values()))
+        schema = func._schema
+        if any(a.alias_info is not None and not a.alias_info.is_write for a in schema.returns):
+            return out  # a view
+        written = [
+            value for a, value in zip(schema.arguments, args, strict=False)
+            if a.alias_info is not None and a.alias_info.is_write
+        ] + [
+            (kwargs or {})[a.name] for a in schema.arguments
+            if a.alias_info is not None and a.alias_info.is_write and a.name in (kwargs or {})
+        ]  # fmt: skip
+        written = list(_tensors(written))
+        mutated = {id(t) for t in written}
+        outs = [t for t in returned if id(t) not in mutated]
+        for t in outs:
+            if all(t.untyped_storage()._cdata != other.untyped_storage()._cdata for other in read):
+                self._made[t.untyped_storage()._cdata] = t
+        if name in _EMPTY or name in ("detach", "_unsafe_view", "alias", "lift_fresh"):
+            return out
+        counts = self.counts
+        counts.kernels += 1
+        counts.looks += looks
+        counts.names[name] = counts.names.get(name, 0) + 1
+        overwrites = name in _NOTHING_READ or any(a.is_out for a in schema.arguments)
+        for t in read:
+            if not (id(t) in mutated and overwrites):
+                self._touch(t, "read")
+        for t in (*written, *outs):
+            self._touch(t, "written")
+        counts.fresh = max(counts.fresh, sum(t.numel() * t.element_size() for t in outs))
+        return out
+
+    def _touch(self, t: Tensor, how: str) -> None:
+        size = _distinct(t) * t.element_size()
+        self.counts.moved += size
+        storage = t.untyped_storage()._cdata
+        key = (storage, t.storage_offset(), size, how)
+        if storage not in self._made and key not in self._seen:
+            self._seen.add(key)
+            self.counts.kept += size
+
+
+def _distinct(t: Tensor) -> int:
+    """Return how many entries lie in memory: those along a broadcast dimension are one."""
+    count = 1
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        count *= size if stride else min(size, 1)
+    return count
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+
+
+def _is_mask(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8)
+
+
+@contextmanager
+def counted_by(admm: ADMM, counts: Counts) -> Iterator[None]:
+    """Count what ADMM does inside the optimizer's step, and not what the optimizer does."""
+    hooks: Any = admm._hooks
+    before, after = hooks.before, hooks.after
+    mode = Counting(counts)
+
+    def counting(call: Any) -> Any:
+        def run(*args: Any) -> Any:
+            with mode:
+                return call(*args)
+
+        return run
+
+    hooks.before, hooks.after = counting(before), counting(after)
+    try:
+        yield
+    finally:
+        hooks.before, hooks.after = before, after
+
+
+def count(
+    form: str, state_dtype: str, *, weights: torch.dtype = torch.float32, shape: tuple[int, int] = (512, 512),
+    tensors: int = 1, make: Any = None,
+) -> dict[str, Counts]:  # fmt: skip
+    """Return the counts of a step, of one with an update, and of one of the frozen phase.
+
+    Args:
+        form: The user's word for it.
+        state_dtype: What the split is kept in.
+        weights: Their dtype.
+        shape: Of each tensor.
+        tensors: How many there are.
+        make: Makes the optimizer of parameters; None for Adam.
+    """
+    steps = 6 * INTERVAL
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator).to(weights)) for _ in range(tensors)]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3) if make is None else make(parameters)
+    schedule = Schedule(interval=INTERVAL, ramp=0.0, frozen=0.5)
+    named = {str(index): p for index, p in enumerate(parameters)}
+    admm = ADMM(optimizer, named, Unstructured(0.9), total_steps=steps, schedule=schedule, prox=form,
+                state_dtype=state_dtype)  # type: ignore[arg-type]  # fmt: skip
+    found: dict[str, Counts] = {}
+    wanted = {2 * INTERVAL + 1: "step", 2 * INTERVAL: "update", steps // 2 + 3: "frozen"}
+    for step in range(1, steps // 2 + 4):
+        for p in parameters:
+            p.grad = torch.randn(shape, generator=generator).to(weights)
+        if step not in wanted:
+            optimizer.step()
+            continue
+        found[wanted[step]] = counts = Counts()
+        with counted_by(admm, counts):
+            optimizer.step()
+    return found
+
+
+def table_row(form: str, state_dtype: str, phase: str, **options: Any) -> dict[str, Any]:
+    """Return bytes a weight and operations a piece of one form, state dtype and phase."""
+    size = 512
+    assert size * size == rows.PIECE_ON_CPU
+    one, three = (count(form, state_dtype, tensors=n, **options)[phase] for n in (1, 3))
+    a_piece = (three.kernels - one.kernels) // 2
+    weights = 3 * size * size
+    return {
+        "form": form, "state": state_dtype, "phase": phase,
+        "bytes": round(three.kept / weights, 2), "moved": round(three.moved / weights, 2),
+        "kernels_a_piece": a_piece, "kernels": one.kernels - a_piece,
+        "looks_a_piece": (three.looks - one.looks) // 2, "looks": one.looks - (three.looks - one.looks) // 2,
+    }  # fmt: skip
