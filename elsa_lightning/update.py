@@ -393,7 +393,8 @@ def cut(
         mask = tensor.mask(rows) if packed is None else tensor.unpacked(packed, rows)
         point = tensor.point(place, piece, x, None if chosen else importance(tensor, rows))
         if tensor.shared is not None and not chosen:
-            point = replace(point, numbers=constraint.fit(masked(x, mask), point))
+            fresh = replace(point, numbers=None)  # not from those of a looser set
+            point = replace(point, numbers=constraint.fit(masked(x, mask), fresh))
             if keeps and not resumable and point.numbers is not None:
                 tensor.numbers(rows).copy_(point.numbers)
         z = project(constraint, x, mask, point)

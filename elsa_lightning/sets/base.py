@@ -210,7 +210,8 @@ class Constraint(ABC):
 
         Args:
             v: ``(rows, in)`` of the point, with 0 where nothing is kept.
-            point: Which rows these are, and their importance.
+            point: Which rows these are, their importance, and their last numbers if there was an update before: of
+                this set, or of a looser one, or 0.
 
         Returns:
             ``(rows of groups, columns of groups)``, exact in bfloat16.

@@ -20,6 +20,7 @@ _LOWEST = {
 }  # of the scales tried, beside max|v|/q
 _CANDIDATES = 8
 _FINE = 8  # bits during the ramp
+_IN_CACHE = 1 << 16  # entries that are fitted at once on a CPU
 _TINY = torch.finfo(torch.bfloat16).tiny
 
 
@@ -33,8 +34,10 @@ class Quantized(Constraint):
 
     over z with the support that Π_S'(v) has: each entry goes to its nearest level, and of 8 scales, evenly from
     max|v|/q of the group down to a fraction of it that depends on ``bits``, the one with the least error is taken, the
-    largest of equals. Scales are numbers of bfloat16, so that float32 and float16 hold them too. Groups lie as those of
-    :class:`~elsa_lightning.NM`. Zero is a level, so that zeros stay zeros; a group of zeros has scale 1.
+    largest of equals. From the second update on it is the best of four: max|v|/q, the last scale, and the two that are
+    half as far from it as two of the eight. Scales are numbers of bfloat16, so that float32 and float16 hold them too.
+    Groups lie as those of :class:`~elsa_lightning.NM`. Zero is a level, so that zeros stay zeros; a group of zeros has
+    scale 1.
 
     Scales are chosen at every update, as often in the frozen phase, and kept in between, where each step is rounded to
     the grid and what is lost in that is remembered. While a ramp closes in on the other set the grid has 8 bits.
@@ -153,24 +156,49 @@ class Quantized(Constraint):
 
     def fit(self, v: Tensor, point: Point) -> Tensor:
         """Return the scale of each group that has the least error of all that are tried."""
-        size, dim = self._groups(v.abs().to(torch.promote_types(v.dtype, torch.float32)), point)
+        groups, dim = self._groups(v, point)
+        weight = None if point.importance is None else self._groups(point.importance, point)[0]
+        last = None if point.numbers is None else point.numbers.unsqueeze(dim)
+        at_once = len(groups) if v.device.type != "cpu" else max(1, _IN_CACHE // groups[:1].numel())
+        found = []
+        for start in range(0, max(1, len(groups)), at_once):
+            rows = slice(start, start + at_once)
+            costs, former = (None if t is None else t[rows] for t in (weight, last))
+            found.append(self._fit(groups[rows], costs, former, dim))
+        return torch.cat(found).squeeze(dim)
+
+    def _fit(self, v: Tensor, weight: Tensor | None, last: Tensor | None, dim: int) -> Tensor:
+        """Return scales of some groups, which lie along ``dim``, with 1 there."""
+        size = v.abs().to(torch.promote_types(v.dtype, torch.float32))
         largest = size.amax(dim=dim, keepdim=True)
-        size = size / torch.where(largest > 0, largest, 1)  # or the squares of small ones would be 0
-        weight: Tensor | None = None
-        if point.importance is not None:
-            weight, _ = self._groups(point.importance.to(size.dtype), point)
+        size = size.div_(largest + (largest == 0))  # or the squares of small ones would be 0
+        if weight is not None:
+            weight = weight.to(size.dtype)
             most = weight.amax(dim=dim, keepdim=True)
-            weight = torch.where(most > 0, weight / torch.where(most > 0, most, 1), 1)
-        best, least = torch.ones_like(largest), torch.full_like(largest, torch.inf)
-        for share in torch.linspace(1, _LOWEST[self.bits], _CANDIDATES).tolist():
-            scale = (largest * (share / self.largest)).bfloat16().to(largest.dtype)
-            usable = scale >= _TINY
-            level = torch.where(usable, scale / torch.where(usable, largest, 1), 1)
-            error = (size / level).round_().clamp_(max=self.largest).mul_(level).sub_(size).square_()
-            error = (error if weight is None else error.mul_(weight)).sum(dim=dim, keepdim=True)
-            better = usable & (error < least)
-            best, least = torch.where(better, scale, best), torch.where(better, error, least)
-        return best.squeeze(dim)
+            none = (most == 0).to(most.dtype)  # then all count alike
+            weight = (weight / (most + none)).add_(none)
+        scales = self._tried(largest, last).bfloat16().to(largest.dtype)
+        finer = largest / scales.clamp_min(_TINY)  # than the largest entry are levels by so much
+        errors = torch.empty_like(finer)
+        exact, level = torch.empty_like(size), torch.empty_like(size)
+        for share, error in zip(finer, errors, strict=True):  # in units of a level
+            torch.mul(size, share, out=exact)
+            torch.round(exact, out=level).clamp_(max=self.largest).sub_(exact).square_()
+            torch.sum(level if weight is None else level.mul_(weight), dim=dim, keepdim=True, out=error)
+        errors.div_(finer.square_()).masked_fill_(scales < _TINY, torch.inf)
+        least, best = errors.min(dim=0)
+        return scales.gather(0, best[None])[0].masked_fill_(least == torch.inf, 1)
+
+    def _tried(self, largest: Tensor, last: Tensor | None) -> Tensor:
+        """Return scales to try: eight, or four where there was an update before, about its own if that still fits."""
+        whole, low = largest / self.largest, _LOWEST[self.bits]
+        shares = torch.linspace(1, low, _CANDIDATES if last is None else _CANDIDATES // 2).tolist()
+        scales = torch.stack([whole * share for share in shares])
+        if last is None:
+            return scales
+        last, step = last.to(whole.dtype), (1 - low) / (_CANDIDATES - 1) / 2
+        fits = (last >= whole * (low / 2)) & (last <= whole * 1.5)  # it does not after other bits, nor at the beginning
+        return torch.where(fits, torch.stack([whole, last * (1 + step), last, last * (1 - step)]), scales)
 
     def values(self, v: Tensor, point: Point) -> Tensor:
         """Return the nearest level of each entry."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,6 +52,61 @@ def test_no_scale_that_is_tried_and_no_levels_are_better(seed: int, bits: int, w
         for scale in [float((v.abs().max() * share / q).bfloat16())]
     )
     assert error(projected(Quantized(bits), v, f), v, f) == pytest.approx(best, rel=1e-4, abs=1e-9)
+
+
+def of_all(v: Tensor, f: Tensor | None, scales: Tensor, bits: int) -> Tensor:
+    """Return the error of each group, ``(scales, rows, groups)``, for scales likewise; by definition."""
+    q = 2 ** (bits - 1) - 1
+    scales = scales.double()[..., None]
+    z = (v.double() / scales).round().clamp(-q, q) * scales
+    return ((z - v.double()).square() * (1.0 if f is None else f.double())).sum(dim=-1)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", [(64, 4, 16), (8, 2, 384), (1, 3, 2)], ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_scales_of_later_updates_are_as_good_as_those_of_eight(
+    bits: int, shape: tuple[int, int, int], weighted: bool
+) -> None:
+    """While the weights move; none is worse than the last one or than what rounds nothing away."""
+    generator = torch.Generator().manual_seed(0)
+    constraint, dtype = Quantized(bits, shape[-1]), torch.float32
+    v = torch.randn(shape, generator=generator)
+    f = torch.rand(shape, generator=generator).pow(3) if weighted else None
+    last: Tensor | None = None
+    ours = eight = 0.0
+    for step in range(12):
+        flat, importance = v.flatten(1), None if f is None else f.flatten(1)
+        (point,) = WholePoints([(flat, importance)])
+        largest = v.abs().amax(dim=-1)
+        shares = torch.linspace(1, LOWEST[bits], 8)
+        tried = (largest * shares[:, None, None] / (2 ** (bits - 1) - 1)).bfloat16().to(dtype)
+        best = of_all(v, f, tried, bits)
+        found = constraint.fit(flat, replace(point, numbers=None if last is None else last.bfloat16()))
+        assert torch.equal(found, found.bfloat16().to(dtype))
+        error = of_all(v, f, found[None], bits)[0]
+        if last is None:
+            torch.testing.assert_close(error, best.amin(dim=0).double(), rtol=1e-4, atol=0)
+        else:
+            assert (error <= torch.minimum(best[0], of_all(v, f, last[None], bits)[0]) * (1 + 1e-4)).all()
+        if step >= 4:  # after it has had the time to follow
+            ours, eight = ours + float(error.sum()), eight + float(best.amin(dim=0).sum())
+        last = found
+        v = 0.9999 * v + 0.015 * torch.randn(shape, generator=generator)
+    assert ours <= 1.01 * eight if shape[0] > 1 else ours <= 2 * eight
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("far", [0.0, 1e-3, 18.0, 1e4])
+def test_a_last_scale_that_does_not_fit_is_no_start(far: float, bits: int) -> None:
+    """Such as one of a grid of other bits: four of the range are tried then, so that nothing is lost for good."""
+    v = torch.randn(32, 4, 16, generator=torch.Generator().manual_seed(0))
+    whole = v.abs().amax(dim=-1) / (2 ** (bits - 1) - 1)
+    (point,) = WholePoints([(v.flatten(1), None)])
+    found = Quantized(bits, 16).fit(v.flatten(1), replace(point, numbers=(whole * far).bfloat16()))
+    tried = torch.stack([whole * share for share in torch.linspace(1, LOWEST[bits], 4)]).bfloat16().float()
+    best = of_all(v, None, tried, bits).amin(dim=0)
+    torch.testing.assert_close(of_all(v, None, found[None], bits)[0], best, rtol=1e-4, atol=0)
 
 
 @settings(max_examples=100, deadline=None)
