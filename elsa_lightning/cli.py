@@ -129,7 +129,9 @@ def _sparsity(arguments: Sequence[str]) -> None:
     parser = CommandParser(
         "elsa sparsity", description="Where the zeros of a saved model are; nothing is loaded whole."
     )
-    parser.add_argument("path", help="a model's folder, a .safetensors file or its index, or a file that torch saved")
+    parser.add_argument(
+        "path", help="a model's or a run's folder, a .safetensors file or its index, .gguf, or what torch saved"
+    )
     parser.add_argument("--json", action="store_true", help="print all of it for machines")
     options = parser.parse_args(arguments)
     found = import_module("elsa_lightning.inspection").sparsity(options.path)

@@ -18,7 +18,7 @@ from elsa_lightning.units import Empty, Rows, empty_units
 _AT_ONCE = 1 << 24  # entries that are read at once
 _SPARSE = 0.05  # from here on it is worth saying how near a pattern is
 _KINDS = {
-    "embeddings": r"embed|(^|\.)(wte|wpe)\.|tok_embeddings|position",
+    "embeddings": r"embed|(^|\.)(wte|wpe)\.|tok_embeddings|token_embd|position",
     "output": r"(^|\.)(lm_head|embed_out|classifier|score|qa_outputs)\.|^output\.weight$",
     "adapters": r"lora_",
     "attention": r"attn|attention|(^|[._])(q|k|v|o|qkv|out)_proj\b",
@@ -158,12 +158,14 @@ class Sparsity:
 def sparsity(path_or_model: str | Path | nn.Module) -> Sparsity:
     """Count the zeros of a saved model, or of a module.
 
-    Tensors are read one after the other and some rows at a time, so a model of any size takes little memory. What is
-    saved in a quantized format, as codes that a scale and maybe an offset make numbers of, is not read, and said.
+    Tensors are read one after the other and some rows at a time, so a model of any size takes little memory. Exports
+    are read as the matrices that they stand for: compressed rows, ``pack-quantized`` integers without an offset, GGUF.
+    Other quantized formats, whose codes need a scale and maybe an offset, are not read, and said.
 
     Args:
-        path_or_model: A model's folder, with one or several files of weights; a ``.safetensors`` file or its index; a
-            file that torch saved (``.bin``, ``.pt``, ``.ckpt``); or a module on one device.
+        path_or_model: A model's folder, with one or several files of weights, or a run's with ``hf`` in it; a
+            ``.safetensors`` file or its index; a file that torch saved (``.bin``, ``.pt``, ``.ckpt``); a ``.gguf`` file
+            (with the package gguf); or a module on one device.
 
     Raises:
         ValueError: There is no such file, it is incomplete, or in another format.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.layout.kernels import is_transposed
 from elsa_lightning.layout.sharded import clean
 from elsa_lightning.optim.moments import dtype_name
+from elsa_lightning.packed_files import in_gguf, in_safetensors
 
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")  # of those models, stored (in, out)
@@ -75,6 +76,8 @@ def open_source(path_or_model: str | Path | nn.Module) -> Source:
     path = Path(path_or_model).expanduser()
     if not path.exists():
         raise UnavailableError(f"{str(path)!r} does not exist; give the folder of a saved model or a .safetensors file")
+    if path.is_dir() and not (path / "config.json").exists() and (path / "hf/config.json").is_file():
+        path = path / "hf"  # of a run
     files = _files(path)
     folder = path if path.is_dir() else path.parent
     config_file = folder / "config.json"
@@ -83,7 +86,13 @@ def open_source(path_or_model: str | Path | nn.Module) -> Source:
 
     def tensors() -> Iterator[Stored]:
         for file in files:
-            yield from (_of_safetensors if file.suffix == ".safetensors" else _of_torch)(file, transposed)
+            if file.suffix == ".gguf":
+                for name, shape, kind, rows in in_gguf(file):
+                    yield Stored(name, shape, kind, True, False, rows)
+            elif file.suffix == ".safetensors":
+                yield from _of_safetensors(file, transposed, config)
+            else:
+                yield from _of_torch(file, transposed)
 
     return Source(str(path), config, tensors)
 
@@ -92,15 +101,16 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         if path.name.endswith(".index.json"):
             return _indexed(path)
-        if path.suffix == ".safetensors" or path.suffix in _TORCH:
+        if path.suffix in (".safetensors", ".gguf", *_TORCH):
             return [path]
         raise UserError(
-            f"{str(path)!r} is not read: give .safetensors, its .index.json, {', '.join(_TORCH)}, or a folder"
+            f"{str(path)!r} is not read: give .safetensors, its .index.json, .gguf, {', '.join(_TORCH)}, or a folder"
         )
     for index in _INDICES:
         if (path / index).is_file():
             return _indexed(path / index)
-    found = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+    kinds = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+    found = next((files for kind in kinds if (files := sorted(path.glob(kind)))), [])
     if not found:
         others = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
         raise UserError(
@@ -118,13 +128,17 @@ def _indexed(index: Path) -> list[Path]:
     return files
 
 
-def _of_safetensors(file: Path, transposed: bool) -> Iterator[Stored]:
+def _of_safetensors(file: Path, transposed: bool, config: Mapping[str, Any]) -> Iterator[Stored]:
     try:
         opened: Any = safe_open(file, "pt")
     except Exception as error:  # of the library's own kind
         raise UserError(f"{str(file)!r} is no whole safetensors file: {error}") from None
     with opened as tensors:
-        for name in tensors.keys():  # noqa: SIM118
+        packed = in_safetensors(file, tensors, config)
+        for name, matrix in packed.items():
+            yield Stored(name, matrix.shape, matrix.dtype, True, False, matrix.rows)
+        parts = {part for matrix in packed.values() for part in matrix.parts}
+        for name in (name for name in tensors.keys() if name not in parts):  # noqa: SIM118
             part = tensors.get_slice(name)
             shape, kind = tuple(part.get_shape()), str(part.get_dtype())
             dtype = dtype_name(_DTYPES[kind]) if kind in _DTYPES else kind

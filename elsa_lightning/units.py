@@ -15,6 +15,7 @@ _SECOND = {  # what takes the neurons' or heads' outputs, and what makes them, b
     "fc2": ("fc1",),
     "c_proj": ("c_fc",),
     "w2": ("w1", "w3"),
+    "ffn_down": ("ffn_gate", "ffn_up"),
     "wo": ("wi", "wi_0", "wi_1"),
     "dense_4h_to_h": ("dense_h_to_4h",),
     "fc_out": ("fc_in",),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import OPTForCausalLM as OPT
 
 from elsa_lightning import inspection, sparsity
 from elsa_lightning.cli import main
+from elsa_lightning.export import Options, export
 from elsa_lightning.tensor_files import Source, Stored, open_source
 
 LAYER = "model.layers.0."
@@ -202,6 +204,66 @@ def test_quantized_formats_are_not_read_and_said(tmp_path: Path) -> None:
     assert "NOT READ, 1 tensors: scales of a quantized format: a.weight_scale" in str(found)
 
 
+def test_exports_are_counted_as_the_matrices_they_stand_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for to, options in (("cpu-sparse", Options(break_even=0.3)), ("quantized", Options(8, 16))):
+        export(folder / "one", to, tmp_path / to, options=options, fresh=False, say=lambda line: None)
+    dense = sparsity(folder / "one")
+    for at_once in (1 << 24, 256):  # whole matrices, and some rows at a time
+        monkeypatch.setattr(inspection, "_AT_ONCE", at_once)
+        rows = sparsity(tmp_path / "cpu-sparse")
+        assert by_name(rows) == by_name(dense) and not rows.unread
+    assert set(rows.units) == set(dense.units)
+    codes = sparsity(tmp_path / "quantized")
+    assert not codes.unread and by_name(codes).keys() == by_name(dense).keys()
+    for name, tensor in by_name(codes).items():
+        packed = tensor.dtype == "int8"
+        assert packed == ("_proj" in name)
+        old = by_name(dense)[name]
+        assert tensor.zeros >= old.zeros if packed else tensor == old  # small weights round to 0
+        assert tensor.pattern == old.pattern and tensor.dead_rows == old.dead_rows, name
+
+
+def test_a_run_is_counted_by_its_model(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/hf").symlink_to(folder / "one")
+    assert by_name(sparsity(tmp_path / "run")) == by_name(sparsity(folder / "one"))
+
+
+@pytest.mark.parametrize("at_once", [1 << 24, 256])
+def test_gguf_files_are_counted(at_once: int, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf", reason="reads GGUF files")
+    monkeypatch.setattr(inspection, "_AT_ONCE", at_once)
+    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "llama")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    theirs = {names.get_name(name, (".weight",)): p.detach() for name, p in model.named_parameters()}
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name, p in theirs.items():
+        eight = "attn_q.weight" in name
+        data = gguf.quants.quantize(p.numpy(), kind) if eight else p.numpy()
+        writer.add_tensor(name, data, raw_dtype=kind if eight else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found, live = sparsity(tmp_path), by_name(sparsity(model))
+    assert len(by_name(found)) == len(live)
+    for (name, p), old in zip(theirs.items(), live.values(), strict=True):
+        new = by_name(found)[name]
+        assert (new.kind, new.shape, new.dead_rows, new.dead_columns) == (
+            old.kind,
+            p.shape,
+            old.dead_rows,
+            old.dead_columns,
+        )
+        assert new.dtype == ("q8_0" if "attn_q.weight" in name else "f32") and new.pattern == old.pattern
+        assert new.zeros >= old.zeros if new.dtype == "q8_0" else new.zeros == old.zeros
+    assert {(unit.layer, unit.empty, unit.total) for unit in found.units} == {
+        ("blk.0.ffn_down.weight", 10, 48), ("blk.1.ffn_down.weight", 0, 48)
+    }  # fmt: skip
+
+
 def test_the_command_prints_the_table_and_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["sparsity", str(folder / "one")])
     table = capsys.readouterr().out
@@ -225,8 +287,12 @@ def test_what_cannot_be_read_ends_in_one_line(folder: Path, tmp_path: Path, caps
 
     assert "does not exist" in said(str(tmp_path / "nothing"))
     assert "has no .safetensors and no pytorch_model.bin, but nothing" in said(str(tmp_path))
+    (tmp_path / "model.onnx").touch()
+    assert "is not read: give .safetensors" in said(str(tmp_path / "model.onnx"))
     (tmp_path / "model.gguf").touch()
-    assert "is not read: give .safetensors" in said(str(tmp_path / "model.gguf"))
+    expected = "no whole GGUF file" if find_spec("gguf") else "is read with the package gguf: pip install gguf"
+    assert expected in said(str(tmp_path / "model.gguf"))
+    (tmp_path / "model.gguf").unlink()
     whole = (folder / "one/model.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     assert "is no whole safetensors file" in said(str(tmp_path / "cut.safetensors"))
