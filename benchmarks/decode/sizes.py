@@ -173,7 +173,7 @@ def rows(given: argparse.Namespace) -> list[dict[str, Any]]:
     for name, (source, to, options) in made.items():
         folder = exports / re.sub(r"\W+", "-", name)
         try:
-            sources[name] = export(sources[source], to, folder, options=options)
+            sources[name] = export(sources[source], to, folder, options=options, fresh=False)  # that is done below
         except UserError as error:
             left_out.append(f"{name}: {error}")
             continue
