@@ -4,7 +4,8 @@ from elsa_lightning.callbacks.elsa import ElsaCallback
 from elsa_lightning.callbacks.export import SaveHuggingFace
 from elsa_lightning.callbacks.formats import Export
 from elsa_lightning.callbacks.keep_mask import KeepMask
+from elsa_lightning.callbacks.samples import Samples
 from elsa_lightning.callbacks.terminate import SaveOnTerminate
 from elsa_lightning.callbacks.zero_shot import ZeroShot
 
-__all__ = ["ElsaCallback", "Export", "KeepMask", "SaveHuggingFace", "SaveOnTerminate", "ZeroShot"]
+__all__ = ["ElsaCallback", "Export", "KeepMask", "Samples", "SaveHuggingFace", "SaveOnTerminate", "ZeroShot"]

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from elsa_lightning.admm import ADMM
 from elsa_lightning.callbacks.ends import trains_nothing
 from elsa_lightning.callbacks.record import attached, run_record
+from elsa_lightning.callbacks.samples import Samples
 from elsa_lightning.callbacks.versions import unused
 from elsa_lightning.export.folders import write
 from elsa_lightning.watch import figures
@@ -123,6 +124,7 @@ class Journal:
     def _write(self, trainer: Trainer, module: LightningModule, status: Status) -> None:
         if self.place is None:
             return
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         record = run_record(trainer, module)
         if status in ("running", "failed"):
             record = replace(record, notes=[])  # of how it ended
@@ -133,7 +135,7 @@ class Journal:
             "seconds": round(time.monotonic() - self._began, 3),
             "peak_memory": _peak_memory(trainer),
             "record": {name: value for name, value in asdict(record).items() if value},
-            "samples": getattr(module, "samples", None) or [],
+            "samples": [s for c in callbacks if isinstance(c, Samples) for s in c.samples],
             "tensors": self._tensors,
             "notes": self._notes,
         }

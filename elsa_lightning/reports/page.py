@@ -135,9 +135,21 @@ def _described(run: Run, charts: list[Chart]) -> dict[str, Any]:
              f"{saved.tokens_per_second:,.1f}" if saved.tokens_per_second else "–", _figure(saved.perplexity))
             for saved in run.saved
         ],
+        "evaluations": [_evaluated(row) for row in run.evaluations],
         "samples": [[str(sample.get(of, "")) for of in ("prompt", "dense", "sparse")] for sample in _samples(run)],
         "charts": [chart for chart in charts if chart.figure],
     }  # fmt: skip
+
+
+def _evaluated(row: dict[str, Any]) -> tuple[str, ...]:
+    def told(found: Any, sign: str = "") -> str:
+        if not isinstance(found, dict) or not isinstance(found.get("value"), (int, float)):
+            return "–"
+        error = found.get("error")
+        return f"{found['value']:{sign}.4f}" + (f" ± {error:.4f}" if isinstance(error, (int, float)) else "")
+
+    name, metric, count = (str(row.get(of, "")) for of in ("name", "metric", "count"))
+    return name, metric, count, told(row.get("dense")), told(row), told(row.get("difference"), "+")
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from elsa_lightning.reports.metrics import EVENTS, TABLE, Series, logged, noted,
 JOURNALS = "elsa_run*.json"
 _LEVELS = 3  # from a checkpoint up to the folder of its run
 _ARCHIVE = ".tar.zst"
+_EVALUATIONS = "evaluation*.json"
 _ROUNDED = ("quantized", "gguf")  # whose perplexity is another than the run's
 _WEIGHTS = ("*.safetensors", "*.gguf", "*.pt", "*.bin")
 
@@ -55,6 +56,7 @@ class Run:
         missing: What is not known, and how to get it.
         ancestors: Folders of the runs that it went on from.
         source: File of the journal.
+        evaluations: Rows of ``elsa evaluate``: ``name``, ``metric``, ``count``, ``value``, ``error``, ``difference``.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Run:
     missing: list[str] = field(default_factory=list)
     ancestors: list[Path] = field(default_factory=list)
     source: Path | None = None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def place(self) -> Path:
@@ -217,6 +220,8 @@ def _read(folder: Path, journal: Path | None, alone: bool) -> Run:
             run.record = {**known, **run.record}
         run.saved += _saved(file.parent, known)
     run.series = logged(folder) if alone else {}
+    for file in sorted(folder.glob(_EVALUATIONS)) if alone else ():
+        run.evaluations += [row for row in _json(file).get("figures", []) if isinstance(row, dict)]
     for name, values in noted(run.notes).items():
         run.series.setdefault(name, values)
     _go_back(run)

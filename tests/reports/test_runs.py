@@ -1,6 +1,7 @@
 """What a report reads of runs, whatever they left."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 
 from elsa_lightning.callbacks.journal import JOURNAL
 from elsa_lightning.errors import UnavailableError, UserError
+from elsa_lightning.evaluation.compare import Score, to_dict
+from elsa_lightning.reports.page import page
 from elsa_lightning.reports.runs import read_runs
 
 from ..callbacks.tiny import At, every_step, fit, stop
@@ -85,6 +88,16 @@ def test_an_export_belongs_to_the_run_whose_model_it_is(tmp_path: Path) -> None:
     other = export(tmp_path / "of another", {**record, "command": "elsa fit other"}, "hf")
     _, alone = read_runs([folder, other])
     assert "without the run that made it" in alone.missing[0] and alone.sparse == 30.0
+
+
+def test_what_was_evaluated_is_the_runs(tmp_path: Path) -> None:
+    folder = run(tmp_path, logger=False)
+    rows = to_dict([Score("boolq", "acc", 0.5, 0.1, 20)], [Score("boolq", "acc", 0.75, 0.1, 20)])
+    (folder / "evaluation.json").write_text(json.dumps({"figures": rows}))
+    (found,) = read_runs([folder])
+    assert found.evaluations == rows
+    pytest.importorskip("plotly", reason="plotly is not installed (the extra report)")
+    assert re.search(r"boolq.*acc.*20.*0.7500 ± 0.1000.*0.5000 ± 0.1000.*-0.2500 ± 0.1414", page([found]), re.S)
 
 
 def test_a_journal_that_cannot_be_read_loses_no_other_run(tmp_path: Path) -> None:
