@@ -436,9 +436,9 @@ def test_help_lists_every_command_with_examples_that_parse(capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ("", "give a command; there are export, fit,"),
+        ("", "give a command; there are evaluate, export, fit,"),
         ("fti", "unknown command: fti; did you mean fit?"),
-        ("prune", "unknown command: prune; there are export, fit,"),
+        ("prune", "unknown command: prune; there are evaluate, export, fit,"),
         ("sparsity model --jsno", "unrecognized argument: --jsno; did you mean --json?"),
         ("sparsity", "the following arguments are required: path"),
         ("export --from x --to hf --outptu y", "did you mean --output?"),

@@ -68,7 +68,7 @@ def zero_shot(
             raise UserError(f"{name} must be {least} or more, got {value}")
     if not tasks:
         raise UserError(f"give at least one task, such as {PUBLISHED[0]}")
-    with _unmoved(model), _counting() as cut:
+    with unmoved(model), _counting() as cut:
         results, longest = _evaluate(model, tokenizer, tasks, include_path, batch_size, num_fewshot, limit)
     how = f"lm-eval {_version()}, {num_fewshot} examples, {dtype_name(model.dtype)}"
     how += "" if limit is None else f", the first {limit} items"
@@ -101,7 +101,7 @@ def _evaluate(
 
 
 @contextmanager
-def _unmoved(model: Any) -> Iterator[None]:
+def unmoved(model: Any) -> Iterator[None]:
     """Evaluate the model, and leave its modes and everybody's random states as they were."""
     modes = {module: module.training for module in model.modules()}
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()

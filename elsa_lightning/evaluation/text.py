@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -12,6 +13,7 @@ from tqdm.auto import tqdm
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.evaluation.compare import Score, mean_error
+from elsa_lightning.evaluation.tasks import unmoved
 from elsa_lightning.lm.chat import column_of
 from elsa_lightning.lm.local import rows
 from elsa_lightning.lm.packing import PackedTokens
@@ -66,7 +68,11 @@ def perplexity(
         bos = "segment" if "gemma" in type(tokenizer).__name__.lower() + tokenizer.name_or_path.lower() else "stream"
     if bos == "segment" and tokenizer.bos_token_id is None:
         raise UserError("bos 'segment' needs a tokenizer with a BOS token, and this one has none: give stream")
-    tokens = _tokens(text, tokenizer, length, bos)
+    try:
+        tokens = _tokens(text, tokenizer, length, bos)
+    except UserError as error:  # made for a run's data
+        told = str(error).replace("--data.name", "--perplexity").replace("data.name ", "text ")
+        raise type(error)(told) from error
     packed = PackedTokens(tokens, length, tokenizer.bos_token_id if bos == "segment" else None, segments)
     if len(packed) == 0:
         raise UserError(f"{text!r} has {len(tokens)} tokens, not one segment of {length}: give a smaller seq_len")
@@ -75,31 +81,30 @@ def perplexity(
     if bos == "stream" and len(tokens) and int(tokens[0]) == tokenizer.bos_token_id:
         put = "BOS once, at the beginning"
     protocol = f"{text}{split}, {len(packed)} segments of {length} tokens, {put}, {dtype_name(model.dtype)}"
-    losses = _losses(model, packed, text)
-    mean = math.fsum(losses) / len(losses)
+    with unmoved(model):
+        losses = _losses(model, packed, text)
+    mean = math.fsum(losses.values()) / len(losses)
     value = math.exp(mean) if mean < 700 else math.inf
-    error = mean_error(losses)
+    spread = mean_error(list(losses.values()))
     parts: dict[Hashable, float] = {}
     if math.isfinite(value):
-        parts = {(protocol, place): value * loss for place, loss in enumerate(losses)}
-    return Score(text, "perplexity", value, None if error is None else value * error, len(losses), parts, protocol)
+        parts = {segment: value * loss for segment, loss in losses.items()}
+    return Score(text, "perplexity", value, None if spread is None else value * spread, len(losses), parts, protocol)
 
 
 @torch.inference_mode()
-def _losses(model: Any, packed: PackedTokens, text: str) -> list[float]:
-    """Return each segment's mean negative log-likelihood, in nats."""
+def _losses(model: Any, packed: PackedTokens, text: str) -> dict[Hashable, float]:
+    """Return each segment's mean negative log-likelihood, in nats, by its place and what it holds."""
     metric = TokenPerplexity().to(model.device)
-    training = model.training
-    model.eval()
-    losses = []
+    losses: dict[Hashable, float] = {}
     for place in tqdm(range(len(packed)), f"perplexity on {text}", leave=False, mininterval=0.5):
         item = packed[place]
         assert isinstance(item, torch.Tensor)
         ids = item[None].to(model.device)
         metric.reset()
         metric.update(model(ids, use_cache=False).logits[:, :-1], ids[:, 1:])
-        losses.append(float((metric.total_log_probs / metric.count).cpu()))
-    model.train(training)
+        digest = hashlib.sha256(item.numpy().tobytes()).hexdigest()  # another tokenizer cuts other segments
+        losses[place, digest] = float((metric.total_log_probs / metric.count).cpu())
     return losses
 
 

@@ -71,7 +71,13 @@ def test_models_are_compared_segment_by_segment(model: Any, tokenizer: Any, text
     assert found.how == "paired" and found.error is not None and two.error is not None
     assert found.error < math.hypot(two.error, one.error or 0) / 2
     assert difference(one, one).error == 0
-    assert not other.training and not model.training  # as they were
+    other.train()
+    other.model.eval()
+    perplexity(other, tokenizer, str(text_file), segments=1)
+    assert other.training and not other.model.training and not model.training  # as they were
+    shifted = AutoTokenizer.from_pretrained(tiny_llama)
+    shifted.add_tokens(["the"])  # which cuts other segments
+    assert difference(two, perplexity(model, shifted, str(text_file), seq_len=48)).how == "independent"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,90 @@
+"""elsa evaluate on what runs and exports leave; perplexity alone, which needs no lm-eval."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
+from elsa_lightning.cli import main
+from elsa_lightning.evaluation import perplexity
+from elsa_lightning.export.cpu_sparse import save_cpu_sparse, to_cpu_sparse
+
+
+def evaluated(output: Path, *arguments: str) -> dict[str, Any]:
+    main(["evaluate", *arguments, "--segments", "4", "--output", str(output), "--device", "cpu"])
+    report: dict[str, Any] = json.loads(output.read_text())
+    return report
+
+
+def test_a_checkpoint_is_measured_as_the_model_that_it_holds(
+    tiny_llama: str, token_cache: str, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, elsa = CausalLM(tiny_llama), ElsaCallback(sparsity=0.75)
+    trainer = Trainer(
+        max_steps=3, accelerator="cpu", devices=1, callbacks=[elsa], logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(
+        module, CalibrationData(str(text_file), tokenizer=tiny_llama, seq_len=32, batch_size=2, cache_dir=token_cache)
+    )
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    report = evaluated(tmp_path / "e.json", str(tmp_path / "run.ckpt"), "--perplexity", str(text_file))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    (row,) = report["figures"]
+    assert row["value"] == pytest.approx(perplexity(module.model, tokenizer, str(text_file), segments=4).value)
+    dense = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    assert row["dense"]["value"] == pytest.approx(perplexity(dense, tokenizer, str(text_file), segments=4).value)
+    assert report["dense"] == tiny_llama and row["difference"]["how"] == "paired"
+
+
+def test_a_dtype_is_that_of_both_and_without_a_dense_model_it_is_said(
+    tiny_llama: str, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["--perplexity", str(text_file), "--dtype", "bfloat16"]
+    (row,) = evaluated(tmp_path / "e.json", tiny_llama, "--against", "pydocs-2m", "--seq-len", "48", *texts)["figures"]
+    assert (
+        row["protocol"].endswith("4 segments of 48 tokens, no BOS, bfloat16") and row["difference"]["how"] == "paired"
+    )
+    capsys.readouterr()
+    (row,) = evaluated(tmp_path / "e.json", tiny_llama, *texts)["figures"]
+    assert "dense" not in row and "no dense model to compare with: give --against NAME" in capsys.readouterr().out
+
+
+def test_an_export_is_measured_as_it_computes(tiny_llama: str, text_file: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "proj" in name:
+                p[torch.rand(p.shape) < 0.9] = 0
+    folder = tmp_path / "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    expected = perplexity(model, tokenizer, str(text_file), segments=4).value
+    save_cpu_sparse(to_cpu_sparse(model), folder)
+    tokenizer.save_pretrained(folder)
+    (row,) = evaluated(tmp_path / "e.json", str(folder), "--perplexity", str(text_file))["figures"]
+    assert row["value"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nobody/nothing"], "model 'nobody/nothing' is no folder, and could not be had from the hub"),
+        (["./nowhere"], "model name './nowhere' is a path that does not exist"),
+        (["pydocs-2m", "--perplexity", "./nowhere"], "text './nowhere' is not 'pydocs', 'c4' or 'wikitext2'"),
+        (["pydocs-2m", "--perplexity", "wikitext2"], "downloading Salesforce/wikitext (wikitext2) failed"),
+        (["pydocs-2m", "--seq-len", "4096"], "seq_len must be from 2 to the 512 tokens"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    arguments: list[str], told: str, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [] if "--perplexity" in arguments else ["--perplexity", str(text_file)]
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", *arguments, *texts, "--device", "cpu"])
+    printed = capsys.readouterr().err
+    assert end.value.code == 1 and f"elsa: error: {told}" in printed and "data.name" not in printed
