@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -130,6 +130,7 @@ class ADMM:
         self._weights = WeightRounding()
         self._calls = 0  # of the optimizer's step
         self._waiting: list[ConstrainedTensor] = []  # for their first gradient, when the mask is fixed
+        self._guesses: dict[Hashable, Tensor] = {}  # thresholds of the last update; without them it is slower, no more
         self._copies: list[str] = []  # names of an optimizer's tensors that are weights too
         self._hooks = StepHooks(optimizer, KEYS, self._gradients_are_final, self._after_step, self._weights.undo)
 
@@ -311,8 +312,10 @@ class ADMM:
         whole, cut, entries = updates.damage(self.constraint, points).tolist()
         return Damage(math.sqrt(whole / max(1.0, entries)), cut / whole if whole else 0.0)
 
-    def _points(self, tensors: Sequence[ConstrainedTensor], value: updates.Value) -> updates.LivePoints:
-        return updates.LivePoints(tensors, value, self.importance, self.tensors.processes)
+    def _points(
+        self, tensors: Sequence[ConstrainedTensor], value: updates.Value, guesses: dict[Hashable, Tensor] | None = None
+    ) -> updates.LivePoints:
+        return updates.LivePoints(tensors, value, self.importance, self.tensors.processes, guesses)
 
     def _target(self, step: int) -> Constraint:
         return self.constraint.relaxed(self.schedule.tightness_at(step, self.total_steps))
@@ -327,7 +330,7 @@ class ADMM:
         self.last_update = updates.update(
             self.form,
             self._relaxed,
-            self._points(active, lambda tensor, rows: updates.dual_sum(self.form, tensor, rows)),
+            self._points(active, lambda tensor, rows: updates.dual_sum(self.form, tensor, rows), self._guesses),
             [self.tensors.places[tensor.p] for tensor in active],
             len(tensors),
             step=self.step,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,11 +28,14 @@ class LivePoints(Points):
         value: v of some rows of a tensor.
         importance: Their F̂.
         processes: Who hold them.
+        guesses: Thresholds of the last projection; see :class:`~elsa_lightning.sets.base.Points`.
     """
 
     def __init__(
-        self, tensors: Sequence[ConstrainedTensor], value: Value, importance: Importance, processes: Processes
-    ) -> None:
+        self, tensors: Sequence[ConstrainedTensor], value: Value, importance: Importance, processes: Processes,
+        guesses: dict[Hashable, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.guesses = guesses
         self.tensors, self.value, self.importance, self.processes = list(tensors), value, importance, processes
         self.names = [tensor.name for tensor in tensors]
         self.shapes = [tensor.part.shape for tensor in tensors]
@@ -48,7 +51,8 @@ class LivePoints(Points):
 
     def only(self, indices: Sequence[int]) -> LivePoints:
         """Return some of the tensors."""
-        return LivePoints([self.tensors[i] for i in indices], self.value, self.importance, self.processes)
+        tensors = [self.tensors[i] for i in indices]
+        return LivePoints(tensors, self.value, self.importance, self.processes, self.guesses)
 
     def add(self, t: Tensor) -> Tensor:
         """Return the sum over the processes."""

@@ -1,6 +1,8 @@
 """What a step may ask of a device: no float64 where there is none, little memory, one look at its results."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from elsa_lightning import ADMM, Unstructured
 from elsa_lightning.layout import rows, sharded
-from elsa_lightning.layout.lowbit import StateDtype
+from elsa_lightning.layout.lowbit import BLOCK, StateDtype
 from elsa_lightning.optim.moments import second_moment
 from elsa_lightning.plan import plan
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.sets.threshold import Scores, largest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "step_overhead"))
+
+from counts import Counts, count, counted_by
 
 
 def step(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> None:
@@ -99,24 +105,33 @@ def test_thousands_of_experts_take_little_memory() -> None:
     assert torch.equal(masks[0], best)
 
 
-def test_an_ordinary_step_looks_at_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: list[str] = []
-
-    class Looks(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.ops.aten._local_scalar_dense.default and args[0].dim() == 0:
-                looks.append(str(func))
-            return func(*args, **(kwargs or {}))
-
+def test_an_ordinary_step_looks_at_the_device_once() -> None:
     p = nn.Parameter(torch.randn(32, 32))
     optimizer = torch.optim.SGD([p], lr=0.01)
-    ADMM(optimizer, {"p": p}, Unstructured(0.9), total_steps=1000, schedule=Schedule(interval=100))
+    admm = ADMM(optimizer, {"p": p}, Unstructured(0.9), total_steps=1000, schedule=Schedule(interval=100))
     for _ in range(5):
         step(optimizer, p)
     p.grad = torch.ones_like(p)
-    with Looks():
+    with counted_by(admm, counts := Counts()):
         optimizer.step()
-    assert len(looks) == 1
+    assert counts.looks == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "weights", "phase", "most"),
+    [  # reading the gradients for what is not finite, the weights read and zeroed, the state read and written, a bit
+        ("float32", torch.float32, "step", 4 + 8 + 8 + 1 / 8),
+        ("bfloat16", torch.float32, "step", 4 + 8 + 4 + 1 / 8),
+        ("float8_e4m3fn", torch.float32, "step", 4 + 8 + 2 + 2 / BLOCK + 1 / 8),
+        ("float32", torch.float32, "frozen", 4 + 8 + 1 / 8),
+    ],
+)
+def test_a_step_touches_weights_and_state_once(state: str, weights: torch.dtype, phase: str, most: float) -> None:
+    """And makes nothing of a tensor's size: what it makes is a piece."""
+    counts = count("linearized", state, weights=weights, shape=(1024, 1024))[phase]
+    assert counts.kept <= 1.002 * most * 1024 * 1024
+    assert counts.fresh <= 4 * rows.PIECE_ON_CPU
+    assert counts.looks == 1
 
 
 def test_moments_in_another_basis_are_not_taken_for_the_weights_own() -> None:

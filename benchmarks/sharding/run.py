@@ -67,7 +67,7 @@ class Counted:
 
 
 def traffic(shapes: list[torch.Size], processes: int, mesh: Any) -> tuple[list[int], list[int]]:
-    """Return the bytes of each reduction of an ordinary step and of one with a projection."""
+    """Return the bytes of each reduction of an ordinary step and of one with a projection that follows others."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for index, shape in enumerate(shapes):
@@ -77,14 +77,14 @@ def traffic(shapes: list[torch.Size], processes: int, mesh: Any) -> tuple[list[i
     schedule = Schedule(interval=INTERVAL, ramp=0, frozen=0)
     ADMM(optimizer, tensors, Unstructured(0.5), total_steps=10**6, schedule=schedule)
     by_step = []
+    gradients = [torch.randn(local(p).shape, generator=generator) for p in tensors.values()]  # so thresholds stay near
     for _ in range(STEPS):
-        for p in tensors.values():
-            grad = torch.randn(local(p).shape, generator=generator)
+        for p, grad in zip(tensors.values(), gradients, strict=True):
             p.grad = DTensor.from_local(grad, p.device_mesh, p.placements, run_check=False)
         with Counted(processes) as counted:
             optimizer.step()
         by_step.append(counted.sizes)
-    return by_step[INTERVAL], by_step[INTERVAL - 1]
+    return by_step[INTERVAL], by_step[2 * INTERVAL - 1]
 
 
 def as_process_of(processes: int, do: Callable[[Any], Any]) -> Any:

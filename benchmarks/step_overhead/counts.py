@@ -5,8 +5,9 @@ The counts come from the operations that torch dispatches, so they are the same 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +106,8 @@ class Counting(TorchDispatchMode):
         self.counts.moved += size
         storage = t.untyped_storage()._cdata
         key = (storage, t.storage_offset(), size, how)
-        if storage not in self._made and key not in self._seen:
+        large = t.untyped_storage().nbytes() > 4 * rows.PIECE_ON_CPU  # too large for the cache, though made here
+        if (large or storage not in self._made) and key not in self._seen:
             self._seen.add(key)
             self.counts.kept += size
 
@@ -165,38 +167,35 @@ def count(
         tensors: How many there are.
         make: Makes the optimizer of parameters; None for Adam.
     """
-    steps = 6 * INTERVAL
-    generator = torch.Generator().manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(shape, generator=generator).to(weights)) for _ in range(tensors)]
-    optimizer = torch.optim.Adam(parameters, lr=1e-3) if make is None else make(parameters)
-    schedule = Schedule(interval=INTERVAL, ramp=0.0, frozen=0.5)
-    named = {str(index): p for index, p in enumerate(parameters)}
-    admm = ADMM(optimizer, named, Unstructured(0.9), total_steps=steps, schedule=schedule, prox=form,
-                state_dtype=state_dtype)  # type: ignore[arg-type]  # fmt: skip
     found: dict[str, Counts] = {}
-    wanted = {2 * INTERVAL + 1: "step", 2 * INTERVAL: "update", steps // 2 + 3: "frozen"}
-    for step in range(1, steps // 2 + 4):
-        for p in parameters:
-            p.grad = torch.randn(shape, generator=generator).to(weights)
-        if step not in wanted:
-            optimizer.step()
-            continue
-        found[wanted[step]] = counts = Counts()
-        with counted_by(admm, counts):
-            optimizer.step()
+    many = 10**6  # so that stationarity, which is measured ten times a run, is not
+    for frozen, wanted in ((0.0, {2 * INTERVAL: "update", 2 * INTERVAL + 1: "step"}), (1 - 1 / many, {4: "frozen"})):
+        generator = torch.Generator().manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(shape, generator=generator).to(weights)) for _ in range(tensors)]
+        optimizer = torch.optim.Adam(parameters, lr=1e-3) if make is None else make(parameters)
+        named = {str(index): p for index, p in enumerate(parameters)}
+        admm = ADMM(
+            optimizer, named, Unstructured(0.9), total_steps=many, prox=form,  # type: ignore[arg-type]
+            schedule=Schedule(interval=INTERVAL, ramp=0.0, frozen=frozen), state_dtype=state_dtype,  # type: ignore[arg-type]
+        )  # fmt: skip
+        for step in range(1, max(wanted) + 1):
+            for p in parameters:
+                p.grad = torch.randn(shape, generator=generator).to(weights)
+            with counted_by(admm, found.setdefault(wanted[step], Counts())) if step in wanted else nullcontext():
+                optimizer.step()
     return found
 
 
 def table_row(form: str, state_dtype: str, phase: str, **options: Any) -> dict[str, Any]:
-    """Return bytes a weight and operations a piece of one form, state dtype and phase."""
-    size = 512
-    assert size * size == rows.PIECE_ON_CPU
-    one, three = (count(form, state_dtype, tensors=n, **options)[phase] for n in (1, 3))
-    a_piece = (three.kernels - one.kernels) // 2
-    weights = 3 * size * size
+    """Return bytes a weight and operations a piece of one form, state dtype and phase, as a line of a table."""
+    large, size = (1024, 1024), (512, 512)  # four pieces, so that nothing of a tensor's size is taken for one; a piece
+    assert math.prod(size) == rows.PIECE_ON_CPU
+    bytes_ = count(form, state_dtype, shape=large, **options)[phase]
+    one, three = (count(form, state_dtype, shape=size, tensors=n, **options)[phase] for n in (1, 3))
+    kernels, looks = (three.kernels - one.kernels) // 2, (three.looks - one.looks) // 2
     return {
         "form": form, "state": state_dtype, "phase": phase,
-        "bytes": round(three.kept / weights, 2), "moved": round(three.moved / weights, 2),
-        "kernels_a_piece": a_piece, "kernels": one.kernels - a_piece,
-        "looks_a_piece": (three.looks - one.looks) // 2, "looks": one.looks - (three.looks - one.looks) // 2,
+        "bytes": round(bytes_.kept / math.prod(large), 2), "moved": round(bytes_.moved / math.prod(large), 1),
+        "kernels_a_piece": kernels, "kernels": one.kernels - kernels,
+        "looks_a_piece": looks, "looks": one.looks - looks,
     }  # fmt: skip

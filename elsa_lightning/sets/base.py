@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -71,8 +71,11 @@ class Points(ABC):
         transposed: Whether they are stored ``(in, out)``.
         parts: Largest number of parts that a tensor is sharded into.
         device: Where the entries are.
+        guesses: Thresholds of the last projection, which save :func:`elsa_lightning.sets.threshold.largest` a pass;
+            None where there is none before.
     """
 
+    guesses: dict[Hashable, Tensor] | None = None
     names: Sequence[str]
     shapes: Sequence[torch.Size]
     transposed: Sequence[bool]

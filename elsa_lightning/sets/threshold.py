@@ -1,24 +1,28 @@
 """The exact largest entries of tensors that may be spread over processes.
 
 Non-negative floats order as their bits do. Counting entries by their highest bits, then, inside the bin that holds
-the k-th largest, by the next ones, finds the threshold exactly in three passes. Processes add their counts: what
-they exchange grows with the number of bins, not with the tensors. Nothing of a tensor's size is kept from pass to
-pass, and the result is the same for any sharding by rows.
+the k-th largest, by the next ones, finds the threshold exactly in three passes; where it is near an earlier one, as
+between two updates, two are enough. Processes add their counts: what they exchange grows with the number of bins, not
+with the tensors. Nothing of a tensor's size is kept from pass to pass, and the result is the same for any sharding by
+rows and for any guess.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from elsa_lightning.layout.lowbit import masked
 
 Sum = Callable[[Tensor], Tensor]
 
 _ROUNDS = ((20, 11), (10, 10), (0, 10))  # lowest bit and number of bits of each pass over float32's 31
 _MANY = 1024  # pools from which on narrower histograms and a pass more take less memory than these
 _NARROW = ((23, 8), (15, 8), (7, 8), (0, 7))
+_NEAR = ((12, 11), (0, 12))  # around an earlier threshold, from 2/3 to 3/2 of it and beyond
 
 
 class Scores(NamedTuple):
@@ -26,7 +30,7 @@ class Scores(NamedTuple):
 
     Attributes:
         score: What counts, non-negative float32 ``(matrices, n)``.
-        tiebreak: What decides between equal scores, likewise.
+        tiebreak: What decides between equal scores by its magnitude, likewise.
         first: Index of the first matrix among all matrices.
         counts: Whether this process counts them: others may hold the same entries.
         order: Place of this process among those that hold parts of these matrices.
@@ -45,8 +49,9 @@ class Scores(NamedTuple):
 
 
 def largest(
-    scores: Callable[[], Iterable[Scores]], pools: Tensor, kept: Tensor, add: Sum = lambda t: t, parts: int = 1
-) -> Iterator[Tensor]:
+    scores: Callable[[], Iterable[Scores]], pools: Tensor, kept: Tensor, add: Sum = lambda t: t, parts: int = 1,
+    guesses: dict[Hashable, Tensor] | None = None, of: Hashable = None,
+) -> Iterator[Tensor]:  # fmt: skip
     """Yield masks ``(matrices, n)`` of exactly ``kept`` largest entries in each pool.
 
     Equal scores go to the larger tiebreak, then to the earlier matrix, part and entry.
@@ -57,8 +62,18 @@ def largest(
         kept: Entries that survive in each pool, int64 ``(pools,)``, at least 1 and at most its size.
         add: Sums a tensor over all processes.
         parts: Largest number of parts of a matrix.
+        guesses: Thresholds of earlier searches, to which this one's is added: they save a pass and change nothing.
+        of: What is searched, as a key of ``guesses``.
     """
-    score, places, equals = _kth_largest(lambda: ((s, order_bits(s.score), None) for s in scores()), pools, kept, add)
+
+    def keys() -> Iterator[tuple[Scores, Tensor, None]]:
+        for s in scores():
+            yield s, order_bits(s.score), None
+
+    guess = None if guesses is None else guesses.get(of)
+    score, places, equals = _kth_largest(keys, pools, kept, add, guess)
+    if guesses is not None:
+        guesses[of] = score
     if bool((equals == places).all()):
         for s in scores():
             yield order_bits(s.score) >= score[pools[s.rows], None]
@@ -106,8 +121,11 @@ def order_bits(key: Tensor) -> Tensor:
     return key.abs().view(torch.int32)  # abs for NaN's sign
 
 
+_Keys = Callable[[], Iterable[tuple[Scores, Tensor, Tensor | None]]]
+
+
 def _kth_largest(
-    keys: Callable[[], Iterable[tuple[Scores, Tensor, Tensor | None]]], pools: Tensor, k: Tensor, add: Sum
+    keys: _Keys, pools: Tensor, k: Tensor, add: Sum, guess: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the k-th largest key of each pool, how many of its equals are among the k, and how many are.
 
@@ -116,34 +134,63 @@ def _kth_largest(
         pools: See :func:`largest`.
         k: Rank in each pool, from 1.
         add: Sums a tensor over all processes.
+        guess: A key of each pool that may be near.
     """
-    prefix: Tensor | None = None
-    equals = k
-    for shift, width in _ROUNDS if len(k) <= _MANY else _NARROW:
-        counts = torch.zeros(len(k), 1 << width, dtype=torch.int64, device=k.device)
+    if guess is not None and len(guess) == len(k) <= _MANY:
+        (shift, width), _ = _NEAR
+        found = _narrow_down(keys, pools, k, add, _NEAR, (guess >> shift) - (1 << (width - 1)))
+        if found is not None:
+            return found
+    found = _narrow_down(keys, pools, k, add, _ROUNDS if len(k) <= _MANY else _NARROW, None)
+    assert found is not None
+    return found
+
+
+def _narrow_down(
+    keys: _Keys, pools: Tensor, k: Tensor, add: Sum, rounds: tuple[tuple[int, int], ...], first: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return what :func:`_kth_largest` does, or None where a k-th largest is not in the bins of the first round.
+
+    Args:
+        keys: As there, like ``pools``, ``k`` and ``add``.
+        pools: Likewise.
+        k: Likewise.
+        add: Likewise.
+        rounds: Lowest bit that counts, and logarithm of the number of bins; each round's are one bin of the last.
+        first: The lowest bin of the first round in each pool; None for 0, where there are all.
+    """
+    base, equals, places = first, k, k
+    for index, (shift, width) in enumerate(rounds):
+        counts = torch.zeros(len(k), (1 << width) + 1, dtype=torch.int64, device=k.device)  # the last is of all above
         for s, bits, among in keys():
             if s.counts:
-                if prefix is not None:
-                    inside = (bits >> (shift + width)) == prefix[pools[s.rows], None]
-                    among = inside if among is None else among & inside
-                counts.index_add_(0, pools[s.rows], _histogram(bits, among, shift, width))
-        counts = add(counts)
-        from_top = counts.flip(1).cumsum(1)
+                mine = pools[s.rows]
+                found = _histogram(bits, among, None if base is None else base[mine, None], shift, width)
+                counts.index_add_(0, mine, found[:, 1:])
+        from_top = add(counts).flip(1).cumsum(1)
         place = (from_top >= k[:, None]).to(torch.uint8).argmax(dim=1, keepdim=True)
-        bin_ = (1 << width) - 1 - place
-        equals = counts.gather(1, bin_).squeeze(1)
-        k = k - from_top.gather(1, place).squeeze(1) + equals
-        upper = 0 if prefix is None else prefix << width
-        prefix = (upper + bin_.squeeze(1)).to(torch.int32)
-    assert prefix is not None
-    return prefix, k, equals
+        if index == 0 and first is not None and bool((place == 0).any()):
+            return None
+        equals = counts.gather(1, (1 << width) - place).squeeze(1)
+        places = k - from_top.gather(1, place).squeeze(1) + equals
+        at = ((1 << width) - place).squeeze(1) if base is None else base + ((1 << width) - place).squeeze(1)
+        base = at.to(torch.int32) if shift == 0 else (at << (shift - rounds[index + 1][0])).to(torch.int32)
+    assert base is not None
+    return base, places, equals
 
 
-def _histogram(bits: Tensor, among: Tensor | None, shift: int, width: int) -> Tensor:
-    """Count the entries of each row by ``width`` bits from ``shift`` on."""
-    rows = len(bits)
-    bins = (bits >> shift).bitwise_and_((1 << width) - 1)
+def _histogram(bits: Tensor, among: Tensor | None, base: Tensor | None, shift: int, width: int) -> Tensor:
+    """Count the entries of each row by their bits from ``shift`` on: those below ``base``, 2^width bins, those above.
+
+    What does not take part is counted below, so that there is nothing to select, which a GPU's host would wait for.
+    """
+    rows, bins = len(bits), 1 << width
+    found = bits >> shift
+    found = found.add_(1) if base is None else found.sub_(base).clamp_(-1, bins).add_(1)
+    found = found if among is None else masked(found, among)
     if rows > 1:
-        bins += torch.arange(rows, dtype=torch.int32, device=bits.device)[:, None] << width
-    bins = bins.flatten() if among is None else bins[among]
-    return torch.bincount(bins, minlength=rows << width).view(rows, -1)
+        found += torch.arange(rows, dtype=torch.int32, device=bits.device)[:, None] * (bins + 2)
+    size = rows * (bins + 2)
+    if bits.is_cuda and not torch.are_deterministic_algorithms_enabled():  # bincount waits for least and largest
+        return torch.histc(found, bins=size, min=0, max=size).view(rows, -1).to(torch.int64)
+    return torch.bincount(found.flatten(), minlength=size).view(rows, -1)

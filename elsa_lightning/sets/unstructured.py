@@ -137,12 +137,15 @@ class Unstructured(Constraint):
                     score = score / scales[point.tensor]
                 shape = (point.piece.matrices, point.v.numel() // point.piece.matrices)
                 first = starts[point.tensor] + point.piece.matrix
-                magnitude = point.v.abs().float().reshape(shape)
-                yield Scores(score.reshape(shape), magnitude, first, point.part.counts, point.part.order)
+                signed = point.v.float().reshape(shape)  # ties are told by the magnitude, which is taken then
+                yield Scores(score.reshape(shape), signed, first, point.part.counts, point.part.order)
 
         def keep(pools: list[int], kept: list[int]) -> Iterator[Tensor]:
-            ranks = torch.tensor(kept, device=points.device)
-            return largest(scores, torch.tensor(pools, device=points.device), ranks, points.add, points.parts)
+            ranks, device = torch.tensor(kept, device=points.device), points.device
+            of = (tuple(points.names), len(kept))
+            return largest(
+                scores, torch.tensor(pools, device=device), ranks, points.add, points.parts, points.guesses, of
+            )
 
         each = list(range(len(sizes)))
         if scales is None:

@@ -1,7 +1,11 @@
 """Selection by counting bits equals a sort, for any ties, pools and pieces."""
 
 import itertools
+import sys
+from collections.abc import Hashable, Iterator
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +13,10 @@ from torch import Tensor
 
 from elsa_lightning.layout.sharded import Part
 from elsa_lightning.sets.threshold import Scores, largest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "step_overhead"))
+
+from counts import Counting
 
 few = st.sampled_from([0.0, 1e-42, 0.25, 1.0, 3.0, float("inf")])
 
@@ -67,3 +75,34 @@ def test_noise_is_even_in_every_bit() -> None:
     for bit in range(32):
         share = float(((bits >> bit) & 1).float().mean())
         assert abs(share - 0.5) < 5 * 0.5 / shape.numel() ** 0.5
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.8, 1.0, 1.3, 10.0])
+def test_a_guess_saves_a_pass_where_it_is_near_and_changes_nothing(factor: float) -> None:
+    score = torch.randn(3, 4000, generator=torch.Generator().manual_seed(0)).abs()
+    score[1, :50] = score[1, 50]  # equals
+    pools, kept = torch.arange(3), torch.tensor([400, 3999, 1])
+    passes: list[int] = []
+
+    def find(guesses: dict[Hashable, Tensor] | None, factor: float = 1.0) -> Tensor:
+        passes.append(0)
+
+        def scores() -> Iterator[Scores]:
+            passes[-1] += 1
+            yield Scores(score * factor, score, 0)
+
+        return next(iter(largest(scores, pools, kept, guesses=guesses, of="these")))
+
+    expected, guesses = find(None), {}
+    find(guesses, factor)
+    assert torch.equal(find(guesses), expected)
+    assert passes[2] == passes[0] + (-1 if 0.7 < factor < 1.4 else 1)
+
+
+def test_a_host_waits_for_the_device_once_and_not_for_each_piece() -> None:
+    score = torch.rand(2, 1000)
+    pieces = [Scores(score[:, a : a + 100], score[:, a : a + 100], 0) for a in range(0, 1000, 100)]
+    with Counting() as counting:
+        list(largest(lambda: pieces, torch.arange(2), torch.tensor([10, 900])))
+    histograms = counting.counts.names["bincount"]  # which is another operation on a GPU
+    assert histograms == 30 and counting.counts.looks - histograms == 1
