@@ -253,7 +253,8 @@ def damage(constraint: Constraint, points: LivePoints) -> Tensor:
     found = torch.zeros(3, dtype=exact_dtype(points.device), device=points.device)
     for index, tensor in enumerate(points.tensors):
         for piece in tensor.pieces() if tensor.part.counts else ():
-            x = points.value(tensor, piece.rows).float()
+            x = points.value(tensor, piece.rows)
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
             point = replace(tensor.point(index, piece, x), numbers=None)  # fits its own
             z = project(constraint, x, tensor.unpacked(packed[index], piece.rows), point)
             numbers = [x.square().sum(), (x - z).square().sum(), torch.full((), x.numel(), device=x.device)]

@@ -32,6 +32,7 @@ MATRIX = [f"{how}-{run}" for how, run in product(STRATEGIES, RUNS)]
 OTHERS: dict[str, dict[str, Any]] = {
     "coupled": {"prox": "coupled", "penalty": 0.05},
     "accumulated": {"accumulate": 2, "steps": 6},
+    "chosen rate": {"learning_rate": "auto"},  # from all processes' weights
     "broken": {"broken": [3]},  # the last process's loss is NaN at step 3
 }
 LOW: dict[str, dict[str, Any]] = {
