@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
@@ -242,3 +244,18 @@ def test_sequences_longer_than_the_model_takes_are_refused(tiny_llama: str, toke
     data = CalibrationData(seq_len=128, eval_segments=4, cache_dir=token_cache)
     with pytest.raises(ValueError, match=r"sequences of 128 tokens, and .* takes at most 64: set --data\.seq_len 64"):
         trainer(max_steps=1).fit(CausalLM(tiny_llama), data)
+
+
+def test_tensorboard_has_the_dense_perplexity_as_a_line_and_the_final_one_to_compare_runs_by(
+    tiny_llama: str, data: CalibrationData, tmp_path: Path
+) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    module = CausalLM(tiny_llama)
+    trainer(max_steps=6, val_check_interval=2, logger=logger, callbacks=[ElsaCallback(sparsity=0.5)]).fit(module, data)
+    events = EventAccumulator(str(logger.log_dir)).Reload()
+    line = [(event.step, event.value) for event in events.Scalars("val/dense_perplexity")]
+    assert sorted({step for step, _ in line}) == [0, 2, 4, 6]
+    assert [value for _, value in line] == [pytest.approx(module.dense_perplexity, rel=1e-6)] * len(line)
+    assert events.Scalars("hp_metric")[-1].value == pytest.approx(module.final_perplexity, rel=1e-6)
+    layout = events.summary_metadata["custom_scalars__config__"].plugin_data
+    assert layout.plugin_name == "custom_scalars"
