@@ -104,7 +104,7 @@ class Export(SaveHuggingFace):
         known = not any(isinstance(c, KeepMask) for c in callbacks)  # whose zeros are what the weights have
         sets = [c.constraint for c in callbacks if isinstance(getattr(c, "constraint", None), Constraint)]
         for name in self.to:
-            check_run(name, self.options, model, sets if known else None)
+            check_run(name, self.options, model, sets if known else None, getattr(pl_module, "path", None))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export, on the first process, now that the final model is measured."""

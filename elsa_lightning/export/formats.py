@@ -8,12 +8,13 @@ from typing import Any
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.export import cpu_sparse
-from elsa_lightning.export.gguf import check_gguf
+from elsa_lightning.export.blocks import BLOCK
+from elsa_lightning.export.gguf import check_convertible, check_gguf
 from elsa_lightning.export.project import read_set
 from elsa_lightning.export.quantized import BITS, check_groups
 from elsa_lightning.export.record import Record
 from elsa_lightning.families import find
-from elsa_lightning.sets import NM, Constraint, Quantized, Unstructured
+from elsa_lightning.sets import NM, ByPattern, Constraint, Quantized, Unstructured
 from elsa_lightning.sets.structured import is_structured
 
 FORMATS = ("hf", "shrunk", "quantized", "cpu-sparse", "gguf")
@@ -71,7 +72,9 @@ def check_format(to: str, options: Options) -> None:
         check_gguf(options.gguf_type, options.converter)
 
 
-def check_run(to: str, options: Options, model: Any, sets: Sequence[Constraint] | None) -> None:
+def check_run(
+    to: str, options: Options, model: Any, sets: Sequence[Constraint] | None, tokenizer: str | None = None
+) -> None:
     """Raise UserError if a format cannot be made of what a run is going to leave.
 
     Args:
@@ -79,6 +82,7 @@ def check_run(to: str, options: Options, model: Any, sets: Sequence[Constraint] 
         options: Of it.
         model: Of transformers, before training.
         sets: That the run constrains its weights to; None where that is not known beforehand.
+        tokenizer: Where the model's is, if that is known.
     """
     if to == "shrunk":
         find(model)
@@ -99,6 +103,21 @@ def check_run(to: str, options: Options, model: Any, sets: Sequence[Constraint] 
                 f"cpu-sparse pays from {options.break_even:.0%} zeros on, and this run leaves {max(known):.0%}: prune "
                 f"further, leave cpu-sparse out, or set break_even if you measured another"
             )
+    elif to == "gguf":
+        if options.gguf_type == "q4_0" and sets is not None and not any(map(_is_on_q4_0, sets)):
+            raise UserError(
+                f"gguf_type q4_0 packs exactly what lies on a grid of 4 bits in groups of a multiple of {BLOCK}, and "
+                f"this run's set has none ({', '.join(map(str, sets)) or 'there is none'}): train under "
+                f"Quantized(bits=4, group_size={BLOCK}), or give another type"
+            )
+        check_convertible(_skeleton(model), tokenizer, check_gguf(options.gguf_type, options.converter))
+
+
+def _is_on_q4_0(constraint: Constraint) -> bool:
+    """Say whether a set may leave what Q4_0 holds; sets of several are left to what is packed."""
+    if isinstance(constraint, Quantized):
+        return constraint.bits == 4 and (constraint.group_size or BLOCK) % BLOCK == 0
+    return isinstance(constraint, ByPattern)
 
 
 def _skeleton(model: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def write_gguf(model: Any, tokenizer: str, folder: Path, kind: str, command: lis
             raise UserError(f"--to gguf needs a tokenizer: {problem}")
         if kind in BITS:
             plain = Path(place) / "plain.gguf"
-            _convert(command, place, plain, "f32")
+            _convert([*command, "--outtype", "f32"], place, plain)
             packed, matrices = pack_file(plain, file, kind)
             if packed:
                 check_file(plain, file)
@@ -87,7 +88,7 @@ def write_gguf(model: Any, tokenizer: str, folder: Path, kind: str, command: lis
                 "and let llama-quantize round it"
             )
         if not packed:
-            _convert(command, place, file, kind)
+            _convert([*command, "--outtype", kind], place, file)
     ours = [(t.numel(), t) for t in _matrices(model)]
     theirs = [(t.numel(), t) for t in _read(file)]
     said = _compare(ours, theirs, "f32" if packed else kind)
@@ -96,9 +97,28 @@ def write_gguf(model: Any, tokenizer: str, folder: Path, kind: str, command: lis
     return f"{packed} of {matrices} matrices are on a grid and packed exactly, the others plain numbers. {said}", False
 
 
-def _convert(command: list[str], model: str, file: Path, kind: str) -> None:
+def check_convertible(model: Any, tokenizer: str | None, command: list[str]) -> None:
+    """Raise UserError if llama.cpp's converter knows the model or its tokenizer not; no weights are needed.
+
+    Args:
+        model: Of transformers; its class and its configuration are looked at.
+        tokenizer: Where its tokenizer is; None where that is not known, and then nothing is looked at.
+        command: Of the converter.
+    """
+    if tokenizer is None:
+        return
+    with tempfile.TemporaryDirectory() as place:
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(place)
+        if (problem := save_tokenizer(tokenizer, Path(place))) is not None:
+            raise UserError(f"gguf needs a tokenizer: {problem}")
+        _convert([*command, "--vocab-only"], place, Path(place) / "vocabulary.gguf")
+
+
+def _convert(command: list[str], model: str, file: Path) -> None:
     """Run llama.cpp's converter."""
-    options = ["--outtype", kind, "--outfile", str(file), model]
+    options = ["--outfile", str(file), model]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     if done.returncode or not file.is_file():
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

@@ -6,11 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import seed_everything
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from elsa_lightning import CausalLM, ElsaCallback
+from elsa_lightning.callbacks import Export
 from elsa_lightning.errors import UserError
 from elsa_lightning.export import Options, export
 from elsa_lightning.export.blocks import on_grid, to_blocks
+from elsa_lightning.sets import Quantized, Unstructured
+from tests.callbacks.tiny import make_trainer
 
 gguf: Any = pytest.importorskip("gguf", reason="reads what was packed")
 from gguf.quants import dequantize  # noqa: E402
@@ -23,6 +29,7 @@ from safetensors.numpy import load_file
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--outtype")
+parser.add_argument("--vocab-only", action="store_true")
 parser.add_argument("--outfile")
 parser.add_argument("model")
 given = parser.parse_args()
@@ -32,9 +39,9 @@ writer.add_name("a model")
 writer.add_block_count(config["num_hidden_layers"])
 writer.add_token_list(["a", "b", "ü"])
 writer.add_token_scores([0.0, -1.5, 2.0])
-writer.add_file_type({"f32": 0, "q8_0": 7}[given.outtype])
+writer.add_file_type({"f32": 0, "q8_0": 7}.get(given.outtype, 0))
 names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-for name, t in load_file(given.model + "/model.safetensors").items():
+for name, t in () if given.vocab_only else load_file(given.model + "/model.safetensors").items():
     for part, heads in (("q_proj", config["num_attention_heads"]), ("k_proj", config["num_key_value_heads"])):
         if part in name:
             t = t.reshape(heads, 2, -1, t.shape[1]).swapaxes(1, 2).reshape(t.shape)
@@ -153,3 +160,16 @@ def test_a_model_on_no_grid_is_refused_in_four_bits_and_rounded_in_eight(folder:
             export(tmp_path / "model", "gguf", tmp_path / "out", options=options, say=lambda line: None)
     types = {t.tensor_type.name for t in gguf.GGUFReader(str(tmp_path / "out/model.gguf")).tensors}
     assert types == {"Q8_0", "F32"}
+
+
+@pytest.mark.filterwarnings("ignore:Elsa:UserWarning")
+def test_a_run_on_a_grid_ends_in_blocks(folder: Path, tmp_path: Path) -> None:
+    seed_everything(0, verbose=False)
+    ids = torch.randint(3, 2000, (24, 16), generator=torch.Generator().manual_seed(0))
+    options = Options(gguf_type="q4_0", converter=str(folder / "convert.py"))
+    callback = Export(["gguf"], str(tmp_path / "out"), options=options)
+    elsa = ElsaCallback(constraint=Quantized(4, 32, Unstructured(0.5)), interval=2)
+    trainer = make_trainer(tmp_path, elsa, callback, max_steps=8)
+    trainer.fit(CausalLM(name=str(folder / "model")), DataLoader(list(ids), batch_size=2))  # type: ignore[arg-type]
+    types = [t.tensor_type.name for t in gguf.GGUFReader(str(tmp_path / "out/gguf/model.gguf")).tensors]
+    assert types.count("Q4_0") == 14

@@ -1,6 +1,8 @@
 """Export at the end of fit: as elsa export does it, and refused before training where it cannot be."""
 
 import json
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,13 @@ def test_what_cannot_be_made_is_refused_before_training(
     ):
         with pytest.raises(UserError, match=message):
             run(tiny_llama, tmp_path, callback, never)
+    if find_spec("gguf"):
+        (tmp_path / "convert.py").write_text("raise NotImplementedError('BPE pre-tokenizer was not recognized')")
+        four = Options(gguf_type="q4_0", converter=str(tmp_path / "convert.py"))
+        with pytest.raises(UserError, match=r"this run's set has none .*Unstructured"):
+            run(tiny_llama, tmp_path, Export(["gguf"], options=four), never)
+        with pytest.raises(UserError, match="does not take this model: NotImplementedError: BPE pre-tokenizer"):
+            run(tiny_llama, tmp_path, Export(["gguf"], options=replace(four, gguf_type="f16")), never)
     (tmp_path / "out/quantized").mkdir(parents=True)
     (tmp_path / "out/quantized/thesis.tex").touch()
     with pytest.raises(UserError, match=r"holds 'thesis\.tex'"):
