@@ -39,7 +39,7 @@ from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.optim.rounding import WeightRounding
 from elsa_lightning.rate import Damage
 from elsa_lightning.schedule import Schedule
-from elsa_lightning.sets.base import Constraint
+from elsa_lightning.sets.base import Constraint, check_set
 from elsa_lightning.tensors import KEYS, MASK, NUMBERS, REMOVED, SCALE, SPLIT, ConstrainedTensor
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,7 @@ class ADMM:
         if not parameters:
             raise UserError("parameters is empty: there is nothing to constrain")
         optimizer = innermost(optimizer)
+        check_set(constraint, "constraint")
         self.optimizer, self.total_steps = optimizer, total_steps
         self.form, schedule = make_form(prox), schedule or Schedule()
         self.schedule = replace(schedule, penalty=self.form.penalty) if schedule.penalty is None else schedule

@@ -13,7 +13,7 @@ from elsa_lightning.errors import UserError
 from elsa_lightning.layout.fsdp1 import mark_slices, settle
 from elsa_lightning.layout.sharded import local
 from elsa_lightning.selection import ALL_LINEAR, count_zeros, select
-from elsa_lightning.sets.base import Constraint
+from elsa_lightning.sets.base import Constraint, check_set
 from elsa_lightning.tensors import ConstrainedTensor
 
 
@@ -44,6 +44,7 @@ def project(
     Raises:
         UserError: The tensors cannot be in the set, or the importance does not fit.
     """
+    check_set(constraint, "constraint")
     settle(model)
     mark_slices(model)
     constraint = constraint.fitted(model)

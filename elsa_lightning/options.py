@@ -20,6 +20,13 @@ _UNKNOWN = re.compile(
     r"unrecognized arguments: (\S+)|(?:Option|Key) '([^']+)' is not (?:accepted|expected)|not accept option '([^']+)'"
 )
 _INVALID = re.compile(r'Parser key "([^"]+)":\s+(Expected .*? Got value: .*)')
+_PROBLEM = re.compile(  # of the class inside which nothing else is wrong
+    r"Problem with given class_path '([^']+)': (?!Parser key \"[^\"]+\": Does not)"
+    r"(.*?)(?= - (?:Expected|Not a)| Given |$)"
+)
+_NO_OBJECT = re.compile(
+    r'.*Parser key "([^"]+)": .*?(?:Not a valid subclass of|Unexpected import path format).*?Given value: (\S+)'
+)
 _ALIKE, _ALIKE_AS_A_WHOLE = 0.75, 0.9  # shares of the letters, in order
 
 
@@ -67,7 +74,12 @@ def explain(message: str, options: Iterable[str]) -> str:
         if (invalid := _INVALID.search(message)) and place:  # the innermost of several tries
             name = invalid[1] if invalid.start() == place.start() else f"{place[1]}.{invalid[1]}"
             return f"{name}: {invalid[2]}"
-        return " ".join(message.split())
+        flat = " ".join(message.split())
+        if problem := _PROBLEM.search(flat):
+            return f"{problem[1]}: {problem[2]}"
+        if wrong := _NO_OBJECT.search(flat.partition(" - Not a valid subclass of Callback")[0]):
+            return f"{wrong[1]}: Expected a class_path and its init_args. Got value: {wrong[2]}"
+        return flat
     word = next(filter(None, unknown.groups())).partition("=")[0]
     given = f"{place[1]}.{word}" if place and unknown[2] and not word.startswith(place[1]) else word
     data = (f"--data.{name}" for name in inspect.signature(CalibrationData).parameters)

@@ -180,6 +180,9 @@ def test_a_checkpoint_of_weights_alone_is_refused(
     assert "ckpt_path holds weights only" in capsys.readouterr().err
 
 
+SET = "--elsa.constraint={{class_path: elsa_lightning."
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -193,6 +196,14 @@ def test_a_checkpoint_of_weights_alone_is_refused(
         ("--model.optimizer.lrr=1", "unrecognized argument: model.optimizer.lrr"),
         ("--data.seq_len=long", "data.seq_len: Expected a <class 'int'>. Got value: long"),
         ("--trainer.max_steps=long", "trainer.max_steps: Expected a <class 'int'>. Got value: long"),
+        (SET + "NM, init_args: {{n: 2}}}}", "elsa_lightning.NM: the following arguments are required: m (see"),
+        (SET + "NMM, init_args: {{n: 2}}}}", "elsa_lightning.NMM: module 'elsa_lightning' has no attribute 'NMM' (see"),
+        (
+            SET + "ByPattern, init_args: {{sets: {{a: NMM}}}}}}",
+            'elsa_lightning.ByPattern: Parser key "sets": Expected a',
+        ),
+        (SET + "Neurons, init_args: {{fraction: half}}}}", "fraction: Expected a <class 'float'>. Got value: half"),
+        ("--elsa.constraint=0.9", "elsa.constraint: Expected a class_path and its init_args. Got value: 0.9"),
         ("--config=nowhere.yaml", "File does not exist: "),
         ("--config={}/wrong.yaml", "unrecognized argument: trainer.max_stps; did you mean --trainer.max_steps?"),
         ("more", "unrecognized argument: more"),

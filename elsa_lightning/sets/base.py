@@ -235,6 +235,17 @@ class Constraint(ABC):
         return None
 
 
+def check_set(value: object, name: str) -> None:
+    """Raise UserError unless a value is a set.
+
+    Args:
+        value: What was given.
+        name: Of the argument.
+    """
+    if not isinstance(value, Constraint):
+        raise UserError(f"{name} must be a set, such as NM(2, 4) or Unstructured(0.9), got {value!r}")
+
+
 def distance(v: Tensor, importance: Tensor | None) -> Tensor:
     """Return √F |v| in float32, whose square is what zeroing each entry costs; it has the range of v."""
     return v.abs().float() if importance is None else (v.abs() * importance.sqrt()).float()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from elsa_lightning.errors import UserError
 from elsa_lightning.sets.base import Constraint, Point, Points, distance
+from elsa_lightning.sets.checks import check_fraction, check_whole
 from elsa_lightning.sets.threshold import Scores, largest
 from elsa_lightning.sets.unstructured import AT_ONCE
 
@@ -37,10 +37,9 @@ class Block(Constraint):
     columns: int = 16
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise UserError(f"sparsity must be a fraction of zero blocks in [0, 1), got {self.sparsity}")
-        if self.rows < 1 or self.columns < 1:
-            raise UserError(f"rows and columns of a block must be 1 or more, got {self.rows} × {self.columns}")
+        check_fraction("sparsity", self.sparsity, "a fraction of zero blocks")
+        check_whole("rows", self.rows, "how many outputs a block has")
+        check_whole("columns", self.columns, "how many inputs a block has")
 
     def grain_of(self, name: str) -> tuple[int, int]:
         """Return one block."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from elsa_lightning.errors import UserError
-from elsa_lightning.sets.base import Constraint, Point, Points
+from elsa_lightning.sets.base import Constraint, Point, Points, check_set
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,13 @@ class ByPattern(Constraint):
     sets: dict[str, Constraint]
 
     def __post_init__(self) -> None:
-        if not self.sets:
-            raise UserError("sets is empty: give sets by pattern, such as {'attn': ..., 'mlp': ...}")
-        for pattern in self.sets:
+        if not isinstance(self.sets, Mapping) or not self.sets:
+            given = "is empty" if self.sets in ({}, None) else f"is {self.sets!r}"
+            raise UserError(f"sets {given}: give sets by pattern, such as {{'attn': ..., 'mlp': ...}}")
+        for pattern, each in self.sets.items():
+            check_set(each, f"sets[{pattern!r}]")
             try:
-                re.compile(pattern)
+                re.compile(str(pattern))
             except re.error as error:
                 raise UserError(f"sets: {pattern!r} is no regular expression: {error}") from None
         object.__setattr__(self, "fixes_values", any(each.fixes_values for each in self.sets.values()))

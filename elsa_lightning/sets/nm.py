@@ -10,6 +10,7 @@ from torch import Tensor
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.sets.base import Constraint, Points, distance
+from elsa_lightning.sets.checks import check_whole
 from elsa_lightning.sets.threshold import order_bits
 from elsa_lightning.sets.unstructured import AT_ONCE
 
@@ -35,8 +36,9 @@ class NM(Constraint):
     m: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n <= self.m:
-            raise UserError(f"n must be from 1 to m, got n={self.n}, m={self.m}; 2:4 is n=2, m=4")
+        check_whole("m", self.m, "how many weights a group has")
+        if not isinstance(self.n, int) or isinstance(self.n, bool) or not 1 <= self.n <= self.m:
+            raise UserError(f"n must be from 1 to m, got n={self.n!r}, m={self.m}; 2:4 is n=2, m=4")
 
     def grain_of(self, name: str) -> tuple[int, int]:
         """Return one group."""

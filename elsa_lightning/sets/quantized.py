@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from elsa_lightning.errors import UserError
-from elsa_lightning.sets.base import Constraint, Point, Points
+from elsa_lightning.sets.base import Constraint, Point, Points, check_set
+from elsa_lightning.sets.checks import check_whole, is_number
 
 _LOWEST = {
     2: 0.25,
@@ -57,13 +58,12 @@ class Quantized(Constraint):
     fixes_values = True
 
     def __post_init__(self) -> None:
-        if self.bits not in _LOWEST:
-            raise UserError(f"bits must be one of {list(_LOWEST)}, got {self.bits}")
-        if self.group_size is not None and self.group_size < 1:
-            raise UserError(
-                f"group_size must be a number of weights that share a scale, such as 128, or None for whole rows; got "
-                f"{self.group_size}"
-            )
+        if not is_number(self.bits) or self.bits not in _LOWEST:
+            raise UserError(f"bits must be one of {list(_LOWEST)}, got {self.bits!r}")
+        if self.group_size is not None:
+            check_whole("group_size", self.group_size, "a number of weights that share a scale, or None for whole rows")
+        if self.inside is not None:
+            check_set(self.inside, "inside")
         if self.inside is not None and self.inside.fixes_values:
             raise UserError(f"inside must be a set that leaves the values of kept weights free, got {self.inside}")
 
@@ -159,7 +159,7 @@ class Quantized(Constraint):
         groups, dim = self._groups(v, point)
         weight = None if point.importance is None else self._groups(point.importance, point)[0]
         last = None if point.numbers is None else point.numbers.unsqueeze(dim)
-        at_once = len(groups) if v.device.type != "cpu" else max(1, _IN_CACHE // groups[:1].numel())
+        at_once = max(1, len(groups) if v.device.type != "cpu" else _IN_CACHE // max(1, groups[:1].numel()))
         found = []
         for start in range(0, max(1, len(groups)), at_once):
             rows = slice(start, start + at_once)

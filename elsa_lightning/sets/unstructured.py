@@ -13,8 +13,8 @@ from torch import Tensor
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.sharded import exact_dtype
-from elsa_lightning.sets.base import Constraint, Points, distance
-from elsa_lightning.sets.checks import check_budget, check_fraction, entries_of
+from elsa_lightning.sets.base import Constraint, Points, check_set, distance
+from elsa_lightning.sets.checks import check_budget, check_fraction, entries_of, is_number
 from elsa_lightning.sets.threshold import Scores, largest, largest_of_rows
 
 AT_ONCE = 0.7  # sparsity that a ramp begins with: so much is cut by the first projection, and may return
@@ -65,6 +65,9 @@ class Unstructured(Constraint):
         check_budget("weights", "a fraction is sparsity", keep=self.keep, keep_bytes=self.keep_bytes)
         if self.scope not in ("tensor", "row", "model"):
             raise UserError(f"scope must be 'tensor', 'row' or 'model', got {self.scope!r}")
+        for name in ("floor", "ceiling", "depth"):
+            if not is_number(value := getattr(self, name)) or not -1 < value <= 1:
+                raise UserError(f"{name} must be a share of a tensor's entries, such as 0.02, got {value!r}")
         kept = 1.0 if self.sparsity is None else 1 - self.sparsity
         if not (
             0 <= self.floor <= self.ceiling <= 1
@@ -220,6 +223,8 @@ def one_of(sparsity: float | None, constraint: Constraint | None) -> Constraint:
             f"give sparsity (a fraction, such as 0.9) or constraint, one of the two; got sparsity={sparsity}, "
             f"constraint={constraint}"
         )
+    if constraint is not None:
+        check_set(constraint, "constraint")
     return constraint if constraint is not None else Unstructured(sparsity)
 
 
