@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from elsa_lightning.sets import Constraint
 
 SETS: dict[str, Constraint] = {
     "tensor": Unstructured(0.5), "row": Unstructured(0.5, "row"), "model": Unstructured(0.5, "model", floor=0.1),
+    "depth": Unstructured(0.5, depth=0.2),
     "nothing": Unstructured(0.0), "nearly all": Unstructured(0.999), "2:4": NM(2, 4), "4:4": NM(4, 4), "1:4": NM(1, 4),
     "blocks": Block(0.5, 2, 4), "no blocks": Block(0.0), "one block": Block(0.99, 64, 64),
     "grid": Quantized(4, 4), "grid 2:4": Quantized(3, None, NM(2, 4)), "ternary": Quantized(2, 4, Unstructured(0.5)),
@@ -95,3 +97,22 @@ def test_a_gradient_that_comes_when_the_mask_is_fixed_or_never_is_no_way_out(nam
 
     parameters, admm = run(SETS[name], (8, 8), torch.randn_like, 0.01, grads)
     assert_in(SETS[name], parameters, admm)
+
+
+COLUMNS: dict[str, Constraint] = {
+    "tensor": Unstructured(0.5), "row": Unstructured(0.5, "row"), "model": Unstructured(0.5, "model"),
+    "a number": Unstructured(keep=2), "bytes": Unstructured(keep_bytes=8), "1:1": NM(1, 1), "blocks": Block(0.5, 3, 2),
+    "grid": Quantized(3), "grid of pairs": Quantized(4, 1, Unstructured(0.5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (1, 1), (3, 1, 1)], ids=str)
+@pytest.mark.parametrize("name", COLUMNS)
+def test_one_column_or_one_entry_is_a_matrix_like_any_other(name: str, shape: tuple[int, ...]) -> None:
+    constraint = COLUMNS[name]
+    for make in WEIGHTS.values():
+        for lr, grads in ((0.0, lambda _, __, p: torch.zeros_like(p)), (0.01, lambda _, __, p: torch.randn_like(p))):
+            parameters, admm = run(constraint, shape, make, lr, grads)
+            assert all(p.isfinite().all() for p in parameters.values())
+            assert_in(admm.constraint, parameters, admm)
+            assert 1 <= sum(int(mask.sum()) for _, mask in admm.each_mask()) <= 2 * math.prod(shape)
