@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.fsdp1 import FlatSlice
 from elsa_lightning.layout.kernels import channels_last, is_transposed, lies_in_rows
-from elsa_lightning.layout.lowbit import BLOCK, StateDtype, as_integers, decode, encode, pack, unpack, unpack_off
+from elsa_lightning.layout.lowbit import BLOCK, StateDtype, as_integers, decode, encode, pack, unpack, unpack_wide
 from elsa_lightning.layout.rows import Piece, Rows
 from elsa_lightning.layout.sharded import Part, clean, laid_out_like, local
 from elsa_lightning.optim.moments import dtype_name, lays_out_anew, second_moment
@@ -143,21 +143,23 @@ class ConstrainedTensor:
 
     def take_off(self, rows: slice) -> Tensor:
         """Zero rows of the weights off the mask; return what was there, 0 on the mask."""
-        off = self._off(rows)
-        bits = as_integers(self.x(rows))
+        off, bits = self._wide(rows, self.p.dtype, kept=False), as_integers(self.x(rows))
         bits ^= off.bitwise_and_(bits)
         return off.view(self.p.dtype)
 
     def zero_off(self, t: Tensor, rows: slice) -> None:
         """Zero rows of a tensor that lies as the weights do off the mask, NaN too."""
         of = self.layout.take(t, rows)
-        as_integers(of).bitwise_and_(self._off(rows, of.dtype).bitwise_not_())
+        if of.device.type == "cpu":
+            as_integers(of).bitwise_and_(self._wide(rows, of.dtype, kept=True))
+        else:  # reads a byte a weight, and does not branch
+            of.masked_fill_(~self.mask(rows), 0)
 
-    def _off(self, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
-        """Return integers as wide as a dtype, the weights' or another, with all bits set off the mask."""
+    def _wide(self, rows: slice, dtype: torch.dtype, kept: bool) -> Tensor:
+        """Return integers as wide as a dtype with all bits set on the mask, or off it."""
         before, packed = self.layout.before(rows, 8), self.state[MASK] if self.aside is None else self.aside
         groups, n = self.layout.groups(packed, rows, 8), before + self.layout.width(rows)
-        return unpack_off(groups, n, dtype or self.p.dtype)[..., before:]
+        return unpack_wide(groups, n, dtype, kept)[..., before:]
 
     def set_mask(self, rows: slice, mask: Tensor, packed: Tensor | None = None) -> None:
         """Store rows of the mask, in the state or in a tensor from :meth:`room_for_mask`."""

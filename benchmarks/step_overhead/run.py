@@ -1,46 +1,74 @@
-"""What ElsaCallback adds to an optimizer step: the same loop with plain Adam and with each form of the prox.
+"""What pruning adds to an optimizer step: counted bytes, kernels and waits, and times beside plain Adam.
 
-    python benchmarks/step_overhead/run.py --interval 32
+    python benchmarks/step_overhead/run.py
 
-The loops take turns, one projection interval at a time, in one process on the same weights and batches, so
-that a machine whose speed drifts slows all of them. Prints a Markdown table of medians and ratios.
+Counts, of each form, state dtype and phase: bytes a constrained weight that cross between memory and a cache which
+holds a piece, and bytes that the operations read and write in all, as on a device whose cache does not; operations
+for each piece of weights and for the whole step; and how often the host waits for the device. They need no GPU.
+
+Times: the same loop with plain Adam and with each form. The loops take turns, one projection interval at a time, in
+one process on the same weights and batches, so that a machine whose speed drifts slows all of them.
+
+Prints Markdown tables, of medians and ratios, and writes all of it to ``--results``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
+from counts import table_row
 
 from elsa_lightning import ADMM, CausalLM, Unstructured
+from elsa_lightning.layout.lowbit import StateDtype
+from elsa_lightning.optim.adam8bit import Adam8bit
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.selection import select
 
+FORMS = ("linearized", "feedback", "decoupled", "coupled")
+COUNTED = ("form", "state", "phase", "bytes", "moved", "kernels_a_piece", "kernels", "looks_a_piece", "looks")
+PLAIN = {"float32": "Adam alone", "bfloat16": "Adam8bit alone"}  # by the dtype of the weights
 
-def loop(model: str, form: str | None, interval: int, batch: torch.Tensor) -> Callable[[], float]:
+
+def counted() -> list[dict[str, Any]]:
+    """Return the counts of all forms with all state dtypes in all phases; the frozen phase is the same for all."""
+    rows = []
+    for form in FORMS:
+        for state in get_args(StateDtype):
+            rows += [table_row(form, state, phase) for phase in ("step", "update")]
+    rows.append(table_row("linearized", "float32", "frozen"))
+    little = {"weights": torch.bfloat16, "make": lambda p: Adam8bit(p, lr=1e-3)}
+    for phase in ("step", "update", "frozen"):
+        row = table_row("linearized", "float8_e4m3fn", phase, **little)
+        rows.append({**row, "form": "linearized, bfloat16 weights"})
+    return rows
+
+
+def loop(model: str, form: str | None, state: str, weights: str, interval: int, batch: torch.Tensor) -> Any:
     """Return a function that trains for one interval and returns seconds a step."""
     module = CausalLM(model)
     module.configure_model()
-    module.to(batch.device)
-    optimizer = torch.optim.Adam(module.parameters(), lr=1e-4)
+    module.to(batch.device, getattr(torch, weights))
+    make: Callable[..., torch.optim.Optimizer] = torch.optim.Adam if weights == "float32" else Adam8bit
+    optimizer = make(module.parameters(), lr=1e-4)
     if form is not None:
         steps = 10**6
         ADMM(
-            optimizer,
-            select(module).parameters,
-            Unstructured(0.9),
-            total_steps=steps,
+            optimizer, select(module).parameters, Unstructured(0.9), total_steps=steps,
             schedule=Schedule(
-                interval=interval,
-                shape="constant",
-                ramp=0.0,
+                interval=interval, shape="constant", ramp=0.0,
                 frozen=1 - 1 / steps if form == "frozen" else 0.0,  # from the first step on
             ),
             prox="linearized" if form == "frozen" else form,  # type: ignore[arg-type]
-        )
+            state_dtype=state,  # type: ignore[arg-type]
+        )  # fmt: skip
 
     def run() -> float:
         start = time.perf_counter()
@@ -55,29 +83,60 @@ def loop(model: str, form: str | None, interval: int, batch: torch.Tensor) -> Ca
     return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="pydocs-2m", help="name or folder (default: %(default)s)")
-    parser.add_argument("--interval", type=int, default=32, help="steps between projections (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="intervals timed of each (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
-    parser.add_argument("--seq-len", type=int, default=256, help="(default: %(default)s)")
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def timed(arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:
+    """Return medians and ratios of the loops."""
     batch = torch.randint(1000, (arguments.batch_size, arguments.seq_len), device=device)
-    forms: list[str | None] = [None, "linearized", "feedback", "decoupled", "coupled", "frozen"]
-    loops = {form or "Adam alone": loop(arguments.model, form, arguments.interval, batch) for form in forms}
+    cases: dict[str, tuple[str | None, str, str]] = {"Adam alone": (None, "float32", "float32")}
+    cases |= {form: (form, "float32", "float32") for form in arguments.forms}
+    if arguments.little:
+        cases["Adam8bit alone"] = (None, "float32", "bfloat16")
+        for state in ("bfloat16", "float8_e4m3fn"):
+            cases[f"Elsa-L, {state}"] = ("linearized", state, "bfloat16")
+    loops = {name: loop(arguments.model, *case, arguments.interval, batch) for name, case in cases.items()}
     times: dict[str, list[float]] = {name: [] for name in loops}
     for round_ in range(arguments.rounds + 1):
         for name, run in loops.items():
             seconds = run()
             if round_ > 0:  # the first is the warm-up
                 times[name].append(seconds)
-    print(f"{arguments.model}, batch {arguments.batch_size} × {arguments.seq_len}, K = {arguments.interval}, {device}")
-    print("| loop | ms a step | ratio to Adam alone |\n|---|---|---|")
+    rows = []
     for name, seconds_ in times.items():
-        ratios = [ours / plain for ours, plain in zip(seconds_, times["Adam alone"], strict=True)]
-        print(f"| {name} | {1e3 * statistics.median(seconds_):.1f} | {statistics.median(ratios):.3f} |")
+        plain = times[PLAIN[cases[name][2]]]
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(seconds_, plain, strict=True))
+        rows.append({"loop": name, "ms": round(1e3 * statistics.median(seconds_), 2), "ratio": round(ratio, 4)})
+    return rows
+
+
+def table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
+    """Return rows as Markdown."""
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(str(row[column]) for column in columns)} |" for row in rows)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="pydocs-2m", help="name or folder (default: %(default)s)")
+    parser.add_argument("--interval", type=int, default=32, help="steps between projections (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="intervals timed of each; 0 counts only (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--seq-len", type=int, default=256, help="(default: %(default)s)")
+    parser.add_argument("--forms", nargs="+", default=[*FORMS, "frozen"], help="which are timed (default: all)")
+    parser.add_argument("--little", action="store_true", help="time Elsa-L beside 8-bit Adam, too")
+    parser.add_argument("--results", type=Path, help="where to write a JSON")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+    rows = {"counts": counted(), "times": timed(arguments, device) if arguments.rounds else []}
+    print(table(COUNTED, rows["counts"]))
+    if rows["times"]:
+        size = f"{arguments.model}, batch {arguments.batch_size} × {arguments.seq_len}, K = {arguments.interval}"
+        print(f"\n{size}, {name}\n\n{table(('loop', 'ms', 'ratio'), rows['times'])}")
+    if arguments.results is not None:
+        settings = {key: str(value) for key, value in vars(arguments).items()}
+        told = {"device": name, "torch": torch.__version__, "settings": settings, **rows}
+        part = arguments.results.with_suffix(".part")
+        part.write_text(json.dumps(told, indent=1) + "\n")
+        part.replace(arguments.results)
 
 
 if __name__ == "__main__":

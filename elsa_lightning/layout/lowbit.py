@@ -47,12 +47,12 @@ def unpack(packed: Tensor, n: int) -> Tensor:
     return eight.view(torch.bool).view(*packed.shape[:-1], 8 * packed.shape[-1])[..., :n]
 
 
-def unpack_off(packed: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """Return integers ``(..., n)`` as wide as a dtype, all bits set where the mask that was packed is not, else none.
+def unpack_wide(packed: Tensor, n: int, dtype: torch.dtype, kept: bool) -> Tensor:
+    """Return integers ``(..., n)`` as wide as a dtype, all bits set where the mask that was packed is ``kept``, or not.
 
-    What is masked with them as integers is 0 where the mask keeps it, and itself elsewhere, in one pass.
+    What is masked with them as integers is itself there and 0 elsewhere, in one pass.
     """
-    bits = _table(packed.device, _INTEGERS[dtype.itemsize]).index_select(0, packed.flatten().int())
+    bits = _table(packed.device, _INTEGERS[dtype.itemsize], kept).index_select(0, packed.flatten().int())
     return bits.view(*packed.shape[:-1], 8 * packed.shape[-1])[..., :n]
 
 
@@ -74,10 +74,12 @@ def as_integers(t: Tensor) -> Tensor:
 
 
 @cache
-def _table(device: torch.device, dtype: torch.dtype) -> Tensor:
+def _table(device: torch.device, dtype: torch.dtype, kept: bool = True) -> Tensor:
     """Return what each byte of a packed mask stands for: bools, eight in an int64, or eight integers of ``dtype``."""
     bits = (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1
-    return bits.bool().view(torch.int64).flatten() if dtype == torch.bool else (bits - 1).to(dtype)
+    if dtype == torch.bool:
+        return bits.bool().view(torch.int64).flatten()
+    return (-bits if kept else bits - 1).to(dtype)
 
 
 def encode(values: Tensor, dtype: StateDtype, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
