@@ -3,9 +3,8 @@
     python benchmarks/step_overhead/projection.py
 
 Both make a boolean mask of 10 % of the entries of one float32 tensor of scores. ``topk`` takes the tensor whole and
-scatters the indices; ours goes over pieces and keeps nothing of the tensor's size. The two take
-turns; medians of the time, on a CPU of the process's
-own.
+scatters the indices; ours goes over pieces and keeps nothing of the tensor's size. The two take turns; medians, of
+the process's own time on a CPU.
 """
 
 from __future__ import annotations
