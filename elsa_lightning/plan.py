@@ -19,7 +19,7 @@ from elsa_lightning.selection import ALL_LINEAR, select
 from elsa_lightning.sets import Constraint
 
 _LARGE = 1 << 16  # entries from which an optimizer's state is taken to grow in proportion
-_PROJECTION = 32  # bytes an entry of a piece: v, score, magnitude, their bits, bins, masks
+_PROJECTION = 42  # bytes an entry of a piece: v, z, what was before, score, their bits, bins, masks
 _ROUNDING = 24  # bytes an entry of a piece: random numbers, the sum in float32 and its bits
 _ACTIVATIONS_ERROR = 0.4
 
