@@ -84,7 +84,7 @@ def _of_disk(path: Path, name: str, base: str | None, dtype: str | None) -> Load
             source = open_source(place, base, dtype)
             return Loaded(str(place), source.model, load_tokenizer(source.tokenizer), source.record.base_model)
     except UserError as error:  # made for elsa export
-        raise type(error)(str(error).replace("--from ", "", 1).replace("--model", "--base")) from error
+        raise UserError(str(error).replace("--from ", "", 1).replace("--model", "--base")) from error
     try:
         model, _ = reload.load(place)
     except (OSError, ValueError) as error:
