@@ -302,16 +302,17 @@ def test_grids_follow_what_their_weights_have_in_common_on_a_fixed_mask() -> Non
 
 
 def test_a_short_frozen_phase_forgets_nothing_that_a_drift_could_use() -> None:
-    """Weights almost half way to the next level when the mask is fixed get there by the little that is left to go."""
-    near, on = torch.tensor([0.42, -0.42, 0.0, 0.0]), torch.tensor([[3.0, -3.0, 2.0, 7.0]])
-    p = nn.Parameter(on + near)
+    """Weights a third of the way to the next level when the mask is fixed get there by what is left to go."""
+    on = torch.tensor([3.0, -3, 7, -7, 6, -6, 5, -5, 4, -4, 2, -2, 1, -1, 7, -7])  # which keep the scale at 1
+    near = torch.tensor([0.33, -0.33] + [0.0] * 14)
+    p = nn.Parameter((on + near)[None])
     optimizer = torch.optim.SGD([p], lr=1.0)
     admm = ADMM(optimizer, {"p": p}, Quantized(4), total_steps=20, schedule=Schedule(interval=100, ramp=0, frozen=0.9))
     for _ in range(20):
         p.grad = -near.sign()[None] * 0.01
         optimizer.step()
     admm.finish()
-    assert p.tolist() == [[4, -4, 2, 7]]
+    assert codes(admm, "p")[0].flatten().tolist() == [4, -4, *on[2:].tolist()]
 
 
 MIXED: dict[str, Constraint] = {
