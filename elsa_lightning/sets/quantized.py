@@ -35,8 +35,9 @@ class Quantized(Constraint):
 
     over z with the support that Π_S'(v) has: each entry goes to its nearest level, and of 8 scales, evenly from
     max|v|/q of the group down to a fraction of it that depends on ``bits``, the one with the least error is taken, the
-    largest of equals. From the second update on it is the best of four: max|v|/q, the last scale, and the two that are
-    half as far from it as two of the eight. Scales are numbers of bfloat16, so that float32 and float16 hold them too.
+    largest of equals. An update tries four: max|v|/q, the last scale and the two that are half as far from it as two of
+    the eight; or, where the last one cannot fit, as at the first update, four of the same range. Scales are numbers of
+    bfloat16, so that float32 and float16 hold them too.
     Groups lie as those of :class:`~elsa_lightning.NM`. Zero is a level, so that zeros stay zeros; a group of zeros has
     scale 1.
 
