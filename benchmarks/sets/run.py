@@ -226,7 +226,7 @@ def table(rows: list[dict[str, Any]], a: argparse.Namespace) -> str:
         f"| {' | '.join(titles)} |",
         f"|{'---|' * len(titles)}",
     ]
-    for name, constraint in ((name, repr(each)) for name in SETS for each in SETS[name]):
+    for name, constraint in ((each, repr(one)) for each in SETS for one in SETS[each]):
         here = [row for row in mine if row["constraint"] == constraint and row["seed"] < a.seeds]
         runs = [(0, 0.0), (a.steps, RATES.get(name, a.lr))]
         here = [row for row in here if (row["steps"], row["lr"]) in runs]
