@@ -203,9 +203,10 @@ class Arena:
                             continue  # the weights are the same; only Wanda and SparseGPT see other text
                         distillation = a.distillation if method in TRAINED else 0.0
                         steps = a.steps if method in TRAINED else 0
+                        split, order = ("validation", TRIAL_SEED + seed) if a.trials else ("test", seed)
                         yield Case(
-                            model, method, sparsity, seed, steps, a.seq_len, a.batch_size, distillation, 0.0, None,
-                            "test",
+                            model, method, sparsity, order, steps, a.seq_len, a.batch_size, distillation, 0.0, None,
+                            split,
                         )  # fmt: skip
 
 
@@ -335,6 +336,7 @@ def main() -> None:
     add("--trial-steps", type=int, help="steps of the tuning trials (default: as --steps)")
     add("--trial-distillation", type=float, help="distillation of the tuning trials (default: as --distillation)")
     add("--lr", type=float, help="learning rate of every trained method, instead of trials")
+    add("--trials", action="store_true", help="with --lr: as a tuning trial, by validation text and in its own order")
     add("--setting", type=float, help="with --lr: λ of the published form, or where gradual pruning's ramp begins")
     add("--sensitivity", action="store_true", help="also try rates within 4 times of the best at 60 and 90 %%")
     add("--distillation", type=float, default=0.0, help="for every trained method (default: %(default)s)")
