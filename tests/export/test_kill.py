@@ -29,6 +29,7 @@ def killed(call: Callable[[], Any], parent: Path, moment: int) -> int | None:
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
+        torch.set_num_threads(1)  # the others are not forked, and would be waited for
         seen = 0
 
         def watch(event: str, arguments: Any) -> None:
