@@ -41,7 +41,7 @@ class Damage:
         return self.rms * self.share / _PART
 
     def __str__(self) -> str:
-        return f"{self.share:.1%} of the squares of weights of {self.rms:.2g} are cut"
+        return f"the cut takes {self.share:.1%} of the squares of weights of size {self.rms:.2g}"
 
 
 def is_adam(optimizer: Optimizer) -> bool:
