@@ -123,7 +123,7 @@ def test_sets_of_patterns_have_one_damage() -> None:
     assert found.share == pytest.approx(want, rel=1e-5)
 
 
-@pytest.mark.parametrize("given", [[], ["--model.optimizer=Adam", "--model.optimizer.lr=0.001"]])
+@pytest.mark.parametrize("given", [[], ["--model.optimizer=torch.optim.Adam", "--model.optimizer.lr=0.001"]])
 def test_the_command_line_chooses_unless_an_optimizer_is_given(
     tmp_path: Path, given: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
