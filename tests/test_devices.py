@@ -45,10 +45,10 @@ class NoFloat64(TorchDispatchMode):
 @pytest.mark.parametrize("state_dtype", ["float32", "float8_e4m3fn"])
 @pytest.mark.parametrize("scope", ["tensor", "model"])
 def test_a_device_without_float64_counts_exactly(
-    prox: Any, state_dtype: StateDtype, scope: Any, monkeypatch: pytest.MonkeyPatch
+    prox: Any, state_dtype: StateDtype, scope: Any, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharded, "_WITHOUT_FLOAT64", {"cpu"})
-    p = nn.Parameter(torch.randn(64, 65, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(sharded, "_WITHOUT_FLOAT64", {device})
+    p = nn.Parameter(torch.randn(64, 65, generator=torch.Generator().manual_seed(0)).to(device))
     optimizer = torch.optim.SGD([p], lr=0.01, momentum=0.9)
     with NoFloat64():
         admm = ADMM(optimizer, {"p": p}, Unstructured(0.9, scope), total_steps=20, prox=prox, state_dtype=state_dtype,
