@@ -1,4 +1,5 @@
 # `make demo` prunes the embedded model, `make test` checks everything; both set up what they need in .venv.
+# `make gpu` runs what wants a GPU in less than ten minutes, with what PYTHON has installed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ ARGS ?=
 # or two threads cost up to ten times their work when anything else runs
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: demo test docs wheel clean
+.PHONY: demo test gpu docs wheel clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +23,9 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest $(ARGS)
+
+gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(ARGS)
 
 docs: $(READY)
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
