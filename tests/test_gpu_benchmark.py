@@ -19,14 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "step_overhead"))
 
 @pytest.fixture(scope="module")
 def gpu() -> Any:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("benchmark_gpu", ROOT / "benchmarks/gpu.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    return script("gpu.py")
 
 
 def part(gpu: Any, name: str, code: str, **options: Any) -> Any:
