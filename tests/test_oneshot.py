@@ -1,5 +1,6 @@
 """One shot: a model brought into a set without training, by a call and by a fit of no steps."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,15 @@ def test_a_fit_of_no_steps_goes_on_with_no_run(tmp_path: Path) -> None:
 
 
 def test_elsa_fit_of_no_steps_measures_and_saves(
-    tiny_llama: str, text_file: Path, token_cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tiny_llama: str,
+    text_file: Path,
+    token_cache: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    caplog.set_level(logging.INFO)
+    logging.getLogger("lightning.pytorch").propagate = True
     grid = '{"class_path": "elsa_lightning.Quantized", "init_args": {"bits": 4, "group_size": 16, "inside": '
     main([
         "fit", "--config", "configs/elsa.yaml", "--model.name", tiny_llama, "--data.name", str(text_file),
@@ -95,8 +103,8 @@ def test_elsa_fit_of_no_steps_measures_and_saves(
         "--elsa.sparsity=null", "--elsa.constraint", grid + '{"class_path": "elsa_lightning.NM", '
         '"init_args": {"n": 2, "m": 4}}}}', f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu",
     ])  # fmt: skip
-    said = "".join(capsys.readouterr())
-    assert "dense" in said and "final" in said and "elsa test" in said
+    said = "".join(capsys.readouterr()) + caplog.text
+    assert "dense" in said and "final" in said and " test --config" in said
     (folder,) = tmp_path.rglob("hf")
     weight = AutoModelForCausalLM.from_pretrained(folder).model.layers[0].mlp.down_proj.weight
     assert int((weight.view(-1, 4) != 0).sum(1).max()) == 2

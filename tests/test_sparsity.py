@@ -305,7 +305,7 @@ def test_what_cannot_be_read_ends_in_one_line(folder: Path, tmp_path: Path, caps
 
 
 def test_help_names_it(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, words in ((["--help"], "elsa sparsity PATH"), (["sparsity", "--help"], "--json")):
+    for arguments, words in ((["--help"], "sparsity where its zeros are"), (["sparsity", "--help"], "--json")):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
         assert ended.value.code == 0

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from elsa_lightning.errors import UserError
+from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.evaluation.compare import Score, mean_error
 from elsa_lightning.evaluation.tasks import unmoved
 from elsa_lightning.lm.chat import column_of
@@ -72,7 +72,9 @@ def perplexity(
         tokens = _tokens(text, tokenizer, length, bos)
     except UserError as error:  # made for a run's data
         told = str(error).replace("--data.name", "--perplexity").replace("data.name ", "text ")
-        raise type(error)(told) from error
+        if isinstance(error, UnavailableError):
+            raise UnavailableError(told) from error
+        raise UserError(told) from error
     packed = PackedTokens(tokens, length, tokenizer.bos_token_id if bos == "segment" else None, segments)
     if len(packed) == 0:
         raise UserError(f"{text!r} has {len(tokens)} tokens, not one segment of {length}: give a smaller seq_len")
