@@ -24,6 +24,7 @@ from elsa_lightning.optim.adam8bit import Adam8bit
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.selection import select
 from elsa_lightning.sets import Constraint
+from elsa_lightning.sets.threshold import Scores, largest
 
 SHAPE, STEPS = (48, 96), 12  # rows that are no multiple of a block of Adam8bit
 SCHEDULE = Schedule(interval=3, ramp=0.5, frozen=0.25)
@@ -127,6 +128,22 @@ def test_random_numbers_are_the_same_on_any_device(device: str) -> None:
             whole(t).noise(t.shape, rows, 12345, t.device) for t in (places, torch.zeros(places.shape))
         )  # fmt: skip
         assert on_device.device.type == device and torch.equal(on_device.cpu().expand(shape), on_cpu.expand(shape))
+
+
+@pytest.mark.parametrize(("rows", "n"), [(1, 100_000), (300, 257)])
+def test_the_largest_are_those_of_the_cpu(device: str, rows: int, n: int) -> None:
+    """Ties too, whose order is that of their places, and with guesses that are near."""
+    score = torch.randn(rows, n, generator=torch.Generator().manual_seed(0)).abs().half().float()  # so that some tie
+    kept = torch.randint(n, (rows,), generator=torch.Generator().manual_seed(1))
+    guesses: dict[str, dict[Any, Tensor]] = {place: {} for place in (device, "cpu")}
+    for factor in (1.0, 1.001):
+        masks = []
+        for place in (device, "cpu"):
+            pieces = [Scores(s, s, 0) for s in [(factor * score).to(place)]]
+            found = largest(lambda pieces=pieces: pieces, torch.arange(rows, device=place), kept.to(place),
+                            guesses=guesses[place])  # fmt: skip
+            masks.append(torch.cat(list(found)).cpu())
+        assert torch.equal(*masks) and torch.equal(masks[0].sum(dim=1), kept)
 
 
 # --------------------------------------------------------------------------- training loops
@@ -237,9 +254,10 @@ def test_8_bit_adam_is_that_of_bitsandbytes(device: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_an_ordinary_step_waits_for_a_gpu_once() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_ordinary_step_waits_for_a_gpu_once(fused: bool) -> None:
     p = nn.Parameter(torch.randn(64, 64, device="cuda"))
-    optimizer = torch.optim.Adam([p], lr=0.01)
+    optimizer = torch.optim.Adam([p], lr=0.01, fused=fused)
     ADMM(optimizer, {"p": p}, Unstructured(0.9), total_steps=1000, schedule=Schedule(interval=100))
     p.grad = torch.ones_like(p)
     for _ in range(4):
