@@ -28,6 +28,11 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def uncompiled(model: Any) -> Any:
+    """Return the model that ``torch.compile`` wrapped."""
+    return getattr(model, "_orig_mod", model)
+
+
 def without_adapters(model: nn.Module, tensors: Mapping[str, T]) -> dict[str, T]:
     """Return the tensors of a base model by the names they had before adapters were put in, and none of the adapters'.
 

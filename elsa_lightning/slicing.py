@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from elsa_lightning.adapters import uncompiled
 from elsa_lightning.errors import UserError
 from elsa_lightning.families import STACKS, Known, find, head_counts, immovable, possible_groups, with_counts
 from elsa_lightning.layout.sharded import clean, part_of
@@ -37,7 +38,7 @@ def shrink(model: M, state: Mapping[str, Tensor] | None = None) -> M:
     Raises:
         UserError: The model is of no known family, is sharded, or has adapters.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = uncompiled(model)
     known = find(model)
     if known.model is not model:
         raise UserError(f"shrink takes the Hugging Face model itself, which is .{known.prefix.rstrip('.')} of this one")

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
@@ -21,15 +20,16 @@ from elsa_lightning.callbacks.elsa import ElsaCallback
 from elsa_lightning.callbacks.guide import Guide, closing
 from elsa_lightning.callbacks.keep_mask import KeepMask
 from elsa_lightning.callbacks.progress import LineProgress, WordProgress
+from elsa_lightning.callbacks.strategies import SHARDING
 from elsa_lightning.callbacks.versions import SaveConfigOnce, claim_versions, unused
 from elsa_lightning.errors import UserError, for_users
+from elsa_lightning.export.folders import write
 from elsa_lightning.lm.data import CalibrationData
 from elsa_lightning.lm.module import CausalLM
 from elsa_lightning.lm.supported import check_tokens
 from elsa_lightning.options import OneLineParser
 from elsa_lightning.plan import Plan, plan
 
-_SHARDING = (FSDPStrategy, ModelParallelStrategy)
 _KNOWN_CHECKPOINTS = ("last", "best", "hpc", "registry")  # which Lightning finds by itself
 
 
@@ -129,14 +129,14 @@ class ElsaCLI(LightningCLI):
         if self.subcommand == "plan":  # for any machine, made on this one
             config |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
         listed = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
-        elsa, defaults = self._get(self.config_init, "elsa"), self._parser(self.subcommand).get_defaults().elsa
-        if given := [name for name, value in elsa.items() if value != defaults[name]]:
+        elsa, defaults = self._get(self.config_init, "elsa"), self._parser(self.subcommand).get_defaults()
+        if given := [name for name, value in elsa.items() if value != defaults.elsa[name]]:
             if any(isinstance(callback, ElsaCallback) for callback in listed):
                 raise UserError(
                     f"elsa.{given[0]} asks for an ElsaCallback beside the one under trainer.callbacks: set that one's "
                     f"arguments with --trainer.callbacks.{given[0]}, or move them to 'elsa:' in the configuration"
                 )
-            if elsa["learning_rate"] is None and not self._is_given("model.optimizer"):
+            if elsa["learning_rate"] is None and self._get(self.config, "model").optimizer == defaults.model.optimizer:
                 elsa["learning_rate"] = "auto"
             callbacks = [*callbacks, ElsaCallback(**elsa)]
         barred = config["enable_progress_bar"] is False or any(isinstance(c, ProgressBar) for c in listed)
@@ -148,11 +148,6 @@ class ElsaCLI(LightningCLI):
         claim_versions(trainer)
         return trainer
 
-    def _is_given(self, key: str) -> bool:
-        """Say whether an option is other than it is by default."""
-        default: Any = self._parser(self.subcommand).get_defaults().get(key)
-        return bool(self._get(self.config, key) != default)
-
     def after_predict(self) -> None:
         """Write what was predicted, one line a sequence."""
         batches: Any = self.trainer.predict_loop.predictions
@@ -163,9 +158,7 @@ class ElsaCLI(LightningCLI):
         file = unused(Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions.jsonl")
         losses = torch.cat(batches).tolist()
         lines = [json.dumps({"sequence": place, "nats_a_token": loss}) + "\n" for place, loss in enumerate(losses)]
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(lines))
-        temporary.replace(file)
+        write(file, "".join(lines))
         print(f"{len(losses)} sequences, mean {sum(losses) / len(losses):.4f} nats a token: {file}")
 
     def after_fit(self) -> None:
@@ -199,7 +192,7 @@ class ElsaCLI(LightningCLI):
             rank_zero_warn(f"the run's memory could not be planned: {type(error).__name__}: {error}")
         else:
             guide.sizes = (planned.constrained, planned.parameters)
-            shards = self.trainer.world_size if isinstance(self.trainer.strategy, _SHARDING) else 1
+            shards = self.trainer.world_size if isinstance(self.trainer.strategy, SHARDING) else 1
             guide.memory = planned.total(shards) / 2**30
 
 

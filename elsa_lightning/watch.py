@@ -13,7 +13,7 @@ from elsa_lightning.tensors import MASK, ConstrainedTensor
 
 UPDATED = ("primal_residual", "dual_residual", "mask_flips", "sparsity")  # what is finite while the weights are
 MEASUREMENTS = 10  # of stationarity in a run: each takes a projection of its own
-_STILL = 0.01  # of the kept entries, exchanged in the last update
+STILL = 0.01  # of the kept entries, exchanged in the last update
 _CLOSED = 0.05  # ‖x − z‖/‖x‖
 DECADES, BINS = 8, 10  # that a histogram of scores reaches to both sides of the threshold; bins a decade
 _LEAST, _MOST = -45, 15  # log10 of scores that are told apart
@@ -75,7 +75,7 @@ def settled(last: Update) -> tuple[bool, float, float]:
     """
     kept = max(1e-12, 1 - float(last.sparsity))
     exchanged, residual = float(last.mask_flips) / 2 / kept, float(last.primal_residual)
-    return exchanged < _STILL and residual < _CLOSED, exchanged, residual
+    return exchanged < STILL and residual < _CLOSED, exchanged, residual
 
 
 def verdict(last: Update | None, measured: Stationarity | None) -> str:

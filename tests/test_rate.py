@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from elsa_lightning import ADMM, NM, ByPattern, CausalLM, ElsaCallback, Quantized, Unstructured
@@ -79,6 +81,13 @@ def test_auto_is_the_same_as_giving_that_rate(tmp_path: Path, monkeypatch: pytes
     given, _ = fit(tmp_path / "given", net={"optimizer": "given"})
     for a, b in zip(auto.parameters(), given.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("given", "logged"), [({}, 0.003), ({"learning_rate": "auto"}, "auto")])
+def test_loggers_are_told_no_rate_that_was_not_taken(tmp_path: Path, given: dict[str, Any], logged: object) -> None:
+    logger = CSVLogger(tmp_path)
+    fit(tmp_path, elsa=given, max_steps=2, logger=logger)
+    assert yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())["optimizer/lr"] == logged
 
 
 def test_a_resumed_run_keeps_the_rate_it_began_with(tmp_path: Path) -> None:

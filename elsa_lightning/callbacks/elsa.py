@@ -185,7 +185,7 @@ class ElsaCallback(Callback):
             expect_what_is_loaded(strategy, pl_module, self.admm, self.optimizer_index or 0)
         self._say_what_is_chosen(constraint, selection)
         if self._writes(trainer):
-            log_settings(trainer, pl_module, self.admm)
+            log_settings(trainer, pl_module, self.admm, self.learning_rate)
 
     def _writes(self, trainer: Trainer) -> bool:
         """Whether this callback, of several, is the one that writes of the run."""
@@ -243,6 +243,8 @@ class ElsaCallback(Callback):
     def _mind_the_rate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the learning rate, or say that the one there is looks wrong for what will be cut."""
         assert self.admm is not None
+        if self.learning_rate is None and not rate.is_adam(self.admm.optimizer):
+            return  # whose rate says nothing of the length of a step
         settle(trainer.strategy.model or pl_module)
         damage = self.admm.damage()
         if self.learning_rate == "auto":

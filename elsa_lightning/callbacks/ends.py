@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -26,6 +27,12 @@ def total_steps(trainer: Trainer) -> int:
     if trainer.max_steps != -1:  # which counts the steps of all optimizers together
         steps = min(steps, trainer.max_steps / max(1, len(trainer.optimizers)))
     return max(1, int(steps))
+
+
+def attached(trainer: Trainer) -> list[ADMM]:
+    """Return what constrains the weights of a run."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [c.admm for c in callbacks if isinstance(getattr(c, "admm", None), ADMM)]
 
 
 def trains_nothing(trainer: Trainer) -> bool:

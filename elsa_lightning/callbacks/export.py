@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from elsa_lightning.adapters import base_model, has_adapter, without_adapters
+from elsa_lightning.adapters import base_model, has_adapter, uncompiled, without_adapters
 from elsa_lightning.callbacks.ends import trains_nothing
 from elsa_lightning.callbacks.record import run_record
 from elsa_lightning.errors import UserError
@@ -92,8 +92,7 @@ class SaveHuggingFace(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder, on the first process."""
         folder = self._folder(trainer)
-        model: Any = pl_module.model
-        model = getattr(model, "_orig_mod", model)  # of torch.compile
+        model = uncompiled(pl_module.model)
         whole_state = _gather(model, trainer.strategy.model or pl_module)
         if not trainer.is_global_zero:
             return

@@ -19,13 +19,14 @@ from elsa_lightning.watch import UPDATED, Stationarity, Update, figures
 _PICTURES = 10  # of the masks, and of each tensor's share, in a run
 
 
-def log_settings(trainer: Trainer, module: LightningModule, admm: ADMM) -> None:
+def log_settings(trainer: Trainer, module: LightningModule, admm: ADMM, learning_rate: str | None = None) -> None:
     """Add the settings of the method to the hyperparameters of every logger, so that runs can be compared by them.
 
     Args:
         trainer: Of the run, before Lightning has logged the module's own.
         module: Of the run.
         admm: Of the run.
+        learning_rate: What stands for the optimizer's, where the run is yet to choose it.
     """
     ours: dict[str, Any] = {
         "elsa/sparsity": getattr(admm.constraint, "sparsity", None),
@@ -34,7 +35,7 @@ def log_settings(trainer: Trainer, module: LightningModule, admm: ADMM) -> None:
         "elsa/penalty": admm.schedule.penalty,
         "elsa/frozen": admm.schedule.frozen,
         "optimizer/name": type(admm.optimizer).__name__,
-        "optimizer/lr": admm.optimizer.param_groups[0].get("lr"),
+        "optimizer/lr": learning_rate or admm.optimizer.param_groups[0].get("lr"),
         "trainer/steps": trainer.max_steps if trainer.max_steps != -1 else None,
         "trainer/epochs": trainer.max_epochs,
     }

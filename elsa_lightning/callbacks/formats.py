@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from elsa_lightning.adapters import has_adapter
+from elsa_lightning.adapters import has_adapter, uncompiled
 from elsa_lightning.callbacks.export import SaveHuggingFace, identity
 from elsa_lightning.callbacks.keep_mask import KeepMask
 from elsa_lightning.errors import UserError
@@ -87,8 +87,7 @@ class Export(SaveHuggingFace):
         """Refuse what this run's model and set cannot be exported to, before training."""
         super().on_fit_start(trainer, pl_module)
         self.exported = {}
-        model: Any = pl_module.model
-        model = getattr(model, "_orig_mod", model)  # of torch.compile
+        model = uncompiled(pl_module.model)
         if isinstance(model, nn.Module) and has_adapter(model):
             raise UserError(
                 "Export writes a model without its PEFT adapter, which would be lost: use SaveHuggingFace, and elsa "

@@ -19,7 +19,7 @@ from elsa_lightning.callbacks.keep_mask import KeepMask
 from elsa_lightning.callbacks.terminate import SaveOnTerminate
 from elsa_lightning.callbacks.versions import SaveConfigOnce
 from elsa_lightning.sets import Unstructured
-from elsa_lightning.watch import settled
+from elsa_lightning.watch import STILL, settled
 
 
 class Guide(Callback):
@@ -154,6 +154,6 @@ def _verdict(elsa: ElsaCallback | None, steps: int) -> tuple[list[str], int | No
     if done:
         return ["Converged: the mask had settled before it was fixed"], None
     why = f"the last update still exchanged {100 * exchanged:.1f} % of the kept weights"
-    if exchanged < 0.01:
+    if exchanged < STILL:
         why = "the weights were still away from the constraint when the mask was fixed"
     return [f"Not converged: {why}"], 2 * steps

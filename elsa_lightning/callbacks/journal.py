@@ -16,8 +16,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from elsa_lightning.admm import ADMM
-from elsa_lightning.callbacks.ends import trains_nothing
-from elsa_lightning.callbacks.record import attached, run_record
+from elsa_lightning.callbacks.ends import attached, trains_nothing
+from elsa_lightning.callbacks.record import run_record
 from elsa_lightning.callbacks.samples import Samples
 from elsa_lightning.callbacks.versions import unused
 from elsa_lightning.export.folders import write

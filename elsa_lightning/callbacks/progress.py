@@ -10,8 +10,7 @@ from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from tqdm import tqdm
 
-from elsa_lightning.admm import ADMM
-from elsa_lightning.callbacks.ends import is_last_step
+from elsa_lightning.callbacks.ends import attached, is_last_step
 
 _SHORT = {"train/loss": "loss", "val/perplexity": "perplexity", "test/perplexity": "perplexity"}
 
@@ -42,8 +41,7 @@ class State:
             trainer: Of the run.
             metrics: Those for the progress bar.
         """
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        admm = next((c.admm for c in callbacks if isinstance(getattr(c, "admm", None), ADMM)), None)
+        admm = next(iter(attached(trainer)), None)
         if admm is None:
             return ""
         found = [value for name, value in metrics.items() if name.endswith("/sparsity") and name.startswith("elsa")]

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from elsa_lightning.admm import ADMM
+from elsa_lightning.callbacks.ends import attached
 from elsa_lightning.export.record import Record, command, settings_of, versions
 from elsa_lightning.rate import peak
 from elsa_lightning.watch import verdict
@@ -36,12 +37,6 @@ def run_record(trainer: Trainer, module: LightningModule, **known: Any) -> Recor
         versions=versions(),
         **known,
     )
-
-
-def attached(trainer: Trainer) -> list[ADMM]:
-    """Return what constrains the weights of a run."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [c.admm for c in callbacks if isinstance(getattr(c, "admm", None), ADMM)]
 
 
 def _is_causal_lm(module: LightningModule) -> bool:

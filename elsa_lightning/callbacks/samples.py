@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from elsa_lightning.adapters import uncompiled
+from elsa_lightning.callbacks.strategies import check_whole
 from elsa_lightning.errors import UserError
 from elsa_lightning.lm.text import load_tokenizer
 
@@ -48,11 +49,8 @@ class Samples(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a model that is sharded, of which no process has all."""
-        if stage == "fit" and isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
-            raise UserError(
-                f"Samples needs the whole model on one device, and {type(trainer.strategy).__name__} shards it: leave "
-                f"the callback out"
-            )
+        if stage == "fit":
+            check_whole(trainer, "Samples")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the dense model write, unless a checkpoint brought its texts along."""
@@ -68,8 +66,7 @@ class Samples(Callback):
     @torch.no_grad()
     def _write(self, trainer: Trainer, pl_module: LightningModule, by: str) -> None:
         if trainer.is_global_zero:
-            model: Any = getattr(pl_module, "model", None)
-            model = getattr(model, "_orig_mod", model)  # of torch.compile
+            model = uncompiled(getattr(pl_module, "model", None))
             path = getattr(pl_module, "path", None)
             if not hasattr(model, "generate") or path is None:
                 raise UserError(

@@ -40,6 +40,24 @@ def check_trainer(trainer: Trainer) -> None:
         )
 
 
+SHARDING = (FSDPStrategy, ModelParallelStrategy)
+
+
+def check_whole(trainer: Trainer, who: str, instead: str = "") -> None:
+    """Raise UserError if a model is sharded, of which no process has all, and a callback needs all of it.
+
+    Args:
+        trainer: Of the run.
+        who: Name of the callback.
+        instead: What else to do, after leaving it out.
+    """
+    if isinstance(trainer.strategy, SHARDING):
+        raise UserError(
+            f"{who} needs the whole model on one device, and {type(trainer.strategy).__name__} shards it: leave the "
+            f"callback out{instead}"
+        )
+
+
 def choose_optimizer(optimizers: list[Optimizer], index: int | None) -> Optimizer:
     """Return the optimizer whose parameters are constrained.
 

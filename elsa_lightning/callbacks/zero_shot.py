@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from elsa_lightning.adapters import uncompiled
+from elsa_lightning.callbacks.strategies import check_whole
 from elsa_lightning.callbacks.versions import unused
 from elsa_lightning.errors import UserError
-from elsa_lightning.evaluation.command import write
+from elsa_lightning.evaluation.command import write_json
 from elsa_lightning.evaluation.compare import Score, table, to_dict
 from elsa_lightning.evaluation.tasks import PUBLISHED, check_lm_eval, check_tasks, zero_shot
 from elsa_lightning.lm.text import load_tokenizer
@@ -60,11 +61,8 @@ class ZeroShot(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a model that is sharded, of which no process has all."""
-        if stage == "fit" and isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
-            raise UserError(
-                f"ZeroShot needs the whole model on one device, and {type(trainer.strategy).__name__} shards it: leave "
-                f"the callback out, and call elsa evaluate on what the run leaves"
-            )
+        if stage == "fit":
+            check_whole(trainer, "ZeroShot", ", and call elsa evaluate on what the run leaves")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before training what could not be evaluated after it."""
@@ -89,7 +87,7 @@ class ZeroShot(Callback):
             logger.log_metrics(figures, step=trainer.global_step)
             logger.save()
         file = unused(Path(folder) / "evaluation.json")
-        write(file, {"step": trainer.global_step, "figures": to_dict(self.after, self.before)})
+        write_json(file, {"step": trainer.global_step, "figures": to_dict(self.after, self.before)})
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> list[Score]:
         found: list[Score] = []
@@ -101,8 +99,7 @@ class ZeroShot(Callback):
 
     def _model(self, pl_module: LightningModule) -> tuple[Any, str]:
         """Return the model and where its tokenizer is."""
-        model: Any = getattr(pl_module, "model", None)
-        model = getattr(model, "_orig_mod", model)  # of torch.compile
+        model = uncompiled(getattr(pl_module, "model", None))
         path = self.tokenizer or getattr(pl_module, "path", None)
         if not hasattr(model, "save_pretrained") or path is None:
             raise UserError(

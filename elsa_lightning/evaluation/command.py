@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,16 +93,15 @@ def main(arguments: Sequence[str]) -> None:
             "model": name, "dense": dense_name, "dtype": dtype, "figures": to_dict(found, dense), "command": command(),
             "versions": versions(),
         }  # fmt: skip
-        write(output, report)
+        write_json(output, report)
         print(f"written: {output}")
 
 
-def write(file: Path, report: dict[str, Any]) -> None:
-    """Write JSON under a temporary name, and rename it."""
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False, encoding="utf-8") as temporary:
-        json.dump(report, temporary, indent=2)
-        temporary.write("\n")
-    Path(temporary.name).replace(file)
+def write_json(file: Path, report: dict[str, Any]) -> None:
+    """Write figures to a file, which is whole or not there."""
+    from elsa_lightning.export.folders import write
+
+    write(file, json.dumps(report, indent=2) + "\n")
 
 
 def _list(given: str | None) -> list[str]:

@@ -21,8 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from elsa_lightning.admm import ADMM
-from elsa_lightning.callbacks.ends import trains_nothing
+from elsa_lightning.callbacks.ends import attached, trains_nothing
 from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.layout.sharded import match_names
 from elsa_lightning.lm import EMBEDDED_MODEL, model_path
@@ -294,11 +293,11 @@ class CausalLM(LightningModule):
 
     def _prune_at_once(self) -> None:
         """Measure before and after where there is only pruning in between."""
-        if not self._attached():
+        if not attached(self.trainer):
             return
         self.trainer.fit_loop.epoch_loop.val_loop.setup_data()  # Lightning does when training begins
         self.on_train_start()
-        for admm in self._attached():
+        for admm in attached(self.trainer):
             admm.finish()
         self.on_train_end()
 
@@ -355,12 +354,8 @@ class CausalLM(LightningModule):
 
     def _zeros(self) -> Zeros:
         """Count the zeros of what the run constrains; without an ElsaCallback, of what it would constrain."""
-        constrained = [tensor.p for admm in self._attached() for tensor in admm.tensors.values()]
+        constrained = [tensor.p for admm in attached(self.trainer) for tensor in admm.tensors.values()]
         return Zeros(*count_zeros(self, constrained or None), *count_zeros(self, self.parameters()))
-
-    def _attached(self) -> list[ADMM]:
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        return [c.admm for c in callbacks if isinstance(getattr(c, "admm", None), ADMM)]
 
     def teardown(self, stage: str) -> None:
         """Print the closing table, now that no progress bar is drawn over it."""
