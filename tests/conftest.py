@@ -1,5 +1,6 @@
 """Everything runs offline, on one thread, with caches of its own."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -13,6 +14,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _lightning_is_heard(caplog: pytest.LogCaptureFixture) -> None:
+    """``caplog`` has what Lightning logs from INFO on, whatever the tests and benchmarks before have set."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        caplog.set_level(logging.INFO, logger=name)
+        logging.getLogger(name).propagate = True
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

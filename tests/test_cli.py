@@ -41,7 +41,6 @@ def test_fit_prunes_and_writes_a_model_that_every_command_takes(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("INFO")
     common = [
         f"--model.name={tiny_llama}",
         "--data.seq_len=32",

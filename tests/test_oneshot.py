@@ -1,6 +1,5 @@
 """One shot: a model brought into a set without training, by a call and by a fit of no steps."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +93,6 @@ def test_elsa_fit_of_no_steps_measures_and_saves(
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    caplog.set_level(logging.INFO)
-    logging.getLogger("lightning.pytorch").propagate = True
     grid = '{"class_path": "elsa_lightning.Quantized", "init_args": {"bits": 4, "group_size": 16, "inside": '
     main([
         "fit", "--config", "configs/elsa.yaml", "--model.name", tiny_llama, "--data.name", str(text_file),

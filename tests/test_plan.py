@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -183,8 +182,6 @@ def test_fit_prints_the_plan_and_goes_on_without_one(
         "--data.eval_segments=4", f"--data.cache_dir={token_cache}", f"--trainer.default_root_dir={tmp_path}",
         "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.max_steps=2",
     ]  # fmt: skip
-    caplog.set_level(logging.INFO)
-    logging.getLogger("lightning.pytorch").propagate = True
     main(command)
     assert any("GiB on each device" in record.message for record in caplog.records)
 

@@ -1,6 +1,5 @@
 """The learning rate that a cut asks for: closed forms, and what it does to optimizers, schedules and resumed runs."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +136,6 @@ def test_sets_of_patterns_have_one_damage() -> None:
 def test_the_command_line_chooses_unless_an_optimizer_is_given(
     tmp_path: Path, given: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
-    logging.getLogger("lightning.pytorch").propagate = True  # which other tests may have changed
     main([
         "fit", "--elsa.sparsity=0.6", "--trainer.max_steps=2", f"--trainer.default_root_dir={tmp_path}",
         "--trainer.logger=false", "--trainer.limit_val_batches=0", "--data.seq_len=32", "--data.batch_size=2", *given,
