@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+WORKERS ?= logical
 # or two threads cost up to ten times their work when anything else runs
 export GOMP_SPINCOUNT ?= 0
 
@@ -22,7 +23,7 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal $(ARGS)
 
 gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(ARGS)
