@@ -98,8 +98,9 @@ class Arena:
         seed_everything(case.seed, verbose=False)
         model, text = self._place(case.model)
         data = CalibrationData(
-            name=text, tokenizer=model, seq_len=case.seq_len, batch_size=case.batch_size, seed=case.seed,
-            eval_batch_size=16, eval_segments=self.arguments.eval_segments,
+            name=text, eval_name=self.arguments.eval_text, tokenizer=model, seq_len=case.seq_len,
+            batch_size=case.batch_size, seed=case.seed, eval_batch_size=self.arguments.eval_batch_size,
+            eval_segments=self.arguments.eval_segments,
         )  # fmt: skip
         kind: Any = bitsandbytes.optim.Adam8bit if case.method in LOW else torch.optim.Adam
         beta2 = 0.95 if case.method.startswith("elsa-published") else 0.999
@@ -120,7 +121,7 @@ class Arena:
             tokens += case.steps * case.seq_len * case.batch_size
             fit = quiet_trainer(
                 max_steps=case.steps, gradient_clip_val=1.0, limit_val_batches=0, callbacks=[callback],
-                precision="bf16-true" if case.method in LOW else "32-true",
+                precision="bf16-true" if case.method in LOW else self.arguments.precision,
             )  # fmt: skip
             fit.fit(module, data)
         seconds, peak = time.perf_counter() - start, _memory() - before
@@ -329,6 +330,9 @@ def main() -> None:
         help=f"{EMBEDDED_MODEL}, {', '.join(CONFIGS)}, hub names, folders",
     )
     add("--text", default="c4", help="text for other models, as --data.name (default: %(default)s)")
+    add("--eval-text", help="text that perplexity is measured on, as --data.eval_name (default: held out of --text)")
+    add("--eval-batch-size", type=int, default=16, help="(default: %(default)s)")
+    add("--precision", default="32-true", help="of training, but of elsa-l's (default: %(default)s)")
     add("--methods", nargs="+", default=[*ONE_SHOT, *PEERS, "elsa"], choices=ALL, help="(default: all but elsa-l)")
     add("--sparsities", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8, 0.9, 0.95], help="(default: %(default)s)")
     add("--seeds", type=int, default=3, help="seeds 0, 1, ... of data order (default: %(default)s)")
