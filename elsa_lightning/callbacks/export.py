@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from elsa_lightning.adapters import base_model, has_adapter, uncompiled, without_adapters
 from elsa_lightning.callbacks.ends import trains_nothing
 from elsa_lightning.callbacks.record import run_record
+from elsa_lightning.callbacks.strategies import on_first
 from elsa_lightning.errors import UserError
 from elsa_lightning.export.card import write_card
 from elsa_lightning.export.folders import ADAPTER, beside, check_replaceable, edit, replace, save_tokenizer, zeros_in
@@ -94,8 +95,12 @@ class SaveHuggingFace(Callback):
         folder = self._folder(trainer)
         model = uncompiled(pl_module.model)
         whole_state = _gather(model, trainer.strategy.model or pl_module)
-        if not trainer.is_global_zero:
-            return
+        on_first(trainer, lambda: self._save(trainer, pl_module, model, whole_state, folder))
+
+    def _save(
+        self, trainer: Trainer, pl_module: LightningModule, model: Any, whole_state: dict[str, Any], folder: Path
+    ) -> None:
+        folder = self._destination(folder)
         with beside(folder) as temporary:
             whole = temporary / "whole"
             dtype = self._write(pl_module, model, whole_state, whole)
@@ -118,6 +123,10 @@ class SaveHuggingFace(Callback):
         """Return the folder to write; every process asks for log_dir, which is a broadcast."""
         return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "hf").expanduser()
 
+    def _destination(self, folder: Path) -> Path:
+        """Return where the model goes, on the first process alone."""
+        return folder
+
     def _tell(self, place: Path, folder: Path, dtype: str) -> None:
         rank_zero_info(f"Model saved for from_pretrained, weights in {dtype}: {place}")
         if place != folder:
@@ -127,6 +136,9 @@ class SaveHuggingFace(Callback):
         """Write the card anew, now that the final model is measured; and the folder, if nothing was to be trained."""
         if trains_nothing(trainer):  # and so training never ended
             self.on_train_end(trainer, pl_module)
+        on_first(trainer, lambda: self._renew_card(trainer, pl_module))
+
+    def _renew_card(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.place is not None and self.place.is_dir():
             write_card(self.place, run_record(trainer, pl_module, **self._written))
 

@@ -16,6 +16,7 @@ from torch import nn
 from elsa_lightning.adapters import has_adapter, uncompiled
 from elsa_lightning.callbacks.export import SaveHuggingFace, identity
 from elsa_lightning.callbacks.keep_mask import KeepMask
+from elsa_lightning.callbacks.strategies import on_first
 from elsa_lightning.errors import UserError
 from elsa_lightning.export.archive import check_archive
 from elsa_lightning.export.folders import beside, check_replaceable
@@ -31,7 +32,8 @@ class Export(SaveHuggingFace):
 
     It is what ``elsa export`` does: what was written is reloaded in a fresh process and compared, or it is not kept.
     What a format needs, and what the set of the run cannot give, is refused before training. If a format fails at the
-    end the others are written, and the model itself as ``hf``, so that no training is lost.
+    end the others are written, and the model itself as ``hf``, so that no training is lost. Of several processes the
+    first exports and the others wait, however long; a sharded model is gathered on its CPU. Its error ends them all.
 
     Args:
         to: Formats, of ``hf``, ``shrunk``, ``quantized``, ``cpu-sparse`` and ``gguf``; see docs/exports.md.
@@ -102,12 +104,20 @@ class Export(SaveHuggingFace):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         known = not any(isinstance(c, KeepMask) for c in callbacks)  # whose zeros are what the weights have
         sets = [c.constraint for c in callbacks if isinstance(getattr(c, "constraint", None), Constraint)]
-        for name in self.to:
-            check_run(name, self.options, model, sets if known else None, getattr(pl_module, "path", None))
+        path, taken = getattr(pl_module, "path", None), sets if known else None
+
+        def check() -> None:
+            for name in self.to:
+                check_run(name, self.options, model, taken, path)
+
+        on_first(trainer, check)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export, on the first process, now that the final model is measured."""
         super().on_fit_end(trainer, pl_module)
+        on_first(trainer, self._export)
+
+    def _export(self) -> None:
         if self._temporary is None or self.place is None:
             return
         base = self._base(self.place.parents[1] / "exports")
@@ -137,13 +147,13 @@ class Export(SaveHuggingFace):
             ) from why
 
     def _folder(self, trainer: Trainer) -> Path:
-        """Return where the model is saved for the exports: beside them, under a name that is gone at the end."""
         logs = trainer.log_dir or trainer.default_root_dir  # a broadcast
-        place = Path(logs) if self.dirpath is None else Path(self.dirpath).expanduser()
-        if not trainer.is_global_zero:
-            return place
+        return Path(logs) if self.dirpath is None else Path(self.dirpath).expanduser()
+
+    def _destination(self, folder: Path) -> Path:
+        """Return where the model is saved for the exports: beside them, under a name that is gone at the end."""
         self._temporary = contextlib.ExitStack()
-        return self._temporary.enter_context(beside(place / "export")) / "hf"
+        return self._temporary.enter_context(beside(folder / "export")) / "hf"
 
     def _base(self, folder: Path) -> Path:
         """Return the folder for those of the formats: the one asked for, unless another run wrote there meanwhile."""

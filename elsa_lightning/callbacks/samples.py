@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from elsa_lightning.adapters import uncompiled
-from elsa_lightning.callbacks.strategies import check_whole
+from elsa_lightning.callbacks.strategies import check_whole, on_first
 from elsa_lightning.errors import UserError
 from elsa_lightning.lm.text import load_tokenizer
 
@@ -63,19 +63,20 @@ class Samples(Callback):
         if trainer.global_step > 0:
             self._write(trainer, pl_module, "sparse")
 
-    @torch.no_grad()
     def _write(self, trainer: Trainer, pl_module: LightningModule, by: str) -> None:
-        if trainer.is_global_zero:
-            model = uncompiled(getattr(pl_module, "model", None))
-            path = getattr(pl_module, "path", None)
-            if not hasattr(model, "generate") or path is None:
-                raise UserError(
-                    f"Samples needs a Hugging Face model that generates in the module's attribute 'model', and its "
-                    f"tokenizer in 'path'; {type(pl_module).__name__} has not: remove the callback"
-                )
-            with torch.random.fork_rng(), trainer.precision_plugin.val_step_context():  # data loaders draw a seed
-                self._continue(trainer, model, load_tokenizer(path), by)
-        trainer.strategy.barrier()
+        on_first(trainer, lambda: self._continue_all(trainer, pl_module, by))
+
+    @torch.no_grad()
+    def _continue_all(self, trainer: Trainer, pl_module: LightningModule, by: str) -> None:
+        model = uncompiled(getattr(pl_module, "model", None))
+        path = getattr(pl_module, "path", None)
+        if not hasattr(model, "generate") or path is None:
+            raise UserError(
+                f"Samples needs a Hugging Face model that generates in the module's attribute 'model', and its "
+                f"tokenizer in 'path'; {type(pl_module).__name__} has not: remove the callback"
+            )
+        with torch.random.fork_rng(), trainer.precision_plugin.val_step_context():  # data loaders draw a seed
+            self._continue(trainer, model, load_tokenizer(path), by)
 
     def _continue(self, trainer: Trainer, model: Any, tokenizer: Any, by: str) -> None:
         if not self.samples:

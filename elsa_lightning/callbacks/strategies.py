@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import (
@@ -41,6 +44,42 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 SHARDING = (FSDPStrategy, ModelParallelStrategy)
+_PATIENCE = timedelta(days=7)  # of those who wait; a process that is gone is noticed at once
+T = TypeVar("T")
+
+
+def on_first(trainer: Trainer, work: Callable[[], T]) -> T | None:
+    """Do something on the first process while the others wait, however long it takes; every process must come here.
+
+    The others wait in a process group of their own: that of training would give them up after half an hour.
+
+    Args:
+        trainer: Of the run.
+        work: To do; it must not need the other processes.
+
+    Returns:
+        What it returns; None on the other processes.
+
+    Raises:
+        Exception: What it raises; on the other processes a UserError that says so, so that all end.
+    """
+    if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
+        return work() if trainer.is_global_zero else None
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    found, failed, told = None, None, [""]
+    if trainer.is_global_zero:
+        try:
+            found = work()
+        except Exception as error:
+            failed = error
+            told = [str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(told, src=0, group=group, device=torch.device("cpu"))
+    dist.destroy_process_group(group)
+    if failed is not None:
+        raise failed
+    if told[0]:
+        raise UserError(f"process 0 failed, and with it the run: {told[0]}")
+    return found
 
 
 def check_whole(trainer: Trainer, who: str, instead: str = "") -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from elsa_lightning.adapters import uncompiled
-from elsa_lightning.callbacks.strategies import check_whole
+from elsa_lightning.callbacks.strategies import check_whole, on_first
 from elsa_lightning.callbacks.versions import unused
 from elsa_lightning.errors import UserError
 from elsa_lightning.evaluation.command import write_json
@@ -67,8 +67,7 @@ class ZeroShot(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before training what could not be evaluated after it."""
         self._model(pl_module)
-        if trainer.is_global_zero:
-            check_tasks(self.tasks, self.options["include_path"])
+        on_first(trainer, lambda: check_tasks(self.tasks, self.options["include_path"]))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the dense model, unless a checkpoint brought its scores along."""
@@ -90,12 +89,11 @@ class ZeroShot(Callback):
         write_json(file, {"step": trainer.global_step, "figures": to_dict(self.after, self.before)})
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> list[Score]:
-        found: list[Score] = []
-        if trainer.is_global_zero:
+        def measured() -> list[Score]:
             model, tokenizer = self._model(pl_module)
-            found = zero_shot(model, load_tokenizer(tokenizer), self.tasks, **self.options)
-        trainer.strategy.barrier()
-        return found
+            return zero_shot(model, load_tokenizer(tokenizer), self.tasks, **self.options)
+
+        return on_first(trainer, measured) or []
 
     def _model(self, pl_module: LightningModule) -> tuple[Any, str]:
         """Return the model and where its tokenizer is."""

@@ -55,12 +55,16 @@ def what_else(folder: Path) -> str | None:
 
 
 def check_replaceable(folder: Path, argument: str) -> None:
-    """Raise UserError if a folder holds anything but a saved model, which would be lost.
+    """Raise UserError if a folder cannot be written, or holds anything but a saved model, which would be lost.
 
     Args:
         folder: To be written.
         argument: What it was given as.
     """
+    place = next((p for p in folder.absolute().parents if p.exists()), Path())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        why = "lets nobody write" if place.is_dir() else "is a file"
+        raise UserError(f"{argument} {str(folder)!r} cannot be made, for {str(place)!r} {why}: give another folder")
     if (other := what_else(folder)) is not None:
         raise UserError(
             f"{argument} {str(folder)!r} exists and holds {other!r}, which is no part of a saved model and would be "

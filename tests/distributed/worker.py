@@ -20,9 +20,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from elsa_lightning import CalibrationData, CausalLM, ElsaCallback, KeepMask, Quantized, Unstructured
-from elsa_lightning.callbacks import SaveHuggingFace, SaveOnTerminate
+from elsa_lightning.callbacks import Export, SaveHuggingFace, SaveOnTerminate
+from elsa_lightning.errors import UserError
+from elsa_lightning.export import Options
 from elsa_lightning.layout.sharded import clean, part_of
 from elsa_lightning.lm.data import ResumableLoader, ResumableSampler
+from elsa_lightning.sets import Neurons
 from tests.callbacks.tiny import OPTIMIZERS, Points
 
 WIDTH, ROWS, BATCH, STEPS = 64, 67, 12, 12  # 67 rows: uneven shards
@@ -149,6 +152,38 @@ class Signal(Callback):
             os.kill(os.getpid(), self.signum)
 
 
+class Spoils(Callback):
+    """Before training ends, removes a file that is there, or puts one where a folder is to be made."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == trainer.max_steps and trainer.is_global_zero:
+            (self.file.unlink if self.file.exists() else self.file.touch)()
+
+
+def exports(
+    folder: Path, name: str, how: str, model: str, text: str, cache: str, to: list[str], spoilt: str | None = None,
+    sparsity: float | None = None, neurons: float | None = None,
+) -> None:  # fmt: skip
+    """Prune a small language model and export it; write the error of each process, if it ends with one."""
+    seed_everything(1, verbose=False)
+    data = CalibrationData(text, tokenizer=model, seq_len=32, batch_size=4 // world(), eval_segments=7, cache_dir=cache)
+    kinds: Any = to
+    elsa = ElsaCallback(sparsity=sparsity) if neurons is None else ElsaCallback(constraint=Neurons(neurons))
+    export = Export(kinds, str(folder / name), options=Options(8, 16), measure=True)
+    trainer = Trainer(
+        accelerator="cpu", devices=world(), strategy=strategy(how), logger=False, max_steps=6, num_sanity_val_steps=0,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=folder,
+        callbacks=[export, elsa, *([Spoils(spoilt)] if spoilt else [])],
+    )  # fmt: skip
+    try:
+        trainer.fit(CausalLM(model), data)
+    except (UserError, OSError) as error:
+        (folder / f"{name}-{trainer.global_rank}.txt").write_text(str(error))
+
+
 def language_model(folder: Path, name: str, how: str, model: str, text: str, cache: str, **options: Any) -> None:
     """Prune a small language model, write it as a Hugging Face folder and its perplexities."""
     seed_everything(1, verbose=False)
@@ -237,6 +272,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     target, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
     for each in runs:
-        (language_model if "model" in each else run)(target, **each)
+        (exports if "to" in each else language_model if "model" in each else run)(target, **each)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter

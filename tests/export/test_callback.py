@@ -107,6 +107,9 @@ def test_what_cannot_be_made_is_refused_before_training(
             run(tiny_llama, tmp_path, Export(["gguf"], options=four), never)
         with pytest.raises(UserError, match="does not take this model: NotImplementedError: BPE pre-tokenizer"):
             run(tiny_llama, tmp_path, Export(["gguf"], options=replace(four, gguf_type="f16")), never)
+    with pytest.raises(UserError, match=r"convert\.py' is a file: give another folder"):
+        (tmp_path / "convert.py").touch()
+        run(tiny_llama, tmp_path, Export(["hf"], str(tmp_path / "convert.py/out")), never)
     (tmp_path / "out/quantized").mkdir(parents=True)
     (tmp_path / "out/quantized/thesis.tex").touch()
     with pytest.raises(UserError, match=r"holds 'thesis\.tex'"):
