@@ -42,8 +42,8 @@ class Export(SaveHuggingFace):
             gets a number.
         dtype: Of the weights; None takes that of the model that was given.
         options: Of single formats.
-        measure: Measure the perplexity of what was written, as the run did, on the CPU. For CausalLM on
-            CalibrationData; of ``gguf`` it is left out.
+        measure: Measure the perplexity of what was written, as the run did, and its speed beside the dense model's, on
+            the CPU. For CausalLM on CalibrationData; of ``gguf`` it is left out.
         archive: Write each folder as one compressed file too; needs the package zstandard.
 
     Raises:

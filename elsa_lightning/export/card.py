@@ -44,6 +44,7 @@ def card(record: Record) -> str:
         _summary(record),
         *[f"> {note}" for note in record.notes],
         _perplexity(record),
+        _speed(record),
         _settings("Method", [*record.method, {"convergence": record.convergence} if record.convergence else {}]),
         _settings("Training", [record.training]),
         _settings("Data", [record.data]),
@@ -92,6 +93,15 @@ def _perplexity(record: Record) -> str:
     table = "\n".join(f"| {name} | {value:.3f} |" for name, value in rows)
     protocol = record.perplexity.get("protocol")
     return "## Perplexity\n\n" + (f"On {protocol}.\n\n" if protocol else "") + f"| | perplexity |\n|---|---|\n{table}"
+
+
+def _speed(record: Record) -> str:
+    known = record.speed
+    if not known:
+        return ""
+    dense = f"| dense, {known.get('dense dtype')} | {known['dense']:,.1f} |"
+    table = f"| | tokens/s |\n|---|---|\n{dense}\n| this export, {known.get('dtype')} | {known['exported']:,.1f} |"
+    return f"## Speed\n\nOf {known.get('protocol')}; on other machines measure anew.\n\n{table}"
 
 
 def _settings(title: str, mappings: list[dict[str, Any]]) -> str:

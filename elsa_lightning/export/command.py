@@ -32,7 +32,7 @@ def parser() -> CommandParser:
     )  # fmt: skip
     add("--gguf-type", "--gguf_type", default="f16", metavar="TYPE", help="of gguf: f32, f16, bf16, q8_0 or q4_0")
     add("--converter", metavar="PATH", help="of gguf: llama.cpp's convert_hf_to_gguf.py, if it is no command")
-    add("--measure", action="store_true", help="measure the perplexity of what was written, as the run did")
+    add("--measure", action="store_true", help="measure perplexity, as the run did, and speed beside the dense model")
     add("--archive", action="store_true", help="write OUTPUT.tar.zst too, for transport")
     return made
 

@@ -1,8 +1,11 @@
-"""Perplexity of an export, by the protocol of the run that made the model."""
+"""Perplexity of an export, by the protocol of the run that made the model, and its speed beside the dense model's."""
 
 from __future__ import annotations
 
+import json
+import platform
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +13,9 @@ from torch import Tensor
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.export.record import Record
+from elsa_lightning.export.reload import PROMPT, Look
+from elsa_lightning.export.source import Source
+from elsa_lightning.optim.moments import dtype_name
 
 _NARROW = ("bfloat16", "float16")
 
@@ -24,12 +30,14 @@ class Measured:
         protocol: In words, without the precision.
         exact: Whether it must come out as recorded, up to the order of sums: nothing was rounded, and the precision is
             that of the run.
+        dense: Folder of the dense model that the export is timed beside; None where the export decodes like that model.
     """
 
     text: dict[str, Tensor]
     precision: str
     protocol: str
     exact: bool
+    dense: Path | None
 
 
 def check_measurable(record: Record, to: str) -> None:
@@ -43,19 +51,20 @@ def check_measurable(record: Record, to: str) -> None:
         )
 
 
-def prepare(record: Record, to: str, tokenizer: str) -> Measured:
-    """Return the text that a run measured on.
+def prepare(source: Source, to: str, folder: Path) -> Measured:
+    """Return the text that a run measured on, and where the dense model is.
 
     Args:
-        record: Of the model.
+        source: Of the export, before it is changed.
         to: The format.
-        tokenizer: Folder or hub name.
+        folder: To write the dense model to where it is in no folder yet, or there in another dtype.
 
     Raises:
-        UserError: It is not there any more, or is another one now.
+        UserError: The text is not there any more, or is another one now.
     """
     from elsa_lightning.lm.data import CalibrationData
 
+    record, tokenizer = source.record, source.tokenizer
     known = dict(record.evaluation)
     theirs, first = str(known.pop("precision")), known.pop("first", None)
     data = CalibrationData(tokenizer=tokenizer, **known)
@@ -72,7 +81,18 @@ def prepare(record: Record, to: str, tokenizer: str) -> Measured:
     wide = not theirs.endswith("-true") or theirs == "32-true"
     exact = precision == theirs and not (wide and record.dtype in _NARROW)
     text = {"segments": torch.cat(segments)[:first], "labels": torch.cat(labels)[:first].clone()}
-    return Measured(text, precision, protocol if recorded is None else recorded.rpartition(", ")[0], exact)
+    protocol = protocol if recorded is None else recorded.rpartition(", ")[0]
+    return Measured(text, precision, protocol, exact, _dense(source, to, folder))
+
+
+def _dense(source: Source, to: str, folder: Path) -> Path | None:
+    if to == "hf":
+        return None
+    config = source.path / "config.json"
+    if config.is_file() and json.loads(config.read_text()).get("dtype") == dtype_name(source.model.dtype):
+        return source.path
+    source.model.save_pretrained(folder)
+    return folder
 
 
 def judge(record: Record, measured: Measured, value: float, rounded: bool) -> tuple[Record, str]:
@@ -98,3 +118,26 @@ def judge(record: Record, measured: Measured, value: float, rounded: bool) -> tu
     why = "rounding cost" if rounded or not measured.exact else "as recorded, up to"
     said = f"Perplexity {value:.3f}, recorded {recorded:.3f}: {why} {off:+.2%} (on {protocol})."
     return replace(record, perplexity=found), said
+
+
+def timed(record: Record, look: Look) -> tuple[Record, str]:
+    """Return the record with the speed of an export beside the dense model's, and what to say of it."""
+    speed = look.speed
+    threads = f"{speed['threads']} thread{'s' if speed['threads'] > 1 else ''}"
+    where = f"{threads} of {processor()}"
+    protocol = f"one sequence decoded after {PROMPT} tokens, {where}"
+    found = {"exported": speed["exported"], "dtype": speed["dtype"], "protocol": protocol}
+    found |= {"dense": speed["dense"], "dense dtype": speed["dense_dtype"]}
+    said = (
+        f"Decodes {speed['exported']:,.1f} tokens/s, the dense model ({speed['dense_dtype']}) {speed['dense']:,.1f}: "
+        f"{speed['exported'] / speed['dense']:.2f}× (one sequence, {where})."
+    )
+    return replace(record, speed=found), said
+
+
+def processor() -> str:
+    """Return what the system calls its processor."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -31,12 +31,15 @@ class Record:
         data: Training text: ``name``, ``seq_len``, ``batch_size``.
         perplexity: ``dense`` (or ``start``, of a start that was sparse), ``sparse``, ``protocol``; of an export that
             was measured ``exported``, and ``exported in`` if that was another precision.
+        speed: Of an export that was measured ``exported``, tokens a second that it decodes, and ``dense``, the same of
+            the dense model beside it, with the ``protocol``.
         evaluation: How it was measured, to do it again: arguments of CalibrationData, ``precision``, and ``first``, the
             number of segments, where these were not all.
         convergence: In words.
         notes: What else a user must know, such as that the run had not ended.
         command: That made the model.
         dtype: Of the weights.
+        dense_bytes: Of an export: of the weights of the model that it was made of, stored dense.
         sparsity: (zeros, entries) of each matrix.
         export: What the export itself did.
         versions: Of what it was made with.
@@ -48,11 +51,13 @@ class Record:
     training: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     perplexity: dict[str, Any] = field(default_factory=dict)
+    speed: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     convergence: str | None = None
     notes: list[str] = field(default_factory=list)
     command: str | None = None
     dtype: str | None = None
+    dense_bytes: int | None = None
     sparsity: dict[str, tuple[int, int]] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -85,7 +90,9 @@ class Record:
     def of_model(self) -> Record:
         """Return what is said of the model alone, whatever it was exported to."""
         found = {name: value for name, value in self.perplexity.items() if not name.startswith("exported")}
-        return dataclasses.replace(self, format="hf", export={}, sparsity={}, dtype=None, perplexity=found)
+        return dataclasses.replace(
+            self, format="hf", export={}, sparsity={}, dtype=None, dense_bytes=None, perplexity=found, speed={}
+        )
 
     def to_json(self) -> str:
         """Return all that is known."""

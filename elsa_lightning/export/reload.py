@@ -1,13 +1,16 @@
 """Reloads an export in a process of its own, with the public libraries alone.
 
-``python reload.py FOLDER GIVEN OUT PRECISION``
+``python reload.py FOLDER GIVEN OUT PRECISION DENSE``
 """
 
+import itertools
 import json
 import math
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 _WEIGHTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+PROMPT, TOKENS, ROUNDS = 16, 8, 8  # of what is timed
+_SECONDS = 20.0  # after which no further round begins
 
 
 class Look(NamedTuple):
@@ -26,15 +31,19 @@ class Look(NamedTuple):
         zeros: Of every matrix, once the logits were computed.
         how: What loaded the model.
         perplexity: On the text that was given, or None.
+        speed: Tokens a second that are decoded, of the export and of the dense model (``exported``, ``dense``) with
+            their dtypes (``dtype``, ``dense_dtype``) and ``threads``; empty where no text or dense model was given, or
+            they take no more tokens.
     """
 
     logits: torch.Tensor
     zeros: dict[str, int]
     how: str
     perplexity: float | None
+    speed: dict[str, Any]
 
 
-def main(folder: str, given: str, out: str, precision: str) -> None:
+def main(folder: str, given: str, out: str, precision: str, dense: str) -> None:
     """Write what an export gives back.
 
     Args:
@@ -42,21 +51,78 @@ def main(folder: str, given: str, out: str, precision: str) -> None:
         given: safetensors file with ``ids``, int64 ``(batch, length)``, and maybe ``segments`` and ``labels``.
         out: safetensors file to write.
         precision: To measure perplexity in, as Lightning names them.
+        dense: Folder of the dense model to decode in turn with the export, or empty.
     """
-    found = look(Path(folder), load_file(given), precision)
-    words = {name: json.dumps(getattr(found, name)) for name in ("zeros", "how", "perplexity")}
+    found = look(Path(folder), load_file(given), precision, Path(dense) if dense else None)
+    words = {name: json.dumps(getattr(found, name)) for name in ("zeros", "how", "perplexity", "speed")}
     save_file({"logits": found.logits.contiguous()}, out, metadata=words)
 
 
 @torch.no_grad()
-def look(folder: Path, given: dict[str, torch.Tensor], precision: str) -> Look:
+def look(folder: Path, given: dict[str, torch.Tensor], precision: str, dense: Path | None = None) -> Look:
     """Load an export and return what it gives back; see :func:`main`."""
     model, how = load(folder)
     logits = model.eval()(given["ids"]).logits
     zeros = {name: int((t == 0).sum()) for name, t in model.state_dict().items() if t.dim() > 1}
     zeros |= {f"{name}.weight": m.zeros for name, m in model.named_modules() if hasattr(m, "zeros")}
-    found = perplexity(model, given["segments"], given["labels"], precision) if "segments" in given else None
-    return Look(logits, zeros, how, found)
+    if "segments" not in given:
+        return Look(logits, zeros, how, None, {})
+    speed = {} if dense is None else speeds(model, dense, given["segments"])
+    return Look(logits, zeros, how, perplexity(model, given["segments"], given["labels"], precision), speed)
+
+
+def speeds(model: Any, dense: Path, segments: torch.Tensor) -> dict[str, Any]:
+    """Return tokens a second, medians over single tokens; see :class:`Look`.
+
+    The two models decode one sequence greedily, in turn, so that what else the machine does falls on both.
+
+    Args:
+        model: The export's.
+        dense: Folder of the dense model.
+        segments: Token ids ``(segments, length)``; the prompt is the beginning of the first.
+    """
+    prompt = segments[:1, :PROMPT]
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROMPT + TOKENS
+    tokens = min(TOKENS, longest - prompt.shape[1])
+    if tokens < 1 or not prompt.numel():
+        return {}
+    models = {"": model, "dense_": load(dense)[0].eval()}
+    took: dict[str, list[float]] = {name: [] for name in models}
+    began = time.perf_counter()
+    for _ in range(ROUNDS):
+        for name, each in models.items():
+            took[name] += _times(each, prompt, tokens)
+        if time.perf_counter() - began > _SECONDS:
+            break
+    found: dict[str, Any] = {"threads": torch.get_num_threads()}
+    for name, each in models.items():
+        found[name.rstrip("_") or "exported"] = 1 / median(took[name])
+        found[f"{name}dtype"] = str(next(t.dtype for t in each.state_dict().values() if t.is_floating_point()))[6:]
+    return found
+
+
+class _Clock:
+    """What ``generate`` tells of every token, as of a streamer."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.marks.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _times(model: Any, prompt: torch.Tensor, tokens: int) -> list[float]:
+    """Return the seconds of each token after the first, or of this one if there are no others."""
+    clock = _Clock()
+    model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens,
+        do_sample=False, num_beams=1, pad_token_id=0, streamer=clock,
+    )  # fmt: skip
+    marks = clock.marks[1:] if tokens > 1 else clock.marks  # the prompt is told first
+    return [after - before for before, after in itertools.pairwise(marks)]
 
 
 @torch.no_grad()

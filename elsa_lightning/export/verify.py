@@ -63,9 +63,10 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def verify(
-    folder: Path, ids: Tensor, made: Made, fresh: bool, text: Mapping[str, Tensor] | None = None, precision: str = ""
-) -> tuple[str, float | None]:
-    """Load a folder and compare; return what to say of it, and its perplexity.
+    folder: Path, ids: Tensor, made: Made, fresh: bool, text: Mapping[str, Tensor] | None = None, precision: str = "",
+    dense: Path | None = None,
+) -> tuple[str, reload.Look]:  # fmt: skip
+    """Load a folder and compare; return what to say of it, and what it gave back.
 
     Args:
         folder: Of the export.
@@ -74,11 +75,12 @@ def verify(
         fresh: Load it in a process of its own.
         text: ``segments`` and ``labels`` to measure perplexity on, if that is wanted.
         precision: To measure in, as Lightning names them.
+        dense: Folder of the dense model, to compare speed with.
 
     Raises:
         UserError: It does not load, or logits or zeros are not those of the model.
     """
-    look = _reloaded(folder, {"ids": ids, **(text or {})}, precision, fresh)
+    look = _reloaded(folder, {"ids": ids, **(text or {})}, precision, fresh, dense)
     logits = look.logits.float()
     off = difference(logits, made.logits) if logits.shape == made.logits.shape else float("inf")
     if not off <= made.tolerance:
@@ -90,21 +92,32 @@ def verify(
         )
     exact = "the same" if off == 0 else f"within {off:.0e}"
     where = f"in a fresh process, {look.how}" if fresh else look.how
-    return f"Reloaded ({where}): logits {exact}, zeros the same.", look.perplexity
+    return f"Reloaded ({where}): logits {exact}, zeros the same.", look
 
 
-def _reloaded(folder: Path, given: Mapping[str, Tensor], precision: str, fresh: bool) -> reload.Look:
+def _reloaded(
+    folder: Path, given: Mapping[str, Tensor], precision: str, fresh: bool, dense: Path | None
+) -> reload.Look:
     if not fresh:
-        return reload.look(folder, dict(given), precision)
+        return reload.look(folder, dict(given), precision, dense)
     with tempfile.TemporaryDirectory() as place:
         asked, got = Path(place, "ids.safetensors"), Path(place, "logits.safetensors")
         save_file(dict(given), asked)
         paths = os.pathsep.join(path for path in sys.path if path)
         environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-P", reload.__file__, str(folder), str(asked), str(got), precision]
+        command = [
+            sys.executable,
+            "-P",
+            reload.__file__,
+            str(folder),
+            str(asked),
+            str(got),
+            precision,
+            str(dense or ""),
+        ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise UserError(f"what was written does not load, and is not kept: {done.stderr.strip().splitlines()[-1:]}")
         with safe_open(got, framework="pt") as tensors:
-            zeros, how, perplexity = (json.loads(tensors.metadata()[key]) for key in ("zeros", "how", "perplexity"))
-            return reload.Look(tensors.get_tensor("logits"), zeros, how, perplexity)
+            words = [json.loads(tensors.metadata()[key]) for key in ("zeros", "how", "perplexity", "speed")]
+            return reload.Look(tensors.get_tensor("logits"), *words)

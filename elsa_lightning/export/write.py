@@ -16,7 +16,7 @@ from elsa_lightning.export.card import write_card
 from elsa_lightning.export.folders import archive_of, check_replaceable, new_folder, save_tokenizer, zeros_of
 from elsa_lightning.export.formats import Options, check_format
 from elsa_lightning.export.gguf import check_gguf, write_gguf
-from elsa_lightning.export.measure import Measured, check_measurable, judge, prepare
+from elsa_lightning.export.measure import Measured, check_measurable, judge, prepare, timed
 from elsa_lightning.export.quantized import check_groups, write_quantized
 from elsa_lightning.export.record import Record
 from elsa_lightning.export.source import Source, find, open_source
@@ -53,7 +53,7 @@ def export(
         dtype: Of the weights: ``float32``, ``bfloat16`` or ``float16``; None takes the one that was given.
         options: Of single formats.
         measure: Measure perplexity of what was written, as the run did; another one than the run's is an error, unless
-            values were rounded.
+            values were rounded. And measure how fast it decodes on this machine's CPU, beside the dense model.
         archive: Write the folder as one compressed file beside it too, ``OUTPUT.tar.zst``.
         fresh: Reload what was written in a process of its own; False does it in this one, which is quicker.
         say: Takes what there is to tell, line by line.
@@ -83,12 +83,15 @@ def export(
     if not any(zeros > 0.05 * size for zeros, size in zeros_of(loaded.model.state_dict()).values()):
         say("No matrix has more than 5 % zeros: this model is not sparse.")
     with new_folder(folder) as whole:
-        given = prepare(loaded.record, to, loaded.tokenizer) if measure else None
+        given = prepare(loaded, to, whole.with_name("dense")) if measure else None
+        dense = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
         ids, made = probe(loaded.model), WRITERS[to](loaded, whole, options, say)
         if to != "gguf" and (problem := save_tokenizer(loaded.tokenizer, whole)) is not None:
             say(problem)
         kept = dtype_name(loaded.model.dtype)
-        record = replace(loaded.record, format=to, dtype=kept, export=made.does, sparsity=made.sparsity)
+        record = replace(
+            loaded.record, format=to, dtype=kept, export=made.does, sparsity=made.sparsity, dense_bytes=dense
+        )
         del loaded
         gc.collect()
         for line in _checked(whole, record, made, ids, given, fresh):
@@ -102,6 +105,8 @@ def export(
         say(f"archive: {archive_of(folder)}, {size / 1e6:,.1f} → {packed / 1e6:,.1f} MB")
     elif archive_of(folder).exists():
         say(f"{archive_of(folder)} is of an earlier export: give --archive to write it anew.")
+    if found != Path(source).expanduser():
+        say(f"Beside its run: elsa report {source} {folder}")
     return folder
 
 
@@ -114,12 +119,15 @@ def _checked(
     if made.checked is not None:
         yield made.checked
     else:
-        text, precision = (given.text, given.precision) if given else (None, "")
-        said, perplexity = verify(whole, ids, made, fresh, text, precision)
+        text, precision, dense = (given.text, given.precision, given.dense) if given else (None, "", None)
+        said, look = verify(whole, ids, made, fresh, text, precision, dense)
         yield said
-        if given is not None and perplexity is not None:
-            record, said = judge(record, given, perplexity, made.rounded)
+        if given is not None and look.perplexity is not None:
+            record, said = judge(record, given, look.perplexity, made.rounded)
             yield said
+            if look.speed:
+                record, said = timed(record, look)
+                yield said
     write_card(whole, record)
 
 

@@ -1,1 +1,1 @@
-"""``elsa report``: one page of what runs left. runs.py reads, charts.py draws, page.py writes."""
+"""``elsa report``: one page of what runs left. see docs/architecture.md."""

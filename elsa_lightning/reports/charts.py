@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from statistics import fmean
 from typing import Any
 
 from elsa_lightning.reports.runs import Run
@@ -87,25 +86,6 @@ def curves(runs: Sequence[Run]) -> list[Chart]:
     ]  # fmt: skip
 
 
-def trade_offs(runs: Sequence[Run]) -> list[Chart]:
-    """Return the Pareto curves of runs that have a perplexity: against sparsity, bytes and tokens a second."""
-    if len(runs) < 2:
-        return []
-    of_runs = [(run.sparsity, run.sparse, run.name, run) for run in runs]
-    charts = [_pareto(runs, "pareto", "Perplexity against sparsity", "Zeros among the constrained weights", of_runs,
-                      more_is_better=True, percent=True)]  # fmt: skip
-    saved = [(s, f"{run.name}, {s.format}", run) for run in runs for s in run.saved]
-    sizes = [(s.size / 2**20, s.perplexity, name, run) for s, name, run in saved]
-    speeds = [(s.tokens_per_second, s.perplexity, name, run) for s, name, run in saved if s.tokens_per_second]
-    if len({x for x, y, *_ in sizes if y is not None}) > 1:
-        charts.append(_pareto(runs, "pareto-bytes", "Perplexity against size", "MiB of weights on disk", sizes,
-                              more_is_better=False))  # fmt: skip
-    if len({x for x, y, *_ in speeds if y is not None}) > 1:
-        charts.append(_pareto(runs, "pareto-speed", "Perplexity against speed", "Tokens a second", speeds,
-                              more_is_better=True))  # fmt: skip
-    return charts
-
-
 def _lines(runs: Sequence[Run], pattern: str, dashed: bool = False) -> list[_Line]:
     return [
         _Line(index, re.sub(r"^elsa/", "", name).replace("_", " "), values, dashed)
@@ -158,7 +138,7 @@ def _chart(
     }  # fmt: skip
     if log:
         layout["yaxis"] |= {"dtick": 1, "exponentformat": "power"}
-    show = share if percent else _figure
+    show = share if percent else figure
     spoken = "; ".join(
         f"{runs[line.run].name + ', ' if several else ''}{line.of} from {show(line.points[0][1])} at step "
         f"{line.points[0][0]:g} to {show(line.points[-1][1])} at step {line.points[-1][0]:g}"
@@ -211,73 +191,6 @@ def _traces(runs: Sequence[Run], lines: Sequence[_Line], shown: str) -> list[dic
     return traces
 
 
-def _pareto(
-    runs: Sequence[Run], name: str, title: str, axis: str,
-    points: Sequence[tuple[float | None, float | None, str, Run]], *, more_is_better: bool, percent: bool = False,
-) -> Chart:  # fmt: skip
-    """Return perplexity against something else.
-
-    Args:
-        runs: All of them.
-        name: Of the chart.
-        title: Of the chart.
-        axis: What it is against.
-        points: That, perplexity, a name and the run.
-        more_is_better: Whether the most of it is the best.
-        percent: Whether it is a fraction.
-    """
-    known = [(x, y, label, run) for x, y, label, run in points if x is not None and y is not None]
-    if not known:
-        return Chart(name, title, "No run has both.")
-    groups: dict[str, list[tuple[float, float]]] = {}
-    for x, y, label, run in known:
-        groups.setdefault(run.but_for_seed + label.removeprefix(run.name), []).append((x, y))
-    means = [(fmean(x for x, _ in group), fmean(y for _, y in group)) for group in groups.values()]
-    best: list[tuple[float, float]] = []
-    for x, y in sorted(means, key=lambda mean: (-mean[0] if more_is_better else mean[0], mean[1])):
-        if not best or y < best[-1][1]:
-            best.append((x, y))
-    best.sort()
-    show = share if percent else _figure
-    traces: list[dict[str, Any]] = [
-        {
-            "type": "scatter", "mode": "lines", "x": [x for x, _ in best], "y": [y for _, y in best],
-            "name": "best of each", "meta": {"colour": 0}, "hoverinfo": "skip", "showlegend": False,
-        },
-        {
-            "type": "scatter", "mode": "markers", "x": [x for x, *_ in known], "y": [y for _, y, *_ in known],
-            "name": "runs", "meta": {"colour": 0}, "marker": {"size": 10}, "showlegend": False,
-            "text": [escape(label) for _, _, label, _ in known],
-            "hovertemplate": f"%{{text}}<br>%{{x:{'.2%' if percent else '.4~g'}}}, perplexity %{{y:.4~g}}"
-            "<extra></extra>",
-        },
-    ]  # fmt: skip
-    dense = {float(f"{run.dense:.4g}") for run in runs if run.dense is not None}
-    ends = [min(x for x, *_ in known), max(x for x, *_ in known)]
-    for value in sorted(dense)[:3]:
-        traces.append(
-            {
-                "type": "scatter", "mode": "lines", "x": ends, "y": [value, value], "name": f"dense, {value:.4g}",
-                "meta": {"colour": "muted"}, "line": {"dash": "dash"}, "hoverinfo": "skip", "showlegend": True,
-            }
-        )  # fmt: skip
-    layout = {
-        "xaxis": {"title": {"text": axis}, "tickformat": ".0%" if percent else None},
-        "yaxis": {"title": {"text": "perplexity"}}, "hovermode": "closest",
-    }  # fmt: skip
-    spoken = ", ".join(f"{label}: {show(x)}, perplexity {y:.4g}" for x, y, label, _ in known[:20])
-    rows = [(label, show(x), f"{y:.3f}") for x, y, label, _ in sorted(known, key=_first)]
-    seeds = " (means, of runs that differ by their seed alone)" if len(groups) < len(known) else ""
-    text = f"Lower is better. The line joins the runs{seeds} that no other beats in both."
-    return Chart(
-        name, title, text, f"Scatter plot. {spoken}.", plotly(traces, layout), ("run", axis, "perplexity"), rows, 380
-    )
-
-
-def _first(point: tuple[float, float, str, Run]) -> float:
-    return point[0]
-
-
 def plotly(traces: list[dict[str, Any]], layout: dict[str, Any]) -> str:
     """Return the figure, checked by plotly, for a script element: without < of a name that could end it."""
     import plotly.graph_objects as go
@@ -299,5 +212,6 @@ def share(value: float) -> str:
     return f"{value:.2%}".replace("%", " %")
 
 
-def _figure(value: float) -> str:
+def figure(value: float) -> str:
+    """Return a number with four digits."""
     return f"{value:,.4g}"

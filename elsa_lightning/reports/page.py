@@ -12,7 +12,8 @@ from typing import Any
 import elsa_lightning
 from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.export.folders import write
-from elsa_lightning.reports.charts import Chart, curves, trade_offs
+from elsa_lightning.reports.charts import Chart, curves
+from elsa_lightning.reports.pareto import trade_offs
 from elsa_lightning.reports.runs import Run
 from elsa_lightning.reports.zeros import of_run
 
@@ -113,11 +114,15 @@ def _described(run: Run, charts: list[Chart]) -> dict[str, Any]:
         "first": start,
         "dense": _figure(dense),
         "sparse": _figure(sparse),
-        "ratio": f"{sparse / dense:.2f}×" if sparse and dense else "–",
+        "ratio": _ratio(sparse, dense),
         "protocol": run.record.get("perplexity", {}).get("protocol"),
         "sparsity": "–" if run.sparsity is None else f"{run.sparsity:.2%}".replace("%", " %"),
         "size": _bytes(run.smallest.size) if run.smallest else "–",
-        "speed": f"{run.fastest.tokens_per_second:,.1f}" if run.fastest else "–",
+        "dense_size": _bytes(run.dense_size),
+        "smallest": run.smallest.format if run.smallest else None,
+        "speed": _rate(run.fastest.tokens_per_second if run.fastest else None),
+        "dense_speed": _rate(run.dense_speed),
+        "fastest": run.fastest.format if run.fastest else None,
         "steps": f"{run.journal['step']:,}" if "step" in run.journal else "–",
         "time": _duration(run.journal.get("seconds")),
         "memory": _bytes(run.journal.get("peak_memory")),
@@ -131,10 +136,12 @@ def _described(run: Run, charts: list[Chart]) -> dict[str, Any]:
         "missing": run.missing,
         "settings": _settings(run),
         "saved": [
-            (saved.format, str(saved.folder), _bytes(saved.size), _bytes(saved.archive),
-             f"{saved.tokens_per_second:,.1f}" if saved.tokens_per_second else "–", _figure(saved.perplexity))
-            for saved in run.saved
+            (s.format, str(s.folder), _bytes(s.size), _ratio(s.size, s.dense_size), _bytes(s.archive),
+             _rate(s.tokens_per_second, s.dtype), _rate(s.dense_speed, s.dense_dtype),
+             _ratio(s.tokens_per_second, s.dense_speed), _figure(s.perplexity))
+            for s in run.saved
         ],
+        "speeds": list(dict.fromkeys(s.speed_protocol for s in run.saved if s.speed_protocol)),
         "evaluations": [_evaluated(row) for row in run.evaluations],
         "samples": [[str(sample.get(of, "")) for of in ("prompt", "dense", "sparse")] for sample in _samples(run)],
         "charts": [chart for chart in charts if chart.figure],
@@ -204,6 +211,14 @@ def _json(runs: Sequence[Run]) -> str:
         for run in runs
     ]  # fmt: skip
     return json.dumps({"generator": _MARK, "version": elsa_lightning.__version__, "runs": told}, default=str) + "\n"
+
+
+def _rate(value: float | None, dtype: str | None = None) -> str:
+    return "–" if value is None else f"{value:,.1f}" + (f" ({dtype})" if dtype else "")
+
+
+def _ratio(value: float | None, to: float | None) -> str:
+    return f"{value / to:.2f}×" if value and to else "–"
 
 
 def _figure(value: float | None) -> str:

@@ -7,39 +7,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.export.folders import RECORD
 from elsa_lightning.reports.metrics import EVENTS, TABLE, Series, logged, noted, number
+from elsa_lightning.reports.saved import Saved, saved_in
 
 JOURNALS = "elsa_run*.json"
 _LEVELS = 3  # from a checkpoint up to the folder of its run
-_ARCHIVE = ".tar.zst"
 _EVALUATIONS = "evaluation*.json"
-_ROUNDED = ("quantized", "gguf")  # whose perplexity is another than the run's
-_WEIGHTS = ("*.safetensors", "*.gguf", "*.pt", "*.bin")
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A model that a run, or an export of it, left on disk.
-
-    Attributes:
-        folder: Where.
-        format: ``hf``, ``shrunk``, ``quantized``, ``cpu-sparse`` or ``gguf``.
-        size: Bytes of its weights.
-        tokens_per_second: If its record says so.
-        archive: Bytes of the compressed file beside it, if there is one.
-        perplexity: Measured on it, or the run's where the values are the run's.
-    """
-
-    folder: Path
-    format: str
-    size: int
-    tokens_per_second: float | None = None
-    archive: int | None = None
-    perplexity: float | None = None
 
 
 @dataclass
@@ -138,14 +116,27 @@ class Run:
         return min(self.saved, key=lambda saved: saved.size, default=None)
 
     @property
+    def dense_size(self) -> int | None:
+        """Bytes of the dense model's weights, by what was exported of it, or the saved one whose zeros are stored."""
+        known = [s.dense_size for s in self.saved if s.dense_size]
+        return max(known or [s.size for s in self.saved if s.format == "hf"], default=None)
+
+    @property
+    def dense_speed(self) -> float | None:
+        """Tokens a second of the dense model: the median of what was measured beside its exports."""
+        return median(known) if (known := [s.dense_speed for s in self.saved if s.dense_speed]) else None
+
+    @property
     def fastest(self) -> Saved | None:
-        """The fastest export of those that were timed."""
-        return max(
-            (s for s in self.saved if s.tokens_per_second), key=lambda s: s.tokens_per_second or 0, default=None
-        )  # fmt: skip
+        """The fastest export of those that were timed, beside what the dense model did at that time."""
+        return max((s for s in self.saved if s.tokens_per_second), key=_times_as_fast, default=None)
 
     def _last(self, metric: str) -> float | None:
         return self.series[metric][-1][1] if self.series.get(metric) else None
+
+
+def _times_as_fast(saved: Saved) -> float:
+    return (saved.tokens_per_second or 0) / (saved.dense_speed or 1)
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
@@ -218,7 +209,7 @@ def _read(folder: Path, journal: Path | None, alone: bool) -> Run:
         known = _json(file)
         if file.parent.parent == folder or file.parent == folder:
             run.record = {**known, **run.record}
-        run.saved += _saved(file.parent, known)
+        run.saved += saved_in(file.parent, known)
     run.series = logged(folder) if alone else {}
     for file in sorted(folder.glob(_EVALUATIONS)) if alone else ():
         run.evaluations += [row for row in _json(file).get("figures", []) if isinstance(row, dict)]
@@ -227,21 +218,6 @@ def _read(folder: Path, journal: Path | None, alone: bool) -> Run:
     _go_back(run)
     _say_what_is_missing(run, journal)
     return run
-
-
-def _saved(folder: Path, known: dict[str, Any]) -> list[Saved]:
-    size = sum(file.stat().st_size for pattern in _WEIGHTS for file in folder.glob(pattern))
-    if not size:
-        return []
-    measured, kind = known.get("perplexity", {}), str(known.get("format", "hf"))
-    archive = folder.with_name(f"{folder.name}{_ARCHIVE}")
-    return [
-        Saved(
-            folder, kind, size, number(known.get("export", {}).get("tokens_per_second")),
-            archive.stat().st_size if archive.is_file() else None,
-            number(measured.get("exported", None if kind in _ROUNDED else measured.get("sparse"))),
-        )
-    ]  # fmt: skip
 
 
 def _go_back(run: Run) -> None:
@@ -295,7 +271,11 @@ def _attach(export: Run, runs: list[Run]) -> None:
 
 def _of_model(record: dict[str, Any]) -> tuple[Any, ...]:
     perplexity = {n: v for n, v in record.get("perplexity", {}).items() if not n.startswith("exported")}
-    return record.get("command"), json.dumps(perplexity), json.dumps(record.get("method"), sort_keys=True)
+    return (
+        record.get("command"),
+        json.dumps(perplexity, sort_keys=True),
+        json.dumps(record.get("method"), sort_keys=True),
+    )
 
 
 def _name(runs: list[Run]) -> None:

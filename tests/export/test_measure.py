@@ -1,6 +1,7 @@
 """elsa export --measure: the perplexity of what was written is the one that the run measured."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from elsa_lightning.callbacks import Export, SaveHuggingFace
 from elsa_lightning.errors import UserError
 from elsa_lightning.export import Options, export
 from elsa_lightning.lm.perplexity import TokenPerplexity
+from elsa_lightning.reports.page import page
+from elsa_lightning.reports.runs import read_runs
 from tests.callbacks.tiny import At, crash, every_step, make_trainer
 from tests.export.models import run, sparse_folder
 
@@ -52,9 +55,11 @@ def test_the_hf_export_has_the_perplexity_that_the_run_measured(finished: Path, 
     assert any("as recorded, up to" in line for line in told)
     assert f"| this export, reloaded | {perplexity['exported']:.3f} |" in (tmp_path / "out/README.md").read_text()
     assert record["evaluation"]["first"] == 6  # three batches of two
+    assert "speed" not in record  # which is that of the dense model
     # what is exported further is measured anew, or nothing is said
     export(tmp_path / "out", "hf", tmp_path / "again", fresh=False, say=lambda line: None)
-    assert "exported" not in json.loads((tmp_path / "again/elsa.json").read_text())["perplexity"]
+    again = json.loads((tmp_path / "again/elsa.json").read_text())
+    assert "exported" not in again["perplexity"]
 
 
 def test_it_is_the_perplexity_of_the_metric(finished: Path, tmp_path: Path) -> None:
@@ -81,6 +86,28 @@ def test_rounding_says_what_it_cost_and_cpu_sparse_is_measured_in_float32(finish
     assert record["perplexity"]["exported"] == pytest.approx(record["perplexity"]["sparse"], rel=5e-3)
     mixed = record["evaluation"]["precision"] == "bf16-mixed"
     assert record["perplexity"].get("exported in") == ("32-true" if mixed else None)
+    for folder in ("four", "sparse"):  # timed beside the dense model
+        record = json.loads((tmp_path / folder / "elsa.json").read_text())
+        assert min(record["speed"]["exported"], record["speed"]["dense"]) > 0
+        card = (tmp_path / folder / "README.md").read_text()
+        assert f"| this export, float32 | {record['speed']['exported']:,.1f} |" in card
+    assert any(re.match(r"Decodes [\d.,]+ tokens/s, the dense model \(float32\) ", line) for line in told)
+
+
+def test_the_report_of_the_run_has_size_and_speed_beside_the_dense_model(finished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("plotly", reason="plotly is not installed (the extra report)")
+    record, told = exported(finished, "cpu-sparse", tmp_path / "sparse")
+    assert told[-1] == f"Beside its run: elsa report {finished} {tmp_path / 'sparse'}"
+    (found,) = read_runs([finished, tmp_path / "sparse"])
+    ours = next(saved for saved in found.saved if saved.format == "cpu-sparse")
+    assert (ours.tokens_per_second, ours.dense_speed) == (record["speed"]["exported"], record["speed"]["dense"])
+    dense = AutoModelForCausalLM.from_pretrained(finished / "hf")
+    assert ours.dense_size == 4 * dense.num_parameters() > ours.size
+    text = page([found])
+    assert "On disk, dense → cpu-sparse" in text and "Tokens a second, dense → cpu-sparse" in text
+    assert 'id="pareto-bytes"' in text
+    exported(finished, "hf", tmp_path / "again")  # whose record has the perplexity in another order
+    assert len(read_runs([finished, tmp_path / "sparse", tmp_path / "again"])) == 1
 
 
 def test_a_checkpoint_knows_how_to_measure(finished: Path, tmp_path: Path) -> None:
@@ -88,6 +115,9 @@ def test_a_checkpoint_knows_how_to_measure(finished: Path, tmp_path: Path) -> No
     run_record = json.loads((finished / "hf/elsa.json").read_text())
     assert last["perplexity"]["exported"] == pytest.approx(run_record["perplexity"]["sparse"], rel=1e-3)
     assert last["perplexity"]["dense"] == run_record["perplexity"]["dense"]
+    narrow, _ = exported(finished / "checkpoints/6.ckpt", "cpu-sparse", tmp_path / "narrow", dtype="bfloat16")
+    assert (narrow["speed"]["dense dtype"], narrow["speed"]["dtype"]) == ("bfloat16", "float32")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     middle, told = exported(finished / "checkpoints/4.ckpt", "hf", tmp_path / "middle")
     assert "sparse" not in middle["perplexity"] and any(line.startswith("Perplexity") for line in told)
 

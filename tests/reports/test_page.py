@@ -5,14 +5,16 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from elsa_lightning.cli import main
-from elsa_lightning.reports.charts import trade_offs
-from elsa_lightning.reports.runs import Saved, read_runs
+from elsa_lightning.reports.pareto import trade_offs
+from elsa_lightning.reports.runs import read_runs
+from elsa_lightning.reports.saved import Saved
 
 from .runs import run
 
@@ -73,12 +75,16 @@ def test_sizes_make_a_curve_where_models_differ_in_them(folder: Path) -> None:
     runs = read_runs([folder])
     assert [chart.name for chart in trade_offs(runs)] == ["pareto"]
     for found, size in zip(runs, (1, 2, 3), strict=True):
-        found.saved.append(Saved(found.folder, "hf", size * 2**20, 10.0 / size, perplexity=found.sparse))
+        its = Saved(found.folder, "shrunk", size * 2**20, 10.0 / size, perplexity=found.sparse)
+        found.saved.append(replace(its, dense_size=4 * 2**20, dense_speed=3.0))
     _, sizes, speeds = trade_offs(runs)
     assert sizes.figure is not None and speeds.figure is not None
-    line, points, _ = json.loads(sizes.figure)["data"]
+    line, points, dense, _ = json.loads(sizes.figure)["data"]
+    assert dense["x"] == [4] and dense["y"] == [20.0]
     assert points["x"] == [1, 2, 3] and points["y"] == [30.0, 34.0, 22.0] and line["y"] == [32.0, 22.0]
     assert json.loads(speeds.figure)["data"][1]["x"] == [10.0, 5.0, pytest.approx(10 / 3)]
+    runs[0].saved.append(replace(runs[0].saved[0], size=2**19, tokens_per_second=20.0))  # of one run, its models
+    assert [chart.name for chart in trade_offs(runs[:1])] == ["pareto-bytes", "pareto-speed"]
 
 
 def test_what_is_not_there_is_said_with_how_to_get_it(tmp_path: Path) -> None:
