@@ -1,1 +1,1 @@
-"""``elsa report``: one page of what runs left. see docs/architecture.md."""
+"""``elsa report``: one page of what runs left. docs/architecture.md says which file does what."""

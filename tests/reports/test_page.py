@@ -13,6 +13,7 @@ from PIL import Image
 
 from elsa_lightning.cli import main
 from elsa_lightning.reports.pareto import trade_offs
+from elsa_lightning.reports.pictures import check_pictures, write_pictures
 from elsa_lightning.reports.runs import read_runs
 from elsa_lightning.reports.saved import Saved
 
@@ -128,6 +129,48 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["report", "--help"])
     assert end.value.code == 0 and "elsa report runs/elsa  " in capsys.readouterr().out
+
+
+@pytest.mark.browser
+@needs_browser
+def test_each_figure_is_a_picture_that_shows_it(pages: dict[str, Path], tmp_path: Path) -> None:
+    page, figures = tmp_path / "page.html", tmp_path / "page_figures"
+    shutil.copy(pages["three"], page)
+    figures.mkdir()
+    (figures / "of-another-report.png").touch()
+    made = write_pictures(page, check_pictures(page))
+    assert sorted(figures.iterdir()) == sorted(made) and "of-another-report.png" not in made
+    drawn = re.findall(r'<figure id="([\w-]+)"', page.read_text().partition("<body>")[2])
+    assert [picture.stem for picture in made] == drawn
+    for picture in made:
+        (most, ground), *others = colours(picture)
+        assert Image.open(picture).width == 1800 and sum(ground) > 700 and most > 1000 and len(others) > 50
+        assert any(max(colour) - min(colour) > 100 for _, colour in others) or picture.stem.startswith("scores")
+
+
+def test_pictures_are_refused_before_anything_is_read_and_are_all_there_or_none(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told() -> str:
+        with pytest.raises(SystemExit) as end:
+            main(["report", str(folder / "a"), "--output", str(tmp_path / "page.html"), "--png"])
+        assert end.value.code == 1 and not (tmp_path / "page_figures/loss.png").exists()
+        return capsys.readouterr().err
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "Chromium or Chrome, and none is installed: install one (apt-get install chromium)" in told()
+    monkeypatch.setenv("BROWSER_PATH", "nowhere/chrome")
+    assert "BROWSER_PATH is 'nowhere/chrome', which is no program" in told()
+    assert not (tmp_path / "page.html").exists()
+    broken = tmp_path / "chromium"
+    broken.write_text("#!/bin/sh\necho cannot open display >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.delenv("BROWSER_PATH")
+    assert re.search(r"chromium drew 0 of \d+ figures, and no PNG is written: cannot open display", told())
+    assert (tmp_path / "page.html").exists()
+    (tmp_path / "page_figures").mkdir()
+    (tmp_path / "page_figures/thesis.tex").touch()
+    assert "thesis.tex' is no figure of a report, and would be lost" in told()
 
 
 def browse(page: Path, folder: Path, *flags: str) -> tuple[str, str]:
