@@ -6,7 +6,7 @@ The optimizer may hold the parameter whole, as a DTensor or as a flat slice (FSD
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,6 +42,9 @@ class ConstrainedTensor:
         state_dtype: What the split is kept in.
         grain: Rows that no piece cuts.
         shared: Rows × columns for which the set chooses one number; None if it chooses none.
+
+    Attributes:
+        kind: What small tensors that can be worked on together have in common; None for others.
     """
 
     def __init__(
@@ -59,6 +62,9 @@ class ConstrainedTensor:
         self.aside: Tensor | None = None  # a packed mask, until the optimizer has state of its own
         self.layout: Rows = (Rows if part.start is None else FlatSlice)(part, x, grain, is_transposed(p))
         self._channels_last = self.layout.kernel and channels_last(x)
+        alone = shared is not None or part.start is not None or self.layout.kernel or len(part.shape) != 2
+        kind = f"{part} {tuple(x.shape)} {p.dtype} {x.device} {self.layout.transposed} {grain}"
+        self.kind = None if alone or not 0 < x.numel() <= self.layout.small else kind
         if self._channels_last and lays_out_anew(optimizer):
             raise UserError(
                 f"{name} is channels_last, and {type(optimizer).__name__} of bitsandbytes lays weights out anew: call "
@@ -128,7 +134,11 @@ class ConstrainedTensor:
         """Return rows of F̂, or None where the optimizer keeps no second moment."""
         return second_moment(self.optimizer, self.p, rows)
 
-    def noise(self, rows: slice, seed: int) -> Tensor:
+    def seed(self, of: Callable[[nn.Parameter], int]) -> Any:
+        """Return the seed of the parameter, as :meth:`set_split` takes it."""
+        return of(self.p)
+
+    def noise(self, rows: slice, seed: Any) -> Tensor:
         """Return random int32 for rows, by their place in the whole."""
         return self.layout.noise(rows, seed)
 
@@ -185,7 +195,7 @@ class ConstrainedTensor:
         exponents = self.layout.groups(self.state[SCALE], rows, BLOCK)
         return decode(self.layout.aligned(stored, rows, BLOCK), exponents)[..., self.layout.before(rows, BLOCK) :]
 
-    def set_split(self, rows: slice, values: Tensor, seed: int) -> None:
+    def set_split(self, rows: slice, values: Tensor, seed: Any) -> None:
         """Store rows of s, rounded to what they are kept in."""
         each, layout = BLOCK if self.state_dtype == "float8_e4m3fn" else 1, self.layout
         if self.state_dtype == "float32":
@@ -259,6 +269,9 @@ class ConstrainedTensor:
                     f"or keep the state in that dtype (state_dtype)"
                 )
             self.state[key] = stored.to(dtype)
+
+    def write(self, *keys: str) -> None:
+        """Do nothing: what changed was changed in place. :class:`~elsa_lightning.stacks.Stack` writes it back."""
 
     def release(self, *keys: str) -> None:
         """Drop tensors of ours from the optimizer's state."""

@@ -14,6 +14,7 @@ from elsa_lightning.forms.on_set import on_values
 from elsa_lightning.layout.lowbit import masked
 from elsa_lightning.layout.sharded import Processes, exact_dtype, local
 from elsa_lightning.sets.base import Constraint, Point, Points, project
+from elsa_lightning.stacks import together
 from elsa_lightning.tensors import KEYS, MASK, NUMBERS, REMOVED, SCALE, SPLIT, ConstrainedTensor
 from elsa_lightning.watch import Stationarity, Update
 
@@ -290,12 +291,13 @@ def hold(
                 on_values(constraint, place, tensor, piece, split)
             if seed is not None and remembers:
                 tensor.set_split(piece.rows, split, seed(tensor.p))
-    for tensor in tensors:
-        others = [local(tensor.state[key]) for key in copies if key in tensor.state]
+    for _, tensor in together(enumerate(tensors), stacks=not copies):
+        others = [local(tensor.state[key]) for key in copies if _is_like_weights(tensor, key)]
         for rows, *_ in tensor.pieces():
             tensor.x(rows)  # looks whether it lies as before
             for t in (tensor.p.detach(), *others):
                 tensor.zero_off(t, rows)
+        tensor.write()
 
 
 def weight_copies(tensors: Sequence[ConstrainedTensor], processes: Processes) -> list[str]:

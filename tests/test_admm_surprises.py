@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from elsa_lightning import ADMM, Unstructured
+from elsa_lightning.optim.adam8bit import Adam8bit
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.tensors import KEYS, MASK, SPLIT
 
@@ -201,3 +202,17 @@ def test_kernels_whose_rows_are_nowhere_in_memory_are_refused() -> None:
     p = nn.Parameter(torch.randn(8, 4, 3, 3).transpose(2, 3))
     with pytest.raises(ValueError, match="its rows are not below each other in memory"):
         ADMM(torch.optim.Adam([p]), {"p": p}, Unstructured(0.5), total_steps=5)
+
+
+def test_codes_of_8_bits_are_not_taken_for_the_weights_that_a_moment_of_another_tensor_looks_like() -> None:
+    """The first moment of both goes the weights' way; it is in float32 where a tensor is small."""
+    generator = torch.Generator().manual_seed(0)
+    large, small = (nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((16, 256), (8, 16)))
+    optimizer = Adam8bit([large, small], lr=1e-3)
+    ADMM(optimizer, {"large": large, "small": small}, Unstructured(0.5), total_steps=8)
+    for _ in range(8):
+        for p in (large, small):
+            p.grad = p.detach().clone()
+        optimizer.step()
+    lost = optimizer.state[large]["state1"] == 0  # the code of the most negative number, which a block may have
+    assert lost.float().mean() < 0.1

@@ -134,6 +134,13 @@ def test_a_step_touches_weights_and_state_once(state: str, weights: torch.dtype,
     assert counts.looks == 1
 
 
+@pytest.mark.parametrize("phase", ["step", "frozen"])
+def test_more_small_tensors_take_hardly_more_launches(phase: str) -> None:
+    """One each: that which looks for gradients that are not finite."""
+    few, many = (count("linearized", "float8_e4m3fn", shape=(16, 32), tensors=n)[phase].kernels for n in (4, 24))
+    assert many - few <= 20
+
+
 def test_moments_in_another_basis_are_not_taken_for_the_weights_own() -> None:
     p = nn.Parameter(torch.randn(4, 4))
     optimizer = torch.optim.Adam([p])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +15,11 @@ from elsa_lightning.errors import UserError
 from elsa_lightning.forms.base import Forgets, Form, Importance, Step, Sums, relative_rates
 from elsa_lightning.layout.lowbit import chosen, masked
 from elsa_lightning.layout.rows import Piece
-from elsa_lightning.layout.sharded import exact_dtype
+from elsa_lightning.layout.sharded import exact_dtype, sent
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.sets.base import Constraint, project
-from elsa_lightning.tensors import ConstrainedTensor
+from elsa_lightning.stacks import by_rows, together
+from elsa_lightning.tensors import SCALE, SPLIT, ConstrainedTensor
 
 _STEPS = 4096  # what is derived from sums is rounded, so that it does not depend on the order of summation
 
@@ -32,30 +33,32 @@ class OnSet(Form):
 
     on_set = True
 
-    def slowness(self, index: int, penalty: float) -> Any:
-        """Return what d is divided by before the dual of the tensor takes it."""
+    def slowness(self, places: Sequence[int], penalty: float) -> Any:
+        """Return what d is divided by before the duals of tensors take it: a number, or of each ``(tensors,)``."""
         return penalty
 
     def after_step(self, step: Step) -> None:
         """u ← u + d/ρ and x ← 0 off the mask."""
-        for index, tensor in step.tensors.items():
-            seed, slow = step.seed(tensor.p), self.slowness(index, step.penalty)
+        fixes_values = step.constraint.fixes_values
+        for places, tensor in together(step.tensors.items(), stacks=not fixes_values):
+            seed, slow = tensor.seed(step.seed), self.slowness(places, step.penalty)
             for piece in tensor.pieces():
                 rows = piece.rows
-                inner = self._inner_step(step, index, tensor, piece) if step.updates else None
+                inner = self._inner_step(step, places[0], tensor, piece) if step.updates else None
                 d, split = tensor.take_off(rows), tensor.split(rows)
                 if step.updates:
-                    self.watch(index, tensor, d)
+                    self.watch(places, tensor, d)
                 if inner is not None:
-                    self.watch(index, tensor, inner, inner=True)
+                    self.watch(places, tensor, inner, inner=True)
                 d = d.to(split.dtype)
                 if isinstance(slow, Tensor):
-                    split.addcdiv_(d, slow.to(split.dtype), value=-1)
+                    split.addcdiv_(d, by_rows(slow.to(split.dtype), len(split)), value=-1)
                 else:
                     split.sub_(d, alpha=1 / slow)
-                if step.constraint.fixes_values:
-                    split = on_values(step.constraint, index, tensor, piece, split)
+                if fixes_values:
+                    split = on_values(step.constraint, places[0], tensor, piece, split)
                 tensor.set_split(rows, split, seed)
+            tensor.write(SPLIT, SCALE)
 
     def _inner_step(self, step: Step, index: int, tensor: ConstrainedTensor, piece: Piece) -> Tensor | None:
         """Return the step on the mask where the set fixes values: all that is not a value is of this step."""
@@ -65,8 +68,8 @@ class OnSet(Form):
         moved = masked(x, mask)
         return moved - project(step.constraint, moved, mask, tensor.point(index, piece, moved))
 
-    def watch(self, index: int, tensor: ConstrainedTensor, d: Tensor, inner: bool = False) -> None:
-        """Look at a step off the mask, or on it, before an update."""
+    def watch(self, places: Sequence[int], tensor: ConstrainedTensor, d: Tensor, inner: bool = False) -> None:
+        """Look at a step of tensors off the mask, or on it, before an update."""
 
     def former_z(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
         """Return the weights."""
@@ -178,16 +181,16 @@ class Linearized(OnSet):
         self._slow: Tensor = torch.empty(0)  # ρ of each tensor; 1 until a step was seen
         self._memory: Tensor = torch.empty(0)  # root mean square of u after the last update
         self._peaks: list[float] = []
-        self._steps: dict[int, Tensor] = {}  # Σ d² of this process, of each tensor
+        self._steps: dict[tuple[int, ...], Tensor] = {}  # Σ d² of this process, of tensors at these places
         self._rates: dict[int, float] = {}  # from the root mean square of d to σ
-        self._inner: dict[int, Tensor] = {}  # Σ d² on the mask
+        self._inner: dict[tuple[int, ...], Tensor] = {}  # Σ d² on the mask
         self._relative: dict[int, float] = {}  # learning rates over the largest
         self._pace: Tensor = torch.empty(0)  # root mean square of d on the mask at the largest rate
         self._paths: dict[int, float] = {}  # Σ of learning rates over the largest, since the mask was fixed
 
-    def slowness(self, index: int, penalty: float) -> Any:
+    def slowness(self, places: Sequence[int], penalty: float) -> Any:
         """Return ρ."""
-        return self._slow[index]
+        return torch.stack([self._slow[place] for place in places])
 
     def after_step(self, step: Step) -> None:
         """u ← u + d/ρ and x ← 0 off the mask."""
@@ -199,19 +202,20 @@ class Linearized(OnSet):
             self._rates = {i: walks[t.p] / self._relative[i] for i, t in step.tensors.items()}
         super().after_step(step)
 
-    def watch(self, index: int, tensor: ConstrainedTensor, d: Tensor, inner: bool = False) -> None:
+    def watch(self, places: Sequence[int], tensor: ConstrainedTensor, d: Tensor, inner: bool = False) -> None:
         """Measure how large a step is."""
         if tensor.part.counts:
-            square, seen = d.to(torch.promote_types(d.dtype, torch.float32)).square().sum(), self._steps
-            seen = self._inner if inner else seen
-            seen[index] = seen.get(index, 0) + square
+            seen = self._inner if inner else self._steps
+            squares = d.to(torch.promote_types(d.dtype, torch.float32)).square().reshape(len(places), -1).sum(dim=1)
+            key = tuple(places)
+            seen[key] = seen[key] + squares if key in seen else squares
 
     def seen(self, count: int, device: torch.device) -> Tensor:
         """Return Σ d² off the mask and on it of the step before an update, ``(tensors, 2)``, of this process."""
         steps = torch.zeros(count, 2, dtype=exact_dtype(device), device=device)
-        for column, squares in enumerate((self._steps, self._inner)):
-            for index, square in squares.items():
-                steps[index, column] = square
+        for column, seen in enumerate((self._steps, self._inner)):
+            for places, squares in seen.items():
+                steps[sent(places, device), column] = squares.to(steps.dtype)
         return steps
 
     def forgets(

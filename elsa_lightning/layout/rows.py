@@ -18,6 +18,8 @@ from elsa_lightning.layout.sharded import Part, local
 
 PIECE = 1 << 24  # entries worked on at once: enough to keep a device busy
 PIECE_ON_CPU = 1 << 18  # what its cache holds
+SMALL = 1 << 18  # entries up to which an operation costs its launch, whatever it does
+SMALL_ON_CPU = 1 << 15
 
 
 class Piece(NamedTuple):
@@ -42,7 +44,8 @@ class Rows:
         self.part, self.grain, self.transposed = part, grain, transposed
         self.kernel, self.device = x.dim() > len(part.shape), x.device
         self.shape = as_matrix(x).shape if self.kernel else x.shape
-        self.limit = PIECE_ON_CPU if x.device.type == "cpu" else PIECE
+        on_cpu = x.device.type == "cpu"
+        self.limit, self.small = (PIECE_ON_CPU, SMALL_ON_CPU) if on_cpu else (PIECE, SMALL)
 
     @property
     def count(self) -> int:

@@ -85,6 +85,32 @@ class Part:
             row, stride = row // max(1, size), stride * whole_size
         return (_hashed(above, seed, 0)[:, None] ^ by_column).mul_(_SPREAD)
 
+    def noises(self, local: torch.Size, seeds: Sequence[int], device: torch.device) -> Tensor:
+        """Return what :meth:`noise` returns of all rows of a matrix with each of some seeds, below each other.
+
+        Args:
+            local: Shape of the part, a matrix.
+            seeds: Any integers.
+            device: Where to.
+        """
+        numbers = [(_start(seed, 0), _start(seed, 1), _mixed(~seed)) for seed in seeds]
+        by_row, by_column, flips = sent(numbers, device)[..., None].unbind(1)
+        row, column = (torch.arange(n, device=device) + at for n, at in zip(local, self.offsets, strict=True))
+        tables = _random_bits(device)
+        above = tables[0][(row + by_row) % _TABLE].bitwise_xor_(flips.int())
+        return (above[..., None] ^ tables[1][(column + by_column) % _TABLE][:, None]).mul_(_SPREAD).flatten(0, 1)
+
+
+def sent(numbers: Any, device: torch.device) -> Tensor:
+    """Return numbers of the host on a device, without waiting for what that does."""
+    t = torch.tensor(numbers)
+    return t if device.type != "cuda" else t.pin_memory().to(device, non_blocking=True)
+
+
+def _start(seed: int, of: int) -> int:
+    """Return at which place of a table of random numbers a seed begins."""
+    return (_mixed(2 * seed + of) & 0x7FFFFFFF) % _TABLE
+
 
 def _hashed(places: Tensor | slice, seed: int, of: int, device: torch.device | None = None) -> Tensor:
     """Return random int32 of places: those of a table of its own, from a place that the seed says.
@@ -95,7 +121,7 @@ def _hashed(places: Tensor | slice, seed: int, of: int, device: torch.device | N
         of: Which of the two tables.
         device: Of a range.
     """
-    start, flips = (_mixed(2 * seed + of) & 0x7FFFFFFF) % _TABLE, _mixed(~seed)
+    start, flips = _start(seed, of), _mixed(~seed)
     if isinstance(places, slice):
         first, count = (places.start + start) % _TABLE, places.stop - places.start
         table = _random_bits(torch.device("cpu") if device is None else device)[of]

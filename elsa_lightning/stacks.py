@@ -1,0 +1,134 @@
+"""Small constrained tensors of one shape worked on together, as the matrices of one stack.
+
+An operation costs a launch, whatever it is on, and a mixture of experts or a vision transformer has thousands of small
+matrices. What is needed of them is copied into a stack of at most a piece's size, and what changed is copied back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elsa_lightning.layout.rows import Rows
+from elsa_lightning.layout.sharded import local
+from elsa_lightning.tensors import ConstrainedTensor
+
+Placed = tuple[Sequence[int], ConstrainedTensor]
+
+
+def together(tensors: Iterable[tuple[int, ConstrainedTensor]], stacks: bool = True) -> Iterator[Placed]:
+    """Yield tensors with their places: small ones of a kind as one, :class:`Stack`, each other one by itself.
+
+    Args:
+        tensors: With their places.
+        stacks: Whether there may be stacks.
+    """
+    kinds: dict[Any, list[tuple[int, ConstrainedTensor]]] = {}
+    for place, tensor in tensors:
+        if stacks and tensor.kind is not None and tensor.aside is None:
+            kinds.setdefault((tensor.kind, *tensor.state), []).append((place, tensor))
+        else:
+            yield (place,), tensor
+    for alike in kinds.values():
+        first = alike[0][1]
+        most = max(1, first.layout.limit // first.layout.shape.numel())
+        for at in range(0, len(alike), most):
+            places, members = zip(*alike[at : at + most], strict=True)
+            yield places, Stack(members) if len(members) > 1 else members[0]
+
+
+def by_rows(numbers: Tensor, rows: int) -> Tensor:
+    """Return numbers of tensors ``(tensors,)`` as those of the rows of their stack, ``(rows, 1)``; of one as it is."""
+    n = len(numbers)
+    return numbers if n == 1 else numbers[:, None].expand(n, rows // n).reshape(rows, 1)
+
+
+class _Gathered(dict[str, Any]):
+    """State of the members of a stack, copied into it when it is asked for."""
+
+    def __init__(self, members: Sequence[ConstrainedTensor]) -> None:
+        super().__init__()
+        self.members = members
+
+    def __missing__(self, key: str) -> Tensor:
+        self[key] = torch.stack([local(member.state[key]) for member in self.members])
+        found: Tensor = self[key]
+        return found
+
+
+class Stack(ConstrainedTensor):
+    """Some whole matrices as one stack of them: a copy, which :meth:`write` writes back.
+
+    Args:
+        members: The matrices, all of one :attr:`~elsa_lightning.tensors.ConstrainedTensor.kind`.
+    """
+
+    def __init__(self, members: Sequence[ConstrainedTensor]) -> None:
+        first = members[0]
+        self.members, self.name, self.optimizer, self.state_dtype = (
+            members,
+            first.name,
+            first.optimizer,
+            first.state_dtype,
+        )
+        self.shared, self.aside, self._channels_last = None, None, False
+        shape, offsets = torch.Size((len(members), *first.part.shape)), (0, *first.part.offsets)
+        self.part = replace(first.part, shape=shape, offsets=offsets)
+        x = local(first.p).detach().expand(len(members), *first.layout.shape)
+        self.layout = Rows(self.part, x, transposed=first.layout.transposed)
+        self._state = _Gathered(members)
+
+    @cached_property
+    def p(self) -> nn.Parameter:  # type: ignore[override]
+        """The weights."""
+        return nn.Parameter(torch.stack([local(member.p.detach()) for member in self.members]), requires_grad=False)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The state of the members that was copied."""
+        return self._state
+
+    @property
+    def stepped(self) -> bool:
+        """Whether the optimizer has state of its own."""
+        return self.members[0].stepped
+
+    def has(self, key: str) -> bool:
+        """Say whether the members' state has a tensor of ours."""
+        return self.members[0].has(key)
+
+    def importance(self, rows: slice) -> Tensor | None:
+        """Return F̂, or None where the optimizer keeps no second moment; 1 of a member of which there is none."""
+        found = [member.importance(slice(0, member.layout.count)) for member in self.members]
+        some = next((moment for moment in found if moment is not None), None)
+        if some is None:
+            return None
+        return torch.cat([torch.ones_like(some) if moment is None else moment for moment in found])
+
+    def seed(self, of: Callable[[nn.Parameter], int]) -> Any:
+        """Return the seed of each member."""
+        return [of(member.p) for member in self.members]
+
+    def noise(self, rows: slice, seed: Any) -> Tensor:
+        """Return the random int32 that each member has by itself."""
+        first = self.members[0].layout
+        return first.part.noises(first.shape, seed, self.layout.device)
+
+    def allocate(self, *keys: str) -> None:
+        """Make room for tensors of ours in the members' state, where there is none yet."""
+        for member in self.members:
+            member.allocate(*keys)
+
+    def write(self, *keys: str) -> None:
+        """Write weights, and what of the state is named, back to the members."""
+        torch._foreach_copy_([local(member.p.detach()) for member in self.members], list(self.p.unbind()))
+        for key in keys:
+            if key in self._state:
+                torch._foreach_copy_(
+                    [local(member.state[key]) for member in self.members], list(self._state[key].unbind())
+                )
