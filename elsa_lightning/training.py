@@ -85,7 +85,7 @@ class ElsaTrainer(Trainer):
             ignore=elsa.ignore if elsa else (),
             constraint=elsa.constraint if elsa else None,
             state_dtype=elsa.state_dtype if elsa else None,
-            teacher=model.distillation > 0,
+            teacher=model.distils,
             tokens=tokens,
             checkpointing=model.gradient_checkpointing,
         )

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
@@ -25,6 +24,7 @@ from elsa_lightning.callbacks.ends import attached, trains_nothing
 from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.layout.sharded import match_names
 from elsa_lightning.lm import EMBEDDED_MODEL, model_path
+from elsa_lightning.lm.distill import Distillation
 from elsa_lightning.lm.perplexity import TokenPerplexity
 from elsa_lightning.lm.sharded import block_policy, build_sharded, fill
 from elsa_lightning.lm.supported import check_tokens, decoder_config
@@ -75,6 +75,8 @@ class CausalLM(LightningModule):
         distillation: Weight, from 0 to 1, of the dense model's next-token distribution in the training target,
             beside the text's own next token. The dense model is held in bfloat16 (2 bytes a parameter) on each
             device and costs one more forward pass a step.
+        feature_distillation: Weight of the distance of the blocks' outputs from the dense model's (SquareHead), which
+            is added to the loss. Keeps what its blocks give, tokens × width × blocks in bfloat16.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         attn_implementation: As in ``from_pretrained``; None lets transformers choose.
         revision: Branch, tag or commit on the hub.
@@ -90,6 +92,7 @@ class CausalLM(LightningModule):
         warmup_steps: int = 0,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         distillation: float = 0.0,
+        feature_distillation: float = 0.0,
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         revision: str | None = None,
@@ -102,8 +105,13 @@ class CausalLM(LightningModule):
             raise UserError(f"dtype must be one of 'float32', 'bfloat16', 'float16', got {dtype!r}")
         if not 0 <= distillation <= 1:
             raise UserError(f"distillation is a weight from 0 to 1, got {distillation}")
-        if distillation > 0 and not pretrained:
-            raise UserError("distillation needs a trained model to learn from: set pretrained or distillation=0")
+        if not 0 <= feature_distillation < float("inf"):
+            raise UserError(f"feature_distillation is a weight of 0 or more, got {feature_distillation}")
+        if (distillation > 0 or feature_distillation > 0) and not pretrained:
+            raise UserError(
+                "distillation needs a trained model to learn from: set pretrained, or distillation=0 and "
+                "feature_distillation=0"
+            )
         self.save_hyperparameters(ignore=["optimizer"])
         self.name = name
         self.path = model_path(name)
@@ -113,13 +121,14 @@ class CausalLM(LightningModule):
         self.warmup_steps = warmup_steps
         self.dtype_name = dtype
         self.distillation = distillation
+        self.feature_distillation = feature_distillation
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
         self.revision = revision
         self.trust_remote_code = trust_remote_code
         self.model: PreTrainedModel | None = None
         self.given_dtype: torch.dtype | None = None  # that of the model's folder, once it was read
-        self._teacher: tuple[PreTrainedModel, ...] = ()  # a tuple, so that it is no submodule and in no checkpoint
+        self._distillation: Distillation | None = None  # no submodule, and in no checkpoint
         self.perplexity = TokenPerplexity()
         self.dense_perplexity: float | None = None
         self.final_perplexity: float | None = None
@@ -188,13 +197,19 @@ class CausalLM(LightningModule):
         """Load the dense model that distillation learns from; with ``max_steps=0`` prune at once instead."""
         if self._trainer is not None and trains_nothing(self._trainer):
             self._prune_at_once()
-        elif self.distillation > 0:
+        elif self.distils:
             teacher = self._load("bfloat16").eval().requires_grad_(False)
-            self._teacher = (teacher if self.device_mesh is not None else teacher.to(self.device),)
+            teacher = teacher if self.device_mesh is not None else teacher.to(self.device)
+            self._distillation = Distillation(teacher, self.distillation, self.feature_distillation)
 
     def on_fit_end(self) -> None:
         """Release the dense model."""
-        self._teacher = ()
+        self._distillation = None
+
+    @property
+    def distils(self) -> bool:
+        """Whether the dense model is learnt from."""
+        return self.distillation > 0 or self.feature_distillation > 0
 
     def forward(self, batch: Batch) -> tuple[Any, Tensor]:
         """Return the model's output (``loss``, ``logits``) and the labels of a batch; padding is not scored.
@@ -202,6 +217,12 @@ class CausalLM(LightningModule):
         Raises:
             ValueError: The batch is neither token ids nor a mapping with them, or longer than the model can take.
         """
+        inputs = self._labelled(batch)
+        assert self.model is not None
+        return self.model(**inputs, use_cache=False), inputs["labels"]
+
+    def _labelled(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what the model takes, with labels."""
         inputs = _inputs(batch)
         assert self.model is not None
         ids = inputs["input_ids"]
@@ -209,7 +230,7 @@ class CausalLM(LightningModule):
         if "labels" not in inputs:
             mask = inputs.get("attention_mask")
             inputs["labels"] = ids if mask is None else ids.masked_fill(mask == 0, -100)
-        return self.model(**inputs, use_cache=False), inputs["labels"]
+        return inputs
 
     def check_length(self, config: Any, seq_len: int) -> None:
         """Raise ValueError if sequences are longer than a model of this configuration can take."""
@@ -222,22 +243,13 @@ class CausalLM(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of the batch, in nats a token; ``train/loss`` is without distillation."""
-        output, labels = self(batch)
-        loss: Tensor = output.loss
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        if self._teacher:
-            distance = self._distance_to_dense(batch, output.logits, labels)
-            loss = (1 - self.distillation) * loss + self.distillation * distance
-        return loss
-
-    def _distance_to_dense(self, batch: Batch, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the logits against the dense model's distribution, at scored tokens."""
-        inputs = {key: value for key, value in _inputs(batch).items() if key != "labels"}
-        with torch.no_grad():
-            targets = self._teacher[0](**inputs, use_cache=False).logits[:, :-1].float().softmax(dim=-1)
-        scored = (labels[:, 1:] != -100).flatten()
-        losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(0, 1), reduction="none")
-        return (losses * scored).sum() / scored.sum()
+        if self._distillation is None:
+            loss: Tensor = self(batch)[0].loss
+            self.log("train/loss", loss.detach(), prog_bar=True)
+            return loss
+        found = self._distillation(self.model, self._labelled(batch))
+        self.log("train/loss", found.by_labels, prog_bar=True)
+        return found.loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score a batch; ``val/perplexity`` is logged once per validation run."""
@@ -305,7 +317,7 @@ class CausalLM(LightningModule):
         """Measure the dense model, unless a checkpoint brought its perplexity along."""
         if self.pretrained and self.dense_perplexity is None and self.global_step == 0:
             self.dense_perplexity, self._start = self._measure("dense perplexity"), self._zeros()
-            if self._start.sparse and self.distillation > 0:
+            if self._start.sparse and self.distils:
                 rank_zero_warn(
                     f"{self._start.shares()[0]} of the constrained weights are zero before the first step, and "
                     f"distillation learns from this start and not from a dense model: set distillation to 0, or begin "
@@ -344,7 +356,7 @@ class CausalLM(LightningModule):
             start=None if dense is None or zeros is None else (dense, zeros),
             final=(self.final_perplexity, self._zeros()),
             protocol=self.protocol,
-            distilled=self.distillation > 0,
+            distilled=self.distils,
         )
 
     @property

@@ -25,6 +25,7 @@ from elsa_lightning.errors import UserError
 from elsa_lightning.export import Options
 from elsa_lightning.layout.sharded import clean, part_of
 from elsa_lightning.lm.data import ResumableLoader, ResumableSampler
+from elsa_lightning.lm.distill import Distillation
 from elsa_lightning.sets import Neurons
 from tests.callbacks.tiny import OPTIMIZERS, Points
 
@@ -187,6 +188,7 @@ def exports(
 def language_model(folder: Path, name: str, how: str, model: str, text: str, cache: str, **options: Any) -> None:
     """Prune a small language model, write it as a Hugging Face folder and its perplexities."""
     seed_everything(1, verbose=False)
+    Distillation.logits_at_once = 20 * 2048  # chunks
     data = CalibrationData(text, tokenizer=model, seq_len=32, batch_size=4 // world(), eval_segments=7, cache_dir=cache)
     module = CausalLM(model, **options)
     trainer = Trainer(

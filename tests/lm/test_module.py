@@ -71,24 +71,13 @@ def test_distillation_mixes_the_dense_models_distribution_into_the_target(
         torch.testing.assert_close(loss, expected)
 
 
-def test_distillation_leaves_padding_out(tiny_llama: str) -> None:
-    module = loaded(tiny_llama, distillation=1.0)
-    module.on_fit_start()
-    ids = torch.randint(1, 2048, (2, 20), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[:, 12:] = 0
-    distances = []
-    for batch in ({"input_ids": ids, "attention_mask": mask}, ids[:, :12]):
-        output, labels = module(batch)
-        distances.append(module._distance_to_dense(batch, output.logits, labels))
-    torch.testing.assert_close(*distances)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"distillation": 1.5}, "from 0 to 1, got 1.5"),
+        ({"feature_distillation": -1.0}, "a weight of 0 or more, got -1.0"),
         ({"distillation": 0.5, "pretrained": False}, "needs a trained model"),
+        ({"feature_distillation": 0.5, "pretrained": False}, "needs a trained model"),
     ],
 )
 def test_distillation_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:

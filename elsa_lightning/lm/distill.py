@@ -1,0 +1,108 @@
+"""What a causal language model learns from the dense one that it began as."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from elsa_lightning.distillation import LOGITS_AT_ONCE, Distilled, Head, distillation_loss, feature_distance
+
+
+class BeforeHead:
+    """A hook on a model's head: keeps what comes to it, and shows it the first position alone.
+
+    Args:
+        scale: Of what the head is shown, all positions then.
+    """
+
+    def __init__(self, scale: float | None = None) -> None:
+        self.scale = scale
+        self.seen: list[Tensor] = []
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return what the head is to be given instead."""
+        shown = args[0][:, :1] if self.scale is None else args[0] * self.scale
+        self.seen.append(args[0] if self.scale is None else shown)
+        return (shown, *args[1:])
+
+    def run(self, model: Any, **inputs: Any) -> tuple[Any, Tensor, Head | None]:
+        """Return the model's output, the input of its head, and the head; or logits and None if it passed none."""
+        head = model.get_output_embeddings()
+        self.seen.clear()
+        handle = head.register_forward_pre_hook(self)
+        try:
+            output = model(**inputs, use_cache=False)
+        finally:
+            handle.remove()
+        return (output, self.seen.pop(), head) if self.seen else (output, output.logits, None)
+
+
+class Distillation:
+    """The loss of a model beside its dense original.
+
+    Both models stop before their heads, which then see some positions at a time. Where logits are not what a head gives
+    (capped, scaled), or the loss not their cross-entropy alone, they are made whole.
+
+    Args:
+        teacher: The dense model, frozen and where it is needed; sharded ones too.
+        weight: Of its distribution, against the text's next token.
+        features: Of the distance from its blocks' outputs, which is added.
+    """
+
+    logits_at_once = LOGITS_AT_ONCE
+
+    def __init__(self, teacher: Any, weight: float, features: float) -> None:
+        self.teacher, self.weight, self.features = teacher, weight, features
+        self._hooks = BeforeHead(), BeforeHead()
+        self.chunked = _is_its_head(teacher)
+        if not self.chunked:
+            rank_zero_info("distillation makes the logits of a batch at once: this model's are more than its head's")
+
+    def __call__(self, student: Any, inputs: dict[str, Tensor]) -> Distilled:
+        """Return the losses of a batch.
+
+        Args:
+            student: The model that is trained.
+            inputs: What it takes, ``labels`` among them.
+        """
+        others = {key: value for key, value in inputs.items() if key != "labels"}
+        options = {"output_hidden_states": self.features > 0}
+        if self.chunked:
+            output, x, head = self._hooks[0].run(student, **others, **options)
+        else:
+            output = student(**inputs, **options, use_cache=False)
+            x, head = output.logits, None
+        with torch.no_grad():
+            if self.chunked:
+                wanted, y, teacher_head = self._hooks[1].run(self.teacher, **others, **options)
+            else:
+                wanted = self.teacher(**others, **options, use_cache=False)
+                y, teacher_head = wanted.logits, None
+        weight = self.weight if self.chunked else float(self.weight > 0)  # its own loss has the other share
+        found = distillation_loss(
+            x[:, :-1], y[:, :-1], inputs["labels"][:, 1:], weight=weight, head=head, teacher_head=teacher_head,
+            logits_at_once=self.logits_at_once,
+        )  # fmt: skip
+        if not self.chunked:
+            loss = (1 - self.weight) * output.loss + (self.weight * found.loss if self.weight > 0 else 0)
+            found = found._replace(loss=loss, by_labels=output.loss.detach())
+        if self.features > 0:
+            near = feature_distance(output.hidden_states[1:], wanted.hidden_states[1:], others.get("attention_mask"))
+            found = found._replace(loss=found.loss + self.features * near)
+        return found
+
+
+@torch.no_grad()
+def _is_its_head(model: Any) -> bool:
+    """Return whether a model's logits are its head's, however large, and its loss is their cross-entropy."""
+    if model.get_output_embeddings() is None:
+        return False
+    ids = (1 + torch.arange(8, device=model.device)[None]) % model.config.get_text_config().vocab_size
+    output = model(input_ids=ids, labels=ids, use_cache=False)
+    expected = F.cross_entropy(output.logits[0, :-1].float(), ids[0, 1:])
+    large, x, head = BeforeHead(scale=1024.0).run(model, input_ids=ids)  # where a cap shows
+    return head is not None and torch.equal(head(x), large.logits) and torch.allclose(output.loss.float(), expected)
