@@ -294,10 +294,14 @@ class ADMM:
         return any(t.p.grad is not None for t in self.tensors.values())
 
     def _only_sets_up(self) -> bool:
-        """Say whether this is the step on zero gradients by which a distributed checkpoint makes room for itself."""
+        """Say whether this is the step on zero gradients by which a distributed checkpoint makes room for itself.
+
+        All say the same: the first step of a warm-up has no rate either, and a process that holds no row sees zeros.
+        """
         if self.step > 0 or any(float(group["lr"]) != 0 for group in self.optimizer.param_groups):
             return False
-        return not any(bool(local(p.grad).any()) for p in self.tensors.parts if p.grad is not None)
+        moves = any(bool(local(p.grad).any()) for p in self.tensors.parts if p.grad is not None)
+        return not any(self.tensors.processes.any([moves], self.tensors.device))
 
     # ------------------------------------------------------------------ projections
 

@@ -110,7 +110,7 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
         return [tensor for tensor in self.values() if tensor.has(key)]
 
     def agreed(self, flags: Sequence[bool], tensors: Collection[ConstrainedTensor]) -> list[ConstrainedTensor]:
-        """Return the tensors whose flag is set on any process; only a flat slice can be empty, and knows nothing."""
+        """Return the tensors whose flag is set on any process; where a flat slice is empty there is nothing to ask."""
         answers = self.processes.any(flags, self.device) if self.flat else flags
         return [tensor for tensor, yes in zip(tensors, answers, strict=True) if yes]
 
