@@ -89,12 +89,15 @@ def distillation_loss(
 
 
 def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], kept: Tensor | None = None) -> Tensor:
-    """Return the mean over layers of Σ (student - teacher)² / Σ teacher²: SquareHead (arXiv:2310.06927).
+    """Return the mean over layers and positions of ‖student - teacher‖² / ‖teacher‖².
+
+    SquareHead (arXiv:2310.06927) position by position, so that a few large ones do not hide the others, and so that the
+    mean is the same however a batch is split over processes.
 
     Args:
         student: What each layer gives, ``(..., width)``.
         teacher: The same of the teacher. It gets no gradient.
-        kept: Positions that count, ``(...)``; such as an attention mask. None counts all.
+        kept: Positions that count, ``(...)``, such as an attention mask. None counts all.
 
     Raises:
         UserError: Layers or widths that differ.
@@ -112,10 +115,9 @@ def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], kept:
 
 def _distance(student: Tensor, teacher: Tensor, kept: Tensor | None) -> Tensor:
     student, teacher = _precise(student), _precise(teacher)
-    apart, size = (student - teacher).square().sum(dim=-1), teacher.square().sum(dim=-1)
-    if kept is not None:
-        apart, size = apart * kept, size * kept
-    return apart.sum() / size.sum().clamp_min(torch.finfo(size.dtype).tiny)
+    size = teacher.square().sum(dim=-1)
+    apart = (student - teacher).square().sum(dim=-1) / size.clamp_min(torch.finfo(size.dtype).tiny)
+    return apart.mean() if kept is None else (apart * kept).sum() / kept.sum()
 
 
 class DenseTeacher:

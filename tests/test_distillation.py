@@ -132,7 +132,7 @@ def test_features_are_as_far_as_their_squares_say_and_padding_counts_nowhere() -
     student = [torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     teacher = [torch.randn(2, 4, 3, dtype=torch.float64) for _ in range(3)]
     expected = torch.stack(
-        [(s - t).square().sum() / t.square().sum() for s, t in zip(student, teacher, strict=True)]
+        [((s - t).square().sum(-1) / t.square().sum(-1)).mean() for s, t in zip(student, teacher, strict=True)]
     ).mean()
     found = feature_distance(student, teacher)
     torch.testing.assert_close(found, expected)

@@ -75,8 +75,8 @@ class CausalLM(LightningModule):
         distillation: Weight, from 0 to 1, of the dense model's next-token distribution in the training target,
             beside the text's own next token. The dense model is held in bfloat16 (2 bytes a parameter) on each
             device and costs one more forward pass a step.
-        feature_distillation: Weight of the distance of the blocks' outputs from the dense model's (SquareHead), which
-            is added to the loss. Keeps what its blocks give, tokens × width × blocks in bfloat16.
+        feature_distillation: Weight of the distance of the blocks' outputs from the dense model's
+            (``feature_distance``), added to the loss. Keeps what its blocks give, tokens × width × blocks in bfloat16.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         attn_implementation: As in ``from_pretrained``; None lets transformers choose.
         revision: Branch, tag or commit on the hub.

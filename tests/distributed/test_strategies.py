@@ -77,6 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: str, text_file:
     for name, options in (RUNS | OTHERS | LOW).items():
         worker.run(place, f"one-{name}", "auto", **options)
     model = {"model": tiny_llama, "text": str(text_file), "cache": token_cache, "distillation": 0.5}
+    model["feature_distillation"] = 0.5
     worker.language_model(place, "one-llama", "auto", **model)
 
     two: list[dict[str, Any]] = []

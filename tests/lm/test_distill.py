@@ -87,7 +87,7 @@ def expected(module: CausalLM, of: dict[str, Tensor]) -> Tensor:
     hidden = module.model(**of, output_hidden_states=True, use_cache=False).hidden_states[1:]
     seen = of["attention_mask"].bool()
     near = [
-        (s[seen] - t[seen]).square().sum() / t[seen].float().square().sum()
+        ((s[seen] - t[seen]).square().sum(-1) / t[seen].float().square().sum(-1)).mean()
         for s, t in zip(hidden, wanted.hidden_states[1:], strict=True)
     ]
     return loss + module.feature_distillation * torch.stack(near).mean()
