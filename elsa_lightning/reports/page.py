@@ -136,7 +136,8 @@ def _described(run: Run, charts: list[Chart]) -> dict[str, Any]:
         "missing": run.missing,
         "settings": _settings(run),
         "saved": [
-            (s.format, str(s.folder), _bytes(s.size), _ratio(s.size, s.dense_size), _bytes(s.archive),
+            (s.format, _within(s.folder, run.folder), _bytes(s.size), _ratio(s.size, s.dense_size or run.dense_size),
+             _bytes(s.archive),
              _rate(s.tokens_per_second, s.dtype), _rate(s.dense_speed, s.dense_dtype),
              _ratio(s.tokens_per_second, s.dense_speed), _figure(s.perplexity))
             for s in run.saved
@@ -219,6 +220,12 @@ def _rate(value: float | None, dtype: str | None = None) -> str:
 
 def _ratio(value: float | None, to: float | None) -> str:
     return f"{value / to:.2f}×" if value and to else "–"
+
+
+def _within(folder: Path, run: Path) -> str:
+    """Return the name of a folder from that of its run, or all of it where it is elsewhere."""
+    inside = folder.resolve()
+    return str(inside.relative_to(run.resolve())) if inside.is_relative_to(run.resolve()) else str(folder)
 
 
 def _figure(value: float | None) -> str:
