@@ -320,7 +320,7 @@ class ADMM:
     def _points(
         self, tensors: Sequence[ConstrainedTensor], value: updates.Value, guesses: dict[Hashable, Tensor] | None = None
     ) -> updates.LivePoints:
-        return updates.LivePoints(tensors, value, self.importance, self.tensors.processes, guesses)
+        return updates.LivePoints(tensors, value, self.importance, self.tensors.processes, guesses, stacks=True)
 
     def _target(self, step: int) -> Constraint:
         return self.constraint.relaxed(self.schedule.tightness_at(step, self.total_steps))
@@ -342,7 +342,7 @@ class ADMM:
             penalty=self.penalty,
             rescale=self.form.rescale(before, self.penalty),
             span=self.schedule.freeze_step(self.total_steps),
-            seed=lambda tensor: self._seed(tensor.p, _OF_UPDATES),
+            seed=self._seeds_of(_OF_UPDATES),
         )
         self.phase = "admm"
 

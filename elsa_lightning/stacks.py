@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from elsa_lightning.layout.rows import Rows
 from elsa_lightning.layout.sharded import local
-from elsa_lightning.tensors import ConstrainedTensor
+from elsa_lightning.tensors import MASK, ConstrainedTensor
 
 Placed = tuple[Sequence[int], ConstrainedTensor]
 
@@ -46,6 +46,11 @@ def by_rows(numbers: Tensor, rows: int) -> Tensor:
     """Return numbers of tensors ``(tensors,)`` as those of the rows of their stack, ``(rows, 1)``; of one as it is."""
     n = len(numbers)
     return numbers if n == 1 else numbers[:, None].expand(n, rows // n).reshape(rows, 1)
+
+
+def joined(packed: Sequence[Tensor], places: Sequence[int]) -> Tensor:
+    """Return the packed masks of the tensors at these places as that of their stack, or the one as it is."""
+    return packed[places[0]] if len(places) == 1 else torch.stack([packed[place] for place in places])
 
 
 class _Gathered(dict[str, Any]):
@@ -123,6 +128,10 @@ class Stack(ConstrainedTensor):
         """Make room for tensors of ours in the members' state, where there is none yet."""
         for member in self.members:
             member.allocate(*keys)
+
+    def take_mask(self, packed: Tensor) -> None:
+        """Store the masks of all members."""
+        torch._foreach_copy_([local(member.state[MASK]) for member in self.members], list(packed.unbind()))
 
     def write(self, *keys: str) -> None:
         """Write weights, and what of the state is named, back to the members."""

@@ -142,14 +142,28 @@ class ConstrainedTensor:
         """Return random int32 for rows, by their place in the whole."""
         return self.layout.noise(rows, seed)
 
+    @property
+    def packed(self) -> Tensor:
+        """The mask as it is stored."""
+        packed: Tensor = self.state[MASK] if self.aside is None else self.aside
+        return packed
+
     def mask(self, rows: slice) -> Tensor:
         """Return rows of the mask, True where a weight is kept."""
-        return self.unpacked(self.state[MASK] if self.aside is None else self.aside, rows)
+        return self.unpacked(self.packed, rows)
 
     def unpacked(self, packed: Tensor, rows: slice) -> Tensor:
         """Return rows of a mask that is packed as ours is."""
         before = self.layout.before(rows, 8)
         return unpack(self.layout.groups(packed, rows, 8), before + self.layout.width(rows))[..., before:]
+
+    def masked(self, values: Tensor, rows: slice, packed: Tensor, kept: bool = True) -> Tensor:
+        """Return values of rows where a packed mask keeps them, or where it does not, and 0 elsewhere."""
+        if values.device.type != "cpu":  # which reads a byte a weight, and does not branch
+            mask = self.unpacked(packed, rows)
+            return torch.where(mask if kept else ~mask, values, 0)
+        bits = self._wide(rows, values.dtype, kept, packed)
+        return bits.bitwise_and_(as_integers(values)).view(values.dtype)
 
     def take_off(self, rows: slice) -> Tensor:
         """Zero rows of the weights off the mask; return what was there, 0 on the mask."""
@@ -165,9 +179,10 @@ class ConstrainedTensor:
         else:  # reads a byte a weight, and does not branch
             of.masked_fill_(~self.mask(rows), 0)
 
-    def _wide(self, rows: slice, dtype: torch.dtype, kept: bool) -> Tensor:
+    def _wide(self, rows: slice, dtype: torch.dtype, kept: bool, packed: Tensor | None = None) -> Tensor:
         """Return integers as wide as a dtype with all bits set on the mask, or off it."""
-        before, packed = self.layout.before(rows, 8), self.state[MASK] if self.aside is None else self.aside
+        before = self.layout.before(rows, 8)
+        packed = self.packed if packed is None else packed
         groups, n = self.layout.groups(packed, rows, 8), before + self.layout.width(rows)
         return unpack_wide(groups, n, dtype, kept)[..., before:]
 
@@ -180,11 +195,15 @@ class ConstrainedTensor:
         """Return a packed mask with nothing kept."""
         return torch.zeros(self.layout.room(8), dtype=torch.uint8, device=self.layout.device)
 
+    def take_mask(self, packed: Tensor) -> None:
+        """Store the mask of all rows, packed as :meth:`room_for_mask` is."""
+        local(self.state[MASK]).copy_(packed)
+
     def put_mask(self) -> None:
         """Move a mask that was set aside into the optimizer's state."""
         if self.aside is not None:
             self.allocate(MASK)
-            local(self.state[MASK]).copy_(self.aside)
+            self.take_mask(self.aside)
             self.aside = None
 
     def split(self, rows: slice) -> Tensor:

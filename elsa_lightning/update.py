@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from elsa_lightning.forms import Form, Sums
 from elsa_lightning.forms.base import Forgets, Importance
 from elsa_lightning.forms.on_set import on_values
-from elsa_lightning.layout.lowbit import masked
-from elsa_lightning.layout.sharded import Processes, exact_dtype, local
+from elsa_lightning.layout.lowbit import masked, ones
+from elsa_lightning.layout.rows import Piece
+from elsa_lightning.layout.sharded import Processes, exact_dtype, local, sent
 from elsa_lightning.sets.base import Constraint, Point, Points, project
-from elsa_lightning.stacks import together
+from elsa_lightning.stacks import Placed, by_rows, joined, together
 from elsa_lightning.tensors import KEYS, MASK, NUMBERS, REMOVED, SCALE, SPLIT, ConstrainedTensor
 from elsa_lightning.watch import Stationarity, Update
 
@@ -30,18 +31,23 @@ class LivePoints(Points):
         importance: Their F̂.
         processes: Who hold them.
         guesses: Thresholds of the last projection; see :class:`~elsa_lightning.sets.base.Points`.
+        stacks: Whether ``value`` takes a :class:`~elsa_lightning.stacks.Stack` of small tensors for one.
     """
 
     def __init__(
         self, tensors: Sequence[ConstrainedTensor], value: Value, importance: Importance, processes: Processes,
-        guesses: dict[Hashable, Tensor] | None = None,
+        guesses: dict[Hashable, Tensor] | None = None, stacks: bool = False,
     ) -> None:  # fmt: skip
-        self.guesses = guesses
+        self.guesses, self.stacks = guesses, stacks
         self.tensors, self.value, self.importance, self.processes = list(tensors), value, importance, processes
         self.names = [tensor.name for tensor in tensors]
         self.shapes = [tensor.part.shape for tensor in tensors]
         self.transposed = [tensor.layout.transposed for tensor in tensors]
         self.parts, self.device = processes.size, tensors[0].p.device
+
+    def together(self) -> Iterator[Placed]:
+        """Yield the tensors with their indices, small ones of a kind as one."""
+        return together(enumerate(self.tensors), self.stacks)
 
     def __iter__(self) -> Iterator[Point]:
         """Yield the local rows, tensor by tensor."""
@@ -50,10 +56,18 @@ class LivePoints(Points):
                 rows = piece.rows
                 yield tensor.point(index, piece, self.value(tensor, rows), self.importance(tensor, rows))
 
+    def stacked(self) -> Iterator[Point]:
+        """Yield the local rows, stack by stack."""
+        for indices, tensor in self.together():
+            for piece in tensor.pieces():
+                rows = piece.rows
+                point = tensor.point(indices[0], piece, self.value(tensor, rows), self.importance(tensor, rows))
+                yield point if len(indices) == 1 else replace(point, stack=indices)
+
     def only(self, indices: Sequence[int]) -> LivePoints:
         """Return some of the tensors."""
         tensors = [self.tensors[i] for i in indices]
-        return LivePoints(tensors, self.value, self.importance, self.processes, self.guesses)
+        return LivePoints(tensors, self.value, self.importance, self.processes, self.guesses, self.stacks)
 
     def add(self, t: Tensor) -> Tensor:
         """Return the sum over the processes."""
@@ -68,18 +82,21 @@ def decide(constraint: Constraint, points: LivePoints, inert: bool = False) -> l
         points: The tensors.
         inert: Whether what the former mask did not keep is held back by the :attr:`~Constraint.inertia` of its set.
     """
-    packed = [tensor.room_for_mask() for tensor in points.tensors]
+    packed: dict[int, Tensor] = {}
     for member, indices in constraint.members(points.names):
         mine = points.only(indices)
         if inert and member.inertia:
             mine.value = _held_back(mine.value, member.inertia)
+        mine.stacks = mine.stacks and member.stacks
         masks = member.support(mine)
-        for index in indices:
-            tensor = points.tensors[index]
+        for inside, tensor in mine.together():
+            room = tensor.room_for_mask()
             for rows, *_ in tensor.pieces():
-                tensor.set_mask(rows, next(masks).view(tensor.x(rows).shape), packed[index])
+                tensor.set_mask(rows, next(masks).view(-1, tensor.layout.width(rows)), room)
+            for place, bits in zip(inside, [room] if len(inside) == 1 else room.unbind(), strict=True):
+                packed[indices[place]] = bits
         next(masks, None)  # lets every process get to the end
-    return packed
+    return [packed[index] for index in range(len(points.tensors))]
 
 
 def _held_back(value: Value, inertia: float) -> Value:
@@ -107,15 +124,16 @@ def fit(constraint: Constraint, points: LivePoints, packed: Sequence[Tensor]) ->
 
 
 def dual_sum(form: Form, tensor: ConstrainedTensor, rows: slice) -> Tensor:
-    """v = x + u."""
+    """v = x + u, in at least float32."""
+    if tensor.has(SPLIT):
+        return form.dual_sum(tensor, rows)
     x = tensor.x(rows)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x + form.dual(tensor, rows) if tensor.has(SPLIT) else x
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def update(
     form: Form, constraint: Constraint, points: LivePoints, places: Sequence[int], count: int, *, step: int,
-    penalty: float, rescale: float, span: int, seed: Callable[[ConstrainedTensor], int],
+    penalty: float, rescale: float, span: int, seed: Callable[[nn.Parameter], int],
 ) -> Update:  # fmt: skip
     """z ← Π_S(v); u ← v − z, times what the form says; and what a user watches.
 
@@ -129,28 +147,30 @@ def update(
         penalty: From here on.
         rescale: λ_old/λ_new.
         span: Optimizer steps of the ADMM phase.
-        seed: Of the rounding of a tensor's split.
+        seed: Of the rounding of a parameter's split.
     """
     packed = decide(constraint, points, inert=form.on_set)
     fit(constraint, points, packed)
-    fresh = [not tensor.has(SPLIT) for tensor in points.tensors]
     sums = _count(form, constraint, points, packed, places, count)
     sums[:, 10:] = form.seen(count, points.device)
     points.add(sums)
     kept, former, z2, memory, cut, entries, steps, inner = sums[:, 4:].unbind(1)
     factors = form.factors(Sums(entries, kept, former, z2, memory, cut, steps, inner), rescale, penalty, span)
-    for index, tensor in enumerate(points.tensors):
+    for indices, tensor in points.together():
+        bits, fresh, here = joined(packed, indices), not tensor.has(SPLIT), [places[index] for index in indices]
+        mine = factors[here[0]][None] if len(here) == 1 else factors[sent(here, points.device)]
         for piece in tensor.pieces():  # v, before the mask that it is made with changes
             rows = piece.rows
             v = points.value(tensor, rows)
-            if fresh[index]:
+            if fresh:
                 tensor.allocate(SPLIT, SCALE, MASK)
-            mask = tensor.unpacked(packed[index], rows)
-            z = project(constraint, v, mask, tensor.point(index, piece, v))
-            tensor.set_mask(rows, mask)
-            form.settle(tensor, rows, v, mask, z, factors[places[index]].to(v.dtype), seed(tensor))
-        if fresh[index]:
-            tensor.allocate(SPLIT, SCALE, MASK)  # of no entries
+            z, mask = _projected(constraint, tensor, indices[0], piece, v, bits), tensor.unpacked(bits, rows)
+            factor = by_rows(mine.to(v.dtype), len(v))
+            factor = torch.where(mask, 1, factor) if constraint.fixes_values else factor
+            form.settle(tensor, rows, v, mask, z, factor, tensor.seed(seed))
+        tensor.allocate(SPLIT, SCALE, MASK)  # of no entries
+        tensor.take_mask(bits)
+        tensor.write(SPLIT, SCALE)
     gap, norm, moved, flips, kept_, *_ = sums.sum(dim=0)
     total = entries.sum()
     return Update(
@@ -163,28 +183,55 @@ def update(
     )
 
 
+def _projected(
+    constraint: Constraint, tensor: ConstrainedTensor, index: int, piece: Piece, v: Tensor, packed: Tensor
+) -> Tensor:
+    """Return z, as :func:`project` does, by a packed mask."""
+    if not constraint.fixes_values:
+        return tensor.masked(v, piece.rows, packed)
+    return project(constraint, v, tensor.unpacked(packed, piece.rows), tensor.point(index, piece, v))
+
+
 def _count(
     form: Form, constraint: Constraint, points: LivePoints, packed: Sequence[Tensor], places: Sequence[int], count: int
 ) -> Tensor:
     """Return what an update will change, of each tensor, on this process, ``(tensors, 12)``, the last two 0."""
     # ‖x − z‖², ‖x‖², ‖z − z_before‖², flips, kept, formerly kept, Σ z², Σ u² before and after, entries
     sums = torch.zeros(count, 12, dtype=exact_dtype(points.device), device=points.device)
-    for index, tensor in enumerate(points.tensors):
-        fresh = not tensor.has(SPLIT)
-        for piece in tensor.pieces() if tensor.part.counts else ():
-            rows = piece.rows
-            v, x, mask = points.value(tensor, rows), tensor.x(rows), tensor.unpacked(packed[index], rows)
-            z = project(constraint, v, mask, tensor.point(index, piece, v))
-            former = torch.ones_like(mask) if fresh else tensor.mask(rows)
-            before = masked((x if fresh else form.former_z(tensor, rows)).to(v.dtype), former)
-            numbers = [
-                (x - z).square().sum(), x.to(v.dtype).square().sum(), (z - before).square().sum(),
-                (mask ^ former).sum(), mask.sum(), former.sum(), z.square().sum(),
-                masked(v, ~former).square().sum(), masked(v, ~mask).square().sum(),
-                torch.full((), mask.numel(), device=v.device),
-            ]  # fmt: skip
-            sums[places[index], :10] += torch.stack([number.to(sums.dtype) for number in numbers])
+    for indices, tensor in points.together():
+        if not tensor.part.counts:
+            continue
+        here, n, bits = [places[index] for index in indices], len(indices), joined(packed, indices)
+        fresh, entries = not tensor.has(SPLIT), tensor.layout.shape.numel() // n
+        kept = ones(bits, n)
+        former = torch.full_like(kept, entries) if fresh else ones(local(tensor.packed), n)
+        flips = entries - kept if fresh else ones(bits ^ local(tensor.packed), n)
+        lengths = torch.zeros(n, 6, dtype=sums.dtype, device=sums.device)
+        for piece in tensor.pieces():
+            v = points.value(tensor, piece.rows)
+            z = _projected(constraint, tensor, indices[0], piece, v, bits)
+            cut = tensor.masked(v, piece.rows, bits, kept=False) if constraint.fixes_values else v - z
+            found = [t.reshape(n, -1).sum(dim=1) for t in _squares(form, tensor, piece.rows, v, z, cut, fresh)]
+            found = found if len(found) == 6 else [*found[:2], found[0], *found[2:]]
+            lengths += torch.stack(found, dim=1).to(sums.dtype)
+        counts = torch.stack([flips, kept, former], dim=1).to(sums.dtype)
+        numbers = torch.cat([lengths[:, :3], counts, lengths[:, 3:], torch.full_like(lengths[:, :1], entries)], dim=1)
+        sums[slice(here[0], here[0] + 1) if n == 1 else sent(here, points.device), :10] = numbers
     return sums
+
+
+def _squares(
+    form: Form, tensor: ConstrainedTensor, rows: slice, v: Tensor, z: Tensor, cut: Tensor, fresh: bool
+) -> Iterator[Tensor]:
+    """Yield (x − z)², x², (z − z_before)² unless it is the first, z², u² before and after, one at a time."""
+    x = tensor.x(rows).to(v.dtype)
+    yield (x - z).square_()
+    yield x.square()
+    if not (fresh or form.on_set):  # else z_before is x
+        yield (z - tensor.masked(form.former_z(tensor, rows).to(v.dtype), rows, local(tensor.packed))).square_()
+    yield z.square()
+    yield torch.zeros_like(v) if fresh else tensor.masked(v, rows, tensor.packed, kept=False).square_()
+    yield cut.square_()
 
 
 def stationarity(

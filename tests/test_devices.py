@@ -134,7 +134,7 @@ def test_a_step_touches_weights_and_state_once(state: str, weights: torch.dtype,
     assert counts.looks == 1
 
 
-@pytest.mark.parametrize("phase", ["step", "frozen"])
+@pytest.mark.parametrize("phase", ["step", "update", "frozen"])
 def test_more_small_tensors_take_hardly_more_launches(phase: str) -> None:
     """One each: that which looks for gradients that are not finite."""
     few, many = (count("linearized", "float8_e4m3fn", shape=(16, 32), tensors=n)[phase].kernels for n in (4, 24))

@@ -151,7 +151,7 @@ class Form(ABC):
 
     @abstractmethod
     def settle(
-        self, tensor: ConstrainedTensor, rows: slice, v: Tensor, mask: Tensor, z: Tensor, factor: Any, seed: int
+        self, tensor: ConstrainedTensor, rows: slice, v: Tensor, mask: Tensor, z: Tensor, factor: Any, seed: Any
     ) -> None:
         """Store the split, and z in the weights where they lie on the set.
 
@@ -161,8 +161,8 @@ class Form(ABC):
             v: x + u.
             mask: What z keeps.
             z: Π_S(v).
-            factor: Of the dual; see :meth:`factors`.
-            seed: Of the rounding.
+            factor: Of the dual, see :meth:`factors`; 1 on the mask where the set fixes values.
+            seed: Of the rounding; see :meth:`ConstrainedTensor.seed`.
         """
 
     def reopen(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
@@ -173,6 +173,11 @@ class Form(ABC):
     def dual(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
         """Return u."""
         return -masked(tensor.split(rows), ~tensor.mask(rows))
+
+    def dual_sum(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
+        """Return v = x + u, in at least float32."""
+        x = tensor.x(rows)
+        return x.to(torch.promote_types(x.dtype, torch.float32)) + self.dual(tensor, rows)
 
     def inverse_penalty(self, tensor: ConstrainedTensor, penalty: float, off: Tensor, kept: Tensor) -> Any:
         """Return 1/λ of a tensor, in the metric of :meth:`direction`, for the stationarity of a run.

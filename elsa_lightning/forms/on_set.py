@@ -80,11 +80,10 @@ class OnSet(Form):
         return 1.0 if before == 0 else super().rescale(before, after)
 
     def settle(
-        self, tensor: ConstrainedTensor, rows: slice, v: Tensor, mask: Tensor, z: Tensor, factor: Any, seed: int
+        self, tensor: ConstrainedTensor, rows: slice, v: Tensor, mask: Tensor, z: Tensor, factor: Any, seed: Any
     ) -> None:
         """Store −u; x ← z. What the set's values do not hold on the mask is remembered whole."""
-        lost = z - v
-        tensor.set_split(rows, chosen(mask, lost, lost * factor), seed)
+        tensor.set_split(rows, (z - v).mul_(factor), seed)
         tensor.x(rows).copy_(z)
 
     def reopen(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
@@ -94,6 +93,10 @@ class OnSet(Form):
     def dual(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
         """Return u."""
         return -tensor.split(rows)
+
+    def dual_sum(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
+        """Return v = x + u, in at least float32."""
+        return tensor.x(rows) - tensor.split(rows)
 
 
 def on_values(
@@ -190,7 +193,9 @@ class Linearized(OnSet):
 
     def slowness(self, places: Sequence[int], penalty: float) -> Any:
         """Return ρ."""
-        return torch.stack([self._slow[place] for place in places])
+        first, last = places[0], places[-1] + 1
+        in_a_row = last - first == len(places)
+        return self._slow[first:last] if in_a_row else torch.stack([self._slow[place] for place in places])
 
     def after_step(self, step: Step) -> None:
         """u ← u + d/ρ and x ← 0 off the mask."""

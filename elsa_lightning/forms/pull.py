@@ -21,7 +21,7 @@ class Pull(Form):
         return tensor.split(rows)
 
     def settle(
-        self, tensor: ConstrainedTensor, rows: slice, v: Tensor, mask: Tensor, z: Tensor, factor: Any, seed: int
+        self, tensor: ConstrainedTensor, rows: slice, v: Tensor, mask: Tensor, z: Tensor, factor: Any, seed: Any
     ) -> None:
         """s ← z − u, which is v on the mask and −u off it."""
         tensor.set_split(rows, chosen(mask, v, v * -factor), seed)

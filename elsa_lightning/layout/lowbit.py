@@ -56,6 +56,12 @@ def unpack_wide(packed: Tensor, n: int, dtype: torch.dtype, kept: bool) -> Tenso
     return bits.view(*packed.shape[:-1], 8 * packed.shape[-1])[..., :n]
 
 
+def ones(packed: Tensor, n: int) -> Tensor:
+    """Return how many entries each of ``n`` masks of equal size that were packed keeps, int64 ``(n,)``."""
+    found = _ones(packed.device).index_select(0, packed.flatten().int())
+    return found.view(n, len(found) // n).sum(dim=1)
+
+
 def masked(values: Tensor, mask: Tensor) -> Tensor:
     """Return values, 0 where a mask is False: by their bits, since a CPU branches at each entry for ``masked_fill``."""
     bits = mask.view(torch.int8).to(_INTEGERS[values.dtype.itemsize]).neg_()
@@ -71,6 +77,12 @@ def chosen(mask: Tensor, values: Tensor, others: Tensor) -> Tensor:
 def as_integers(t: Tensor) -> Tensor:
     """Return a tensor's bits as integers, in the same memory."""
     return t.view(_INTEGERS[t.dtype.itemsize])
+
+
+@cache
+def _ones(device: torch.device) -> Tensor:
+    """Return how many bits of each byte are set."""
+    return ((torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1).sum(dim=1).byte()
 
 
 @cache

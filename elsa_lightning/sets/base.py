@@ -34,6 +34,7 @@ class Point:
         layout: Where they lie in the whole.
         numbers: What :meth:`Constraint.fit` chose for these rows at the last update, or None.
         dtype: Of the weights that z is stored in; None for that of ``v``.
+        stack: Indices of the tensors whose matrices these are, where there are several: see :meth:`Points.stacked`.
     """
 
     v: Tensor
@@ -44,6 +45,7 @@ class Point:
     layout: Rows
     numbers: Tensor | None = None
     dtype: torch.dtype | None = None
+    stack: Sequence[int] = ()
 
     @property
     def transposed(self) -> bool:
@@ -85,6 +87,10 @@ class Points(ABC):
     @abstractmethod
     def __iter__(self) -> Iterator[Point]:
         """Yield the local rows, tensor by tensor."""
+
+    def stacked(self) -> Iterator[Point]:
+        """Yield the local rows once, those of small matrices of one shape as a stack, in an order that stays."""
+        return iter(self)
 
     @abstractmethod
     def only(self, indices: Sequence[int]) -> Points:
@@ -141,11 +147,13 @@ class Constraint(ABC):
         fixes_values: Whether kept entries cannot take any value, so that :meth:`values` changes them.
         inertia: τ of a proximal term τ ‖z − z_before‖² in the projection: what was cut is chosen as if it were 1 + τ
             times smaller. For sets where an exchange costs much beside what it gains.
+        stacks: Whether :meth:`support` yields masks of :meth:`Points.stacked`, not of the points in their order.
     """
 
     grain: tuple[int, int] = (1, 1)
     fixes_values: bool = False
     inertia: float = 0.0
+    stacks: bool = False
 
     def check(self, shapes: Mapping[str, torch.Size], transposed: Collection[str] = ()) -> None:
         """Raise UserError, naming the tensor, if tensors of these names and shapes cannot be in the set.
@@ -248,7 +256,7 @@ def check_set(value: object, name: str) -> None:
 
 def distance(v: Tensor, importance: Tensor | None) -> Tensor:
     """Return √F |v| in float32, whose square is what zeroing each entry costs; it has the range of v."""
-    return v.abs().float() if importance is None else (v.abs() * importance.sqrt()).float()
+    return v.abs().float() if importance is None else (importance.sqrt() * v).abs_().float()
 
 
 def project(constraint: Constraint, v: Tensor, mask: Tensor, point: Point) -> Tensor:

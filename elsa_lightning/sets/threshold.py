@@ -29,23 +29,23 @@ class Scores(NamedTuple):
     """Local entries of a matrix, or of some matrices that follow each other; a matrix may come in several pieces.
 
     Attributes:
-        score: What counts, non-negative float32 ``(matrices, n)``.
+        score: What counts by its magnitude, float32 ``(matrices, n)``.
         tiebreak: What decides between equal scores by its magnitude, likewise.
-        first: Index of the first matrix among all matrices.
+        first: Index of the first matrix among all matrices, or those of each, int64 ``(matrices,)``.
         counts: Whether this process counts them: others may hold the same entries.
         order: Place of this process among those that hold parts of these matrices.
     """
 
     score: Tensor
     tiebreak: Tensor
-    first: int
+    first: int | Tensor
     counts: bool = True
     order: int = 0
 
     @property
-    def rows(self) -> slice:
+    def rows(self) -> slice | Tensor:
         """Their indices among all matrices."""
-        return slice(self.first, self.first + len(self.score))
+        return self.first if isinstance(self.first, Tensor) else slice(self.first, self.first + len(self.score))
 
 
 def largest(
@@ -117,8 +117,8 @@ def largest_of_rows(score: Tensor, tiebreak: Tensor, kept: int) -> Tensor:
 
 
 def order_bits(key: Tensor) -> Tensor:
-    """Return non-negative floats as integers of the same order; NaN comes above all."""
-    return key.abs().view(torch.int32)  # abs for NaN's sign
+    """Return the magnitudes of floats as new integers of the same order; NaN comes above all."""
+    return key.abs().view(torch.int32)
 
 
 _Keys = Callable[[], Iterable[tuple[Scores, Tensor, Tensor | None]]]
@@ -183,10 +183,11 @@ def _histogram(bits: Tensor, among: Tensor | None, base: Tensor | None, shift: i
     """Count the entries of each row by their bits from ``shift`` on: those below ``base``, 2^width bins, those above.
 
     What does not take part is counted below, so that there is nothing to select, which a GPU's host would wait for.
+    ``bits`` are used up.
     """
     rows, bins = len(bits), 1 << width
-    found = bits >> shift
-    found = found.add_(1) if base is None else found.sub_(base).clamp_(-1, bins).add_(1)
+    found = bits.bitwise_right_shift_(shift) if shift else bits
+    found = found.add_(1) if base is None else found.sub_(base - 1).clamp_(0, bins + 1)
     found = found if among is None else masked(found, among)
     if rows > 1:
         found += torch.arange(rows, dtype=torch.int32, device=bits.device)[:, None] * (bins + 2)

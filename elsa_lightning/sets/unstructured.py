@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from elsa_lightning.errors import UserError
-from elsa_lightning.layout.sharded import exact_dtype
-from elsa_lightning.sets.base import Constraint, Points, check_set, distance
+from elsa_lightning.layout.sharded import exact_dtype, sent
+from elsa_lightning.sets.base import Constraint, Point, Points, check_set, distance
 from elsa_lightning.sets.checks import check_budget, check_fraction, entries_of, is_number
 from elsa_lightning.sets.threshold import Scores, largest, largest_of_rows
 
@@ -112,6 +112,11 @@ class Unstructured(Constraint):
         return replace(self, sparsity=now, ceiling=max(self.ceiling, 1 - now))
 
     @property
+    def stacks(self) -> bool:  # type: ignore[override]
+        """Whether masks are of stacks: not those of a set that derives from this one and has a support of its own."""
+        return type(self).support is Unstructured.support
+
+    @property
     def _sparsity(self) -> float:
         if self.sparsity is None:
             raise UserError("keep and keep_bytes need to know the tensors: use the set that sized(shapes) returns")
@@ -134,14 +139,14 @@ class Unstructured(Constraint):
         scales = _scales(points) if self.scope == "model" else None
 
         def scores() -> Iterator[Scores]:
-            for point in points:
-                score = distance(point.v, point.importance)
-                if scales is not None:
-                    score = score / scales[point.tensor]
+            for point in points.stacked():
                 shape = (point.piece.matrices, point.v.numel() // point.piece.matrices)
-                first = starts[point.tensor] + point.piece.matrix
-                signed = point.v.float().reshape(shape)  # ties are told by the magnitude, which is taken then
-                yield Scores(score.reshape(shape), signed, first, point.part.counts, point.part.order)
+                v, root = point.v, None if point.importance is None else point.importance.sqrt()
+                signed = v.float().reshape(shape)  # the magnitude is taken when it counts
+                score = signed if root is None else (root * v).float().reshape(shape)
+                if scales is not None:
+                    score = score / scales[_tensors(point)][:, None]
+                yield Scores(score, signed, _matrices(point, starts), point.part.counts, point.part.order)
 
         def keep(pools: list[int], kept: list[int]) -> Iterator[Tensor]:
             ranks, device = torch.tensor(kept, device=points.device), points.device
@@ -160,7 +165,7 @@ class Unstructured(Constraint):
             yield from keep([0] * len(sizes), [self.kept(sum(sizes))])
 
     def _of_rows(self, points: Points) -> Iterator[Tensor]:
-        for point in points:
+        for point in points.stacked():
             score, magnitude = distance(point.v, point.importance), point.v.abs().float()
             if point.transposed:  # an output's weights stand below each other, and a piece has whole matrices
                 shape = (point.piece.matrices, -1, point.v.shape[-1])
@@ -193,10 +198,11 @@ class Unstructured(Constraint):
         What is given to those below their floor is taken from the others, in proportion to what they have above it.
         """
         counts = torch.zeros(len(sizes), dtype=exact_dtype(points.device), device=points.device)
-        for point, mask in zip(points, masks, strict=False):
+        for point, mask in zip(points.stacked(), masks, strict=False):
             if point.part.counts:
-                first = starts[point.tensor] + point.piece.matrix
-                counts[first : first + point.piece.matrices] += mask.view(point.piece.matrices, -1).sum(dim=1)
+                first, n = _matrices(point, starts), point.piece.matrices
+                rows = first if isinstance(first, Tensor) else slice(first, first + n)
+                counts[rows] += mask.view(n, -1).sum(dim=1)
         next(masks, None)
         wanted = [float(count) for count in points.add(counts)]
         least = [max(1.0, math.ceil(self.floor * size - 1e-6)) for size in sizes]
@@ -216,6 +222,23 @@ class Unstructured(Constraint):
         return whole
 
 
+def _tensors(point: Point) -> slice | Tensor:
+    """Return the index of the tensor of a point, or those of its stack."""
+    return sent(point.stack, point.v.device) if point.stack else slice(point.tensor, point.tensor + 1)
+
+
+def _matrices(point: Point, starts: Sequence[int]) -> int | Tensor:
+    """Return the index of the first matrix of a point among all matrices, or those of its stack.
+
+    Args:
+        point: Which.
+        starts: Index of the first matrix of each tensor.
+    """
+    if point.stack:
+        return sent([starts[index] for index in point.stack], point.v.device)
+    return starts[point.tensor] + point.piece.matrix
+
+
 def one_of(sparsity: float | None, constraint: Constraint | None) -> Constraint:
     """Return the set that a user asks for by a fraction of zeros or as a value; raise UserError unless it is one."""
     if (sparsity is None) == (constraint is None):
@@ -231,8 +254,9 @@ def one_of(sparsity: float | None, constraint: Constraint | None) -> Constraint:
 def _scales(points: Points) -> Tensor:
     """Return the root of the mean of F̂ v² of each tensor, float32 ``(tensors,)``."""
     squares = torch.zeros(len(points.shapes), dtype=exact_dtype(points.device), device=points.device)
-    for point in points:
+    for point in points.stacked():
         if point.part.counts:
-            squares[point.tensor] += distance(point.v, point.importance).to(squares.dtype).square().sum()
+            each = distance(point.v, point.importance).to(squares.dtype).square()
+            squares[_tensors(point)] += each.view(max(1, len(point.stack)), -1).sum(dim=1)
     sizes = torch.tensor([shape.numel() for shape in points.shapes], device=points.device)
     return (points.add(squares) / sizes).sqrt().float().clamp_min(torch.finfo(torch.float32).tiny)
