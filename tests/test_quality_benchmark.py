@@ -4,7 +4,9 @@ import argparse
 import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,3 +156,45 @@ def test_a_method_with_a_setting_has_it_tried_too(method: str) -> None:
     chosen = arena.tuned(case)
     assert (chosen.lr, chosen.setting, chosen.split) == (2e-3, settings[-1], "test")
     assert len(set(tried)) == 2 * len(run.RATES[0.9]) + len(settings) - 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_the_small_dense_peer_has_as_many_parameters_as_a_pruned_model_has_weights(
+    kind: str, sparsity: float, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+    heads = {"llama": {"num_attention_heads": 4, "num_key_value_heads": 2}, "gpt2": {"n_head": 4}}[kind]
+    sizes = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, **heads}
+    config: Any = LlamaConfig(**sizes, intermediate_size=160) if kind == "llama" else GPT2Config(**sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    pruned = CausalLM(str(tmp_path))
+    pruned.configure_model()
+    peers.magnitude(pruned, sparsity, [])
+    small = peers.SmallDense(str(tmp_path), sparsity, distillation=0.5)
+    small.configure_model()
+    left = sum(int((p != 0).sum()) for p in select(pruned).parameters.values())
+    left += peers.parameters(pruned) - sum(p.numel() for p in select(pruned).parameters.values())
+    assert 0.98 * left <= peers.parameters(small) <= left
+    small.on_fit_start()  # its teacher is the wide one
+    loss = small.training_step(torch.randint(1, 300, (2, 8)), 0)
+    loss.backward()
+    assert bool(loss.isfinite()) and all(p.grad is not None for p in small.parameters())
+    assert small._distillation is not None and peers.parameters(small._distillation.teacher) == peers.parameters(pruned)
+
+
+def test_a_library_in_another_python_is_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--methods", "wanda-llmc"])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "need --llm-compressor PYTHON" in capsys.readouterr().err
+
+
+def test_lines_that_are_older_than_a_setting_have_its_default(tmp_path: Path) -> None:
+    case = run.Case("m", "elsa", 0.9, 0, 100, 128, 8, 0.0, 1e-3, None, "test")
+    old = {key: value for key, value in vars(case).items() if key not in ("features", "interval")}
+    (tmp_path / "lines.jsonl").write_text(json.dumps({**old, "perplexity": 1.0}) + "\n")
+    results = run.Results(tmp_path / "lines.jsonl")
+    assert results.of(case, lambda: pytest.fail("runs again"))["perplexity"] == 1.0
+    assert results.of(replace(case, features=1.0), lambda: {"perplexity": 2.0})["perplexity"] == 2.0

@@ -1,12 +1,13 @@
 """The smallest faithful implementations of the methods that Elsa is compared with.
 
 One-shot (no training): magnitude; Wanda (Sun et al., 2023, arXiv:2306.11695); SparseGPT (Frantar & Alistarh,
-2023, arXiv:2301.00774). Trained: fine-tuning under a fixed mask, and gradual pruning (Zhu & Gupta, 2017,
-arXiv:1710.01878) by scores of Adam's second moment.
+2023, arXiv:2301.00774). Trained: fine-tuning under a fixed mask, gradual pruning (Zhu & Gupta, 2017,
+arXiv:1710.01878) by scores of Adam's second moment, and a smaller dense model from random weights.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from elsa_lightning import CausalLM
 from elsa_lightning.layout.kernels import is_transposed
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.selection import select
@@ -184,3 +186,64 @@ class GradualSet(Callback):
             self.masks = [mask.view(p.shape) for mask, p in zip(now.support(points), weights, strict=True)]
         for p, mask in zip(weights, self.masks, strict=True):
             p.mul_(mask)
+
+
+class SmallDense(CausalLM):
+    """A narrower model of the same family and depth, from random weights; the dense model is its teacher.
+
+    It has as many parameters as a pruned model has weights that are not zero: embeddings, which are not pruned, count
+    in both.
+
+    Args:
+        name: The dense model.
+        sparsity: Of the pruned model.
+        options: As in :class:`elsa_lightning.CausalLM`.
+    """
+
+    def __init__(self, name: str, sparsity: float, **options: Any) -> None:
+        super().__init__(name, **options)
+        self.sparsity = sparsity
+
+    def configure_model(self) -> None:
+        """Make the model, of the width and then the inner width that come nearest from below."""
+        if self.model is None:
+            dense = self.on_meta()
+            zeros = sum(round(self.sparsity * p.numel()) for p in select(dense).parameters.values())
+            self.model = _built(narrower(dense.config, parameters(dense) - zeros))
+            self.model.train()
+
+
+def parameters(model: nn.Module) -> int:
+    """Return how many parameters a model has, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def narrower(config: Any, budget: int) -> Any:
+    """Return the configuration of the largest model of at most so many parameters: by width, then by inner width."""
+    inner = "intermediate_size" if hasattr(config, "intermediate_size") else "n_inner"
+    ratio = (getattr(config, inner) or 4 * config.hidden_size) / config.hidden_size
+    grain = 2 * config.num_attention_heads  # rotations turn pairs
+
+    def of(width: int, inside: int) -> Any:
+        found = copy.deepcopy(config)
+        found.hidden_size = width
+        setattr(found, inner, inside)
+        if getattr(found, "head_dim", None):
+            found.head_dim = width // config.num_attention_heads
+        return found
+
+    def fits(found: Any) -> bool:
+        with torch.device("meta"):
+            return parameters(_built(found)) <= budget
+
+    width = max(w for w in range(grain, config.hidden_size + 1, grain) if fits(of(w, max(1, round(ratio * w)))))
+    inside = max(1, round(ratio * width))
+    while fits(of(width, inside + 1)):
+        inside += 1
+    return of(width, inside)
+
+
+def _built(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config)

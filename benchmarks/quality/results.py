@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Results:
         """Return the line of a case, a dataclass of its settings, running it if it has none."""
         settings = asdict(case)
         for row in self.rows:
-            if settings == {key: row.get(key) for key in settings}:
+            if settings == {field.name: row.get(field.name, field.default) for field in fields(case)}:
                 return row
         row = {**settings, **run()}
         self.rows.append(row)

@@ -28,8 +28,9 @@ from typing import Any
 import bitsandbytes
 import torch
 from lightning.pytorch import Callback, seed_everything
+from llm_compressor import pruner
 from models import CONFIGS, SECOND, made_model
-from peers import GradualPruning, MaskedFineTuning, magnitude, sparsegpt, wanda
+from peers import GradualPruning, MaskedFineTuning, SmallDense, magnitude, parameters, sparsegpt, wanda
 from results import Results, quiet_trainer
 
 from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
@@ -43,8 +44,10 @@ PEERS = (
     "magnitude+ft", "wanda+ft", "gradual-fisher", "gradual", "gradual-global", "elsa-published",
     "elsa-published-constant",
 )  # fmt: skip
+ELSEWHERE = {"wanda-llmc": "wanda", "sparsegpt-llmc": "sparsegpt"}  # llm-compressor's own
+SMALL = "dense-small"
 FORMS = {"elsa-feedback": "feedback", "elsa-decoupled": "decoupled"}  # at their own penalty
-TRAINED = (*PEERS, "elsa-coupled", *FORMS, "elsa", *LOW)
+TRAINED = (*PEERS, SMALL, "elsa-coupled", *FORMS, "elsa", *LOW)
 RATES = {0.6: (2.5e-4, 5e-4, 1e-3, 2e-3), 0.9: (1e-3, 2e-3, 4e-3, 8e-3)}  # tried at this sparsity
 BEYOND = 2  # further rates, while the best one is the first or the last
 SETTINGS = {  # every rate is tried with the first, then the best rate with the others, and the best of these again
@@ -53,9 +56,10 @@ SETTINGS = {  # every rate is tried with the first, then the best rate with the 
     "elsa-coupled": ("λ", (0.1, 0.003, 0.01, 0.03, 0.3)),
     "gradual": ("ramp from", (0.0, 0.7)),
     "gradual-global": ("ramp from", (0.0, 0.7)),
+    SMALL: ("warm-up", (0.1, 0.0)),
 }
 CALIBRATION = 16  # batches that one-shot methods look at, the first ones of training
-ALL = (*ONE_SHOT, *TRAINED)
+ALL = (*ONE_SHOT, *ELSEWHERE, *TRAINED)
 TRIAL_SEED = 1000
 
 
@@ -74,6 +78,8 @@ class Case:
     lr: float
     setting: float | None
     split: str
+    features: float = 0.0
+    interval: int | None = None
 
 
 class Arena:
@@ -105,22 +111,29 @@ class Arena:
         kind: Any = bitsandbytes.optim.Adam8bit if case.method in LOW else torch.optim.Adam
         beta2 = 0.95 if case.method.startswith("elsa-published") else 0.999
         make = lambda p: kind(p, lr=case.lr, betas=(0.9, beta2))  # noqa: E731
-        module = CausalLM(model, optimizer=make, distillation=case.distillation)
+        options = {"optimizer": make, "distillation": case.distillation, "feature_distillation": case.features}
+        if case.method == SMALL:
+            warmup = round((case.setting or 0.0) * case.steps)
+            module: CausalLM = SmallDense(model, case.sparsity, warmup_steps=warmup, **options)
+        else:
+            module = CausalLM(model, **options)
         module.configure_model()
         before = _memory(reset=True)
         start, tokens = time.perf_counter(), 0
         first = case.method.removesuffix("+ft")
-        if first in ONE_SHOT:
+        if first in ONE_SHOT or first in ELSEWHERE:
+            prune = ONE_SHOT[first] if first in ONE_SHOT else pruner(self.arguments.llm_compressor, ELSEWHERE[first])
             data.prepare_data()
             data.setup("fit")
             batches = iter(data.train_dataloader())
-            ONE_SHOT[first](module, case.sparsity, [next(batches) for _ in range(CALIBRATION)])
+            prune(module, case.sparsity, [next(batches) for _ in range(CALIBRATION)])
             tokens = CALIBRATION * case.seq_len * case.batch_size * (first != "magnitude")
         callback = self._callback(case)
-        if callback is not None:
+        if case.method in TRAINED:
             tokens += case.steps * case.seq_len * case.batch_size
             fit = quiet_trainer(
-                max_steps=case.steps, gradient_clip_val=1.0, limit_val_batches=0, callbacks=[callback],
+                max_steps=case.steps, gradient_clip_val=1.0, limit_val_batches=0,
+                callbacks=[callback] if callback is not None else [],
                 precision="bf16-true" if case.method in LOW else self.arguments.precision,
             )  # fmt: skip
             fit.fit(module, data)
@@ -129,7 +142,8 @@ class Arena:
         zeros, weights = count_zeros(module)
         return {
             "perplexity": next(iter(evaluate(module, data, verbose=False)[0].values())),
-            "zeros": zeros / weights, "tokens": tokens, "seconds": round(seconds, 1), "peak_mb": peak,
+            "zeros": zeros / weights, "parameters": parameters(module) - zeros,
+            "tokens": tokens, "seconds": round(seconds, 1), "peak_mb": peak,
         }  # fmt: skip
 
     def _callback(self, case: Case) -> Callback | None:
@@ -151,7 +165,7 @@ class Arena:
             return ElsaCallback(
                 case.sparsity, prox="coupled" if case.method == "elsa-coupled" else "published", penalty=case.setting,
                 penalty_schedule="constant" if case.method.endswith("constant") else "cosine",
-                interval=max(1, round(case.steps / 128)), ramp=0, frozen=0,
+                interval=case.interval or max(1, round(case.steps / 128)), ramp=0, frozen=0,
             )  # fmt: skip
         return None
 
@@ -207,7 +221,8 @@ class Arena:
                         split, order = ("validation", TRIAL_SEED + seed) if a.trials else ("test", seed)
                         yield Case(
                             model, method, sparsity, order, steps, a.seq_len, a.batch_size, distillation, 0.0, None,
-                            split,
+                            split, a.features if method in TRAINED else 0.0,
+                            a.interval if method in SETTINGS and method.startswith("elsa-") else None,
                         )  # fmt: skip
 
 
@@ -226,16 +241,18 @@ def _memory(reset: bool = False) -> int:
     return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def table(rows: list[dict[str, Any]], model: str, steps: int, distillation: float) -> str:
+def table(rows: list[dict[str, Any]], model: str, steps: int, distillation: float, features: float = 0.0) -> str:
     """Return the test perplexities of one model and budget as Markdown: mean ± standard deviation (seeds)."""
     tests = [r for r in rows if r["model"] == model and r["split"] == "test"]
     dense = [r["perplexity"] for r in tests if r["method"] == "dense"]
-    here = [r for r in tests if (r["steps"], r["distillation"]) == (steps, distillation)]
+    of = (steps, distillation, features)
+    here = [r for r in tests if (r["steps"], r["distillation"], r.get("features", 0.0)) == of]
     sparsities = sorted({r["sparsity"] for r in here})
-    if distillation == 0:
-        here += [r for r in tests if r["method"] in ONE_SHOT and r["sparsity"] in sparsities]
+    if distillation == features == 0:
+        here += [r for r in tests if r["method"] not in TRAINED and r["sparsity"] in sparsities]
     lines = [
-        f"{model}, dense {dense[0] if dense else float('nan'):.2f}, {steps} steps, distillation {distillation:g}",
+        f"{model}, dense {dense[0] if dense else float('nan'):.2f}, {steps} steps, distillation {distillation:g}"
+        + (f", features {features:g}" if features else ""),
         "",
         "| method | " + " | ".join(f"{s:.0%}" for s in sparsities) + " | tokens | seconds | + MiB |",
         "|---|" + "---|" * (len(sparsities) + 3),
@@ -342,15 +359,20 @@ def main() -> None:
     add("--lr", type=float, help="learning rate of every trained method, instead of trials")
     add("--trials", action="store_true", help="with --lr: as a tuning trial, by validation text and in its own order")
     add("--setting", type=float, help="with --lr: λ of the published form, or where gradual pruning's ramp begins")
+    add("--interval", type=int, help="K of the published forms (default: 32 of 4096 steps, in proportion)")
     add("--sensitivity", action="store_true", help="also try rates within 4 times of the best at 60 and 90 %%")
     add("--distillation", type=float, default=0.0, help="for every trained method (default: %(default)s)")
+    add("--features", type=float, default=0.0, help="likewise, feature distillation (default: %(default)s)")
     add("--batch-size", type=int, default=8, help="sequences a step (default: %(default)s)")
     add("--seq-len", type=int, default=128, help="tokens a sequence (default: %(default)s)")
     add("--eval-segments", type=int, default=400, help="test segments (default: %(default)s)")
     add("--results", type=Path, default=here / "results.jsonl", help="(default: %(default)s)")
     add("--cache", type=Path, default=here / ".cache", help="for the models it makes (default: %(default)s)")
     add("--report-only", action="store_true", help="only print the tables of the results there are, and draw the plot")
+    add("--llm-compressor", help="Python that has llm-compressor, for its methods")
     arguments = parser.parse_args()
+    if arguments.llm_compressor is None and any(method in ELSEWHERE for method in arguments.methods):
+        parser.error(f"{' and '.join(ELSEWHERE)} need --llm-compressor PYTHON; llm_compressor.py says how to make one")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     arena = Arena(arguments)
@@ -361,8 +383,8 @@ def main() -> None:
             arena.sensitivity()
     for model in arguments.models:
         tests = [r for r in arena.rows if (r["model"], r["split"]) == (model, "test")]
-        for steps, distillation in sorted({(r["steps"], r["distillation"]) for r in tests if r["steps"]}):
-            print("\n" + table(arena.rows, model, steps, distillation))
+        for budget in sorted({(r["steps"], r["distillation"], r.get("features", 0.0)) for r in tests if r["steps"]}):
+            print("\n" + table(arena.rows, model, *budget))
     print("\n" + trials(arena.rows, arguments.models))
     plot(arena.rows, arguments.models, arguments.steps, arguments.results.with_suffix(".png"))
 
