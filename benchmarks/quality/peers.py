@@ -105,6 +105,13 @@ def _layer_by_layer(model: nn.Module, calibration: Sequence[Tensor], prune: Call
             layer.weight.copy_(new.T if transposed else new)
 
 
+@torch.no_grad()
+def take_zeros(of: nn.Module, module: nn.Module) -> None:
+    """Zero the weights of a model that are zero in another of its shape."""
+    for p, other in zip(select(module).parameters.values(), select(of).parameters.values(), strict=True):
+        p.masked_fill_(other == 0, 0)
+
+
 class MaskedFineTuning(Callback):
     """Trains a pruned model with its zeros fixed."""
 

@@ -13,6 +13,7 @@ again.
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import gc
 import logging
@@ -30,7 +31,7 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from llm_compressor import pruner
 from models import CONFIGS, SECOND, made_model
-from peers import GradualPruning, MaskedFineTuning, SmallDense, magnitude, parameters, sparsegpt, wanda
+from peers import GradualPruning, MaskedFineTuning, SmallDense, magnitude, parameters, sparsegpt, take_zeros, wanda
 from results import Results, quiet_trainer
 
 from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
@@ -46,8 +47,9 @@ PEERS = (
 )  # fmt: skip
 ELSEWHERE = {"wanda-llmc": "wanda", "sparsegpt-llmc": "sparsegpt"}  # llm-compressor's own
 SMALL = "dense-small"
+AGAIN = {"elsa-again": "elsa", "gradual-again": "gradual"}  # the dense model trained anew, on the mask found
 FORMS = {"elsa-feedback": "feedback", "elsa-decoupled": "decoupled"}  # at their own penalty
-TRAINED = (*PEERS, SMALL, "elsa-coupled", *FORMS, "elsa", *LOW)
+TRAINED = (*PEERS, SMALL, "elsa-coupled", *FORMS, "elsa", *LOW, *AGAIN)
 RATES = {0.6: (2.5e-4, 5e-4, 1e-3, 2e-3), 0.9: (1e-3, 2e-3, 4e-3, 8e-3)}  # tried at this sparsity
 BEYOND = 2  # further rates, while the best one is the first or the last
 SETTINGS = {  # every rate is tried with the first, then the best rate with the others, and the best of these again
@@ -56,6 +58,7 @@ SETTINGS = {  # every rate is tried with the first, then the best rate with the 
     "elsa-coupled": ("λ", (0.1, 0.003, 0.01, 0.03, 0.3)),
     "gradual": ("ramp from", (0.0, 0.7)),
     "gradual-global": ("ramp from", (0.0, 0.7)),
+    "gradual-again": ("ramp from", (0.0, 0.7)),
     SMALL: ("warm-up", (0.1, 0.0)),
 }
 CALIBRATION = 16  # batches that one-shot methods look at, the first ones of training
@@ -128,15 +131,13 @@ class Arena:
             batches = iter(data.train_dataloader())
             prune(module, case.sparsity, [next(batches) for _ in range(CALIBRATION)])
             tokens = CALIBRATION * case.seq_len * case.batch_size * (first != "magnitude")
-        callback = self._callback(case)
+        if case.method in AGAIN:
+            searched = CausalLM(model, **options)
+            searched.configure_model()
+            tokens += self._fit(replace(case, method=AGAIN[case.method]), searched, copy.deepcopy(data))
+            take_zeros(searched, module)
         if case.method in TRAINED:
-            tokens += case.steps * case.seq_len * case.batch_size
-            fit = quiet_trainer(
-                max_steps=case.steps, gradient_clip_val=1.0, limit_val_batches=0,
-                callbacks=[callback] if callback is not None else [],
-                precision="bf16-true" if case.method in LOW else self.arguments.precision,
-            )  # fmt: skip
-            fit.fit(module, data)
+            tokens += self._fit(case, module, data)
         seconds, peak = time.perf_counter() - start, _memory() - before
         evaluate = quiet_trainer().validate if case.split == "validation" else quiet_trainer().test
         zeros, weights = count_zeros(module)
@@ -146,8 +147,18 @@ class Arena:
             "tokens": tokens, "seconds": round(seconds, 1), "peak_mb": peak,
         }  # fmt: skip
 
+    def _fit(self, case: Case, module: CausalLM, data: CalibrationData) -> int:
+        """Train as the case says; return how many tokens that took."""
+        callback = self._callback(case)
+        quiet_trainer(
+            max_steps=case.steps, gradient_clip_val=1.0, limit_val_batches=0,
+            callbacks=[callback] if callback is not None else [],
+            precision="bf16-true" if case.method in LOW else self.arguments.precision,
+        ).fit(module, data)  # fmt: skip
+        return case.steps * case.seq_len * case.batch_size
+
     def _callback(self, case: Case) -> Callback | None:
-        if case.method.endswith("+ft"):
+        if case.method.endswith("+ft") or case.method in AGAIN:
             return MaskedFineTuning()
         if case.method == "gradual-fisher":
             return GradualPruning(case.sparsity, power=1.0)
