@@ -32,12 +32,12 @@ from elsa_lightning.forms import Form, Prox, Step, make_form
 from elsa_lightning.forms.base import Forgets, Importance
 from elsa_lightning.layout.lowbit import StateDtype, check_state_dtype
 from elsa_lightning.layout.rows import Rows
-from elsa_lightning.layout.sharded import Processes, local
+from elsa_lightning.layout.sharded import Processes, clean, local
 from elsa_lightning.optim.guard import Guard
 from elsa_lightning.optim.hooks import StepHooks, innermost
 from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.optim.rounding import WeightRounding
-from elsa_lightning.rate import Damage
+from elsa_lightning.rate import Damage, blocks
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.sets.base import Constraint, check_set
 from elsa_lightning.tensors import KEYS, MASK, NUMBERS, REMOVED, SCALE, SPLIT, ConstrainedTensor
@@ -315,7 +315,10 @@ class ADMM:
             list(self.tensors.values()), lambda t, rows: t.x(rows), lambda *_: None, self.tensors.processes
         )
         whole, cut, entries = updates.damage(self.constraint, points).tolist()
-        return Damage(math.sqrt(whole / max(1.0, entries)), cut / whole if whole else 0.0)
+        sizes = [(math.prod(t.part.shape), t.inputs) for t in self.tensors.values()]
+        inputs = sum(size * inputs for size, inputs in sizes) / max(1, sum(size for size, _ in sizes))
+        depth = blocks(clean(tensor.name) for tensor in self.tensors.values())
+        return Damage(math.sqrt(whole / max(1.0, entries)), cut / whole if whole else 0.0, inputs, depth)
 
     def _points(
         self, tensors: Sequence[ConstrainedTensor], value: updates.Value, guesses: dict[Hashable, Tensor] | None = None

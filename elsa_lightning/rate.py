@@ -1,17 +1,21 @@
 """The learning rate that a cut asks for, from the weights alone.
 
-An Adam moves every weight by about its learning rate a step, so what rate is right depends on how large the weights are
-and on how much of them is cut: runs that cut more have more to make good. Over models and sparsities the best rates lie
-close to
+An Adam moves every weight by about its learning rate a step, in directions that inputs have in common. So a step at
+rate η changes what a layer of n inputs and weights of size σ gives by a share η √n / σ of it, and what L blocks give,
+each added to the others, by a share √L times that. The right share grows with what is cut, for runs that cut more have
+more to make good; over models and sparsities the best rates lie close to
 
-    rate = σ E / 20,
+    rate = σ E √(2 / (n L)),
 
-σ the root mean square of the constrained weights and E = ‖x − Π_S(x)‖² / ‖x‖² the share of their squares that the cut
-takes. ``docs/runs.md`` has the measurements.
+with E = ‖x − Π_S(x)‖² / ‖x‖² the share of the weights' squares that the cut takes. ``docs/runs.md`` has what was
+measured.
 """
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +23,7 @@ from torch.optim import Optimizer
 
 from elsa_lightning.errors import UserError
 
-_PART = 20.0
+_SHARE = math.sqrt(2)
 _NEAR = 4.0  # times too large or too small from which a run is told
 
 
@@ -30,18 +34,30 @@ class Damage:
     Attributes:
         rms: Root mean square of the constrained weights.
         share: ‖x − Π_S(x)‖² / ‖x‖².
+        inputs: Of a layer, the mean over the weights.
+        depth: Blocks of layers; see :func:`blocks`.
     """
 
     rms: float
     share: float
+    inputs: float
+    depth: int
 
     @property
     def rate(self) -> float:
         """Peak learning rate of an Adam for a run that makes good for it."""
-        return self.rms * self.share / _PART
+        return _SHARE * self.rms * self.share / math.sqrt(self.inputs * self.depth)
 
     def __str__(self) -> str:
-        return f"the cut takes {self.share:.1%} of the squares of weights of size {self.rms:.2g}"
+        return (
+            f"the cut takes {self.share:.1%} of the squares of weights of size {self.rms:.2g}, "
+            f"in {self.depth} blocks of layers of {self.inputs:.0f} inputs"
+        )
+
+
+def blocks(names: Iterable[str]) -> int:
+    """Return how many blocks follow each other: what parameters' names are up to their first number, each once."""
+    return len({re.sub(r"(\b\d+\b).*", r"\1", name) for name in names})
 
 
 def is_adam(optimizer: Optimizer) -> bool:

@@ -83,6 +83,11 @@ class ConstrainedTensor:
         state: dict[str, Any] = self.optimizer.state.get(self.p, {})
         return state
 
+    @property
+    def inputs(self) -> int:
+        """How many inputs an output of the whole layer has."""
+        return self.part.shape[-2 if self.layout.transposed and len(self.part.shape) > 1 else -1]
+
     def point(self, index: int, piece: Piece, v: Tensor, importance: Tensor | None = None) -> Point:
         """Return some rows as a set sees them.
 

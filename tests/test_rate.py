@@ -1,5 +1,7 @@
 """The learning rate that a cut asks for: closed forms, and what it does to optimizers, schedules and resumed runs."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import nn
 from elsa_lightning import ADMM, NM, ByPattern, CausalLM, ElsaCallback, Quantized, Unstructured
 from elsa_lightning.cli import main
 from elsa_lightning.errors import UserError
-from elsa_lightning.rate import Damage, choose, doubt, peak
+from elsa_lightning.rate import Damage, blocks, choose, doubt, peak
 from elsa_lightning.selection import select
 from elsa_lightning.sets import Constraint
 from tests.callbacks import tiny
@@ -34,14 +36,40 @@ def test_damage_is_what_the_projection_takes(constraint: Constraint) -> None:
     cut = whole - torch.cat([p.detach().flatten() for p in model.parameters()]).double()
     assert damage.rms == pytest.approx(float(whole.square().mean().sqrt()), rel=1e-6)
     assert damage.share == pytest.approx(float(cut.square().sum() / whole.square().sum()), rel=1e-5)
-    assert damage.rate == pytest.approx(damage.rms * damage.share / 20)
+    assert damage.depth == 2 and damage.inputs == pytest.approx((24 * 16 * 16 + 8 * 24 * 24) / (24 * 16 + 8 * 24))
+    assert damage.rate == pytest.approx(damage.rms * damage.share * math.sqrt(2 / (damage.inputs * 2)))
+
+
+def test_blocks_are_counted_whatever_is_in_them() -> None:
+    torch.manual_seed(0)
+    rates = []
+    for copies in (1, 4):
+        model = nn.ModuleList([nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}) for _ in range(copies)])
+        weights = {name: p for name, p in model.named_parameters() if p.dim() == 2}
+        for p in weights.values():
+            nn.init.constant_(p, 1.0)
+        rates.append(ADMM(torch.optim.Adam(weights.values()), weights, Unstructured(0.5), total_steps=2).damage().rate)
+    assert rates[0] == pytest.approx(2 * rates[1])
+    assert blocks(["model.layers.0.q", "model.layers.0.experts.3.up", "model.layers.11.q"]) == 2
+    assert blocks(["layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.0.conv2"]) == 3
+    assert blocks(["encoder.block.0.q", "decoder.block.0.q", "pooler"]) == 3
+
+
+def test_inputs_of_a_transposed_layer_are_its_rows() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    layer = Conv1D(nf=4, nx=32)
+    parameters = select(nn.ModuleDict({"layer": layer})).parameters
+    admm = ADMM(torch.optim.Adam(layer.parameters()), parameters, Unstructured(0.5), total_steps=2)
+    assert admm.damage().inputs == 32
 
 
 def test_weights_that_are_all_zero_ask_for_no_rate() -> None:
     p = nn.Parameter(torch.zeros(4, 4))
     optimizer = torch.optim.Adam([p], lr=1e-3)
     damage = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=2).damage()
-    assert damage == Damage(0.0, 0.0) and choose(optimizer, [], damage) == 1e-3 and doubt(optimizer, damage) is None
+    assert damage == Damage(0.0, 0.0, 4, 1) and doubt(optimizer, damage) is None
+    assert choose(optimizer, [], damage) == 1e-3
 
 
 SCHEDULES = {
@@ -59,7 +87,7 @@ def test_the_whole_schedule_is_scaled_for_every_group(name: str) -> None:
         optimizer = torch.optim.Adam([{"params": [one], "lr": 0.02}, {"params": [two], "lr": 0.01}])
         scheduler: Any = SCHEDULES[name](optimizer)
         if scale != 1:
-            choose(optimizer, [scheduler], Damage(peak(optimizer) * scale * 20, 1.0))
+            choose(optimizer, [scheduler], Damage(peak(optimizer) * scale, 1.0, 2, 1))
         rates = []
         for _ in range(8):
             rates.append([group["lr"] for group in optimizer.param_groups])
@@ -100,9 +128,9 @@ def test_a_rate_far_off_is_told_and_kept(tmp_path: Path) -> None:
     _, callback = fit(tmp_path, max_steps=2)
     assert callback.admm is not None
     optimizer = callback.admm.optimizer
-    fits = Damage(1.0, peak(optimizer) * 20)
+    fits = Damage(1.0, peak(optimizer), 2, 1)
     for factor, word in ((0.1, "larger"), (10.0, "smaller"), (2.0, None), (0.5, None)):
-        said = doubt(optimizer, Damage(fits.rms * factor, fits.share))
+        said = doubt(optimizer, replace(fits, rms=factor))
         assert (said is None) if word is None else (said is not None and f"10 times {word}" in said)
     assert peak(optimizer) == 3e-3
 
@@ -114,7 +142,7 @@ def test_rates_are_refused_where_they_mean_nothing(tmp_path: Path) -> None:
         fit(tmp_path, net={"optimizer": "sgd"}, elsa={"learning_rate": "auto"})
     p = nn.Parameter(torch.ones(4))
     sgd = torch.optim.SGD([p], lr=100.0)
-    assert doubt(sgd, Damage(1.0, 0.5)) is None  # its rate says nothing of the size of a step
+    assert doubt(sgd, Damage(1.0, 0.5, 4, 1)) is None  # its rate says nothing of the size of a step
 
 
 def test_sets_of_patterns_have_one_damage() -> None:
