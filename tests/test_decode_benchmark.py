@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from elsa_lightning import Unstructured, project
-from elsa_lightning.export import to_cpu_sparse
+from elsa_lightning.export import save_cpu_sparse, to_cpu_sparse
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -44,6 +44,9 @@ def test_every_variant_is_measured_beside_both_dense_ones(
     assert sizes["dense bfloat16"] == pytest.approx(sizes["dense float32"] / 2, rel=0.01)
     assert max(sizes["cpu-sparse 90%"], sizes["shrunk 90%"]) < sizes["dense float32"]
     assert all(line["threads"] == 1 and line["processor"] and line["date"] for line in lines.values())
+    for line in lines.values():  # of processes of their own
+        assert 0 < line["before_mb"] < line["loaded_mb"] <= line["loading_peak_mb"] <= line["peak_mb"]
+        assert line["resident_mb"] <= line["peak_mb"]
     told = capsys.readouterr().out
     assert all(name in told for name in lines)
     monkeypatch.setattr(sys, "argv", [*command, "--gguf", "model.gguf"])
@@ -63,6 +66,26 @@ def test_memory_counts_shared_weights_once_and_views_as_what_they_hold(tiny_llam
     layer = nn.Sequential(nn.Linear(64, 32, bias=False))
     project(layer, Unstructured(0.75))
     assert run.megabytes(to_cpu_sparse(layer)) == (64 * 32 // 4 * 8 + 33 * 4) / 1e6
+
+
+def test_the_memory_of_a_variant_is_measured_in_a_process_of_its_own(tiny_llama: str, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    run, given = script("decode/run.py"), argparse.Namespace(prompt=4, tokens=1, threads=1)
+    wide = LlamaConfig.from_pretrained(tiny_llama)
+    wide.intermediate_size = 100_000
+    model = LlamaForCausalLM(wide)
+    model.save_pretrained(tmp_path)
+    found, weights = run.memory_of(tmp_path, given), run.megabytes(model)
+    assert found["resident_mb"] - found["before_mb"] > 0.8 * weights > 50
+    assert found["peak_mb"] < found["before_mb"] + 3 * weights + 100
+    project(model, Unstructured(0.5))
+    save_cpu_sparse(to_cpu_sparse(model, 0.0), tmp_path / "sparse")  # as large, but read a tensor at a time
+    found = run.memory_of(tmp_path / "sparse", given)
+    assert 0.8 * weights < found["loaded_mb"] - found["before_mb"] < 1.3 * weights + 20
+    assert found["loading_peak_mb"] < found["before_mb"] + 1.5 * weights + 20
+    with pytest.raises(RuntimeError, match="could not be loaded to measure its memory"):
+        run.memory_of(tmp_path / "nothing", given)
 
 
 def test_perplexity_is_that_of_next_tokens(tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

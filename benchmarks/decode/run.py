@@ -6,9 +6,12 @@
 Weights are random: speed does not depend on them. Greedy tokens of each sparse export are compared with those of the
 dense model with the same zeros. `hf` is the dense model; `shrunk` has lost so much of its neurons, not of all
 weights. All variants are measured in turn, several times over, so that what else the machine does falls on all alike;
-medians count. On one thread the default clock is the processor's time, which a busy machine lengthens least. Memory
-is what the weights hold after decoding. Files of GGUF are decoded by llama.cpp where xllamacpp is installed (pip
-install xllamacpp).
+medians count. On one thread the default clock is the processor's time, which a busy machine lengthens least. Files of
+GGUF are decoded by llama.cpp where xllamacpp is installed (pip install xllamacpp).
+
+Memory is what the weights hold after decoding, and, of each variant saved and loaded in a process of its own, what this
+process holds once it has decoded (resident) and held at most (peak), on Linux. Both have Python and its libraries in
+them, whose size is printed.
 """
 
 from __future__ import annotations
@@ -18,8 +21,11 @@ import copy
 import gc
 import json
 import os
-import platform
+import re
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,8 +37,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from elsa_lightning.export import to_cpu_sparse
+from elsa_lightning.export import save_cpu_sparse, to_cpu_sparse
+from elsa_lightning.export.cpu_sparse import CSRLinear
+from elsa_lightning.export.measure import processor
 from elsa_lightning.export.quantized import write_quantized
+from elsa_lightning.export.reload import load
 from elsa_lightning.slicing import shrink
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -70,13 +79,12 @@ def prune(model: Any, sparsity: float) -> Any:
     return model
 
 
-def quantize(model: Any) -> Any:
-    """Return what transformers makes of the W4A16 export: unpacked at the first forward pass."""
+def quantize(model: Any, folder: Path) -> Any:
+    """Write the W4A16 export and return what transformers makes of it: unpacked at the first forward pass."""
     from transformers import AutoModelForCausalLM
 
-    with tempfile.TemporaryDirectory() as folder:
-        write_quantized(copy.deepcopy(model), Path(folder), bits=4, group_size=64)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    write_quantized(copy.deepcopy(model), folder, bits=4, group_size=64)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
 @torch.no_grad()
@@ -150,8 +158,18 @@ def greedy(model: Any, prompt: torch.Tensor) -> list[int]:
     return out[0, prompt.shape[1] :].tolist()
 
 
-def variants(dense: Any, sparsities: list[float], break_even: float, prompt: torch.Tensor) -> dict[str, Any]:
-    """Return the models to measure; a sparse one must give the tokens of the dense one with its zeros."""
+def variants(
+    dense: Any, sparsities: list[float], break_even: float, prompt: torch.Tensor, place: Path
+) -> dict[str, Any]:
+    """Return the models to measure; a sparse one must give the tokens of the dense one with its zeros.
+
+    Args:
+        dense: Of which they are made.
+        sparsities: To prune it to.
+        break_even: Least share of zeros of a layer that is kept sparse.
+        prompt: Token ids ``(1, length)``.
+        place: Folder for what is saved on the way, under the variant's name.
+    """
     made = {"dense float32": dense, "dense bfloat16": copy.deepcopy(dense).bfloat16()}
     for sparsity in sparsities:
         zeros = prune(dense, sparsity)
@@ -161,7 +179,7 @@ def variants(dense: Any, sparsities: list[float], break_even: float, prompt: tor
         made[f"shrunk {sparsity:.0%}"] = shrunk(dense, sparsity)
         gc.collect()
     if find_spec("compressed_tensors"):
-        made["quantized W4A16"] = quantize(prune(dense, sparsities[-1]))
+        made["quantized W4A16"] = quantize(prune(dense, sparsities[-1]), place / "quantized W4A16")
     return made
 
 
@@ -187,11 +205,62 @@ def measured(models: dict[str, Any], given: argparse.Namespace, prompt: torch.Te
     return lines
 
 
-def processor() -> str:
-    """Return what the system calls its processor."""
-    said = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    names = [line.split(":", 1)[1].strip() for line in said.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def held() -> dict[str, float]:
+    """Return the MB that this process holds and held at most, as Linux counts them."""
+    told = Path("/proc/self/status").read_text()
+    names = {"resident": "VmRSS", "peak": "VmHWM"}
+    return {name: int(re.findall(rf"{key}:\s+(\d+) kB", told)[0]) * 1024 / 1e6 for name, key in names.items()}
+
+
+def memory_of(path: Path, given: argparse.Namespace) -> dict[str, float]:
+    """Return the MB that a process of its own holds before and after it loads a saved model, after decoding, at most.
+
+    Args:
+        path: Folder of the model, or file of GGUF.
+        given: The command line.
+    """
+    told = ["--prompt", str(given.prompt), "--tokens", str(given.tokens), "--threads", str(given.threads)]
+    command = [sys.executable, __file__, "--memory-of", str(path), *told]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{path} could not be loaded to measure its memory: {done.stderr.strip()[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def in_this_process(path: Path, given: argparse.Namespace, prompt: torch.Tensor) -> dict[str, float]:
+    """Return what :func:`memory_of` does."""
+    if path.is_dir():
+        from transformers import LlamaForCausalLM  # noqa: F401, which loading would count to the model
+    before = held()["resident"]
+    model = LlamaCpp(path, given.threads) if path.is_file() else load(path)[0].eval()
+    loaded = held()
+    times(model, prompt, given.tokens, time.perf_counter)
+    after = held()
+    return {
+        "before_mb": before, "loaded_mb": loaded["resident"], "loading_peak_mb": loaded["peak"],
+        "resident_mb": after["resident"], "peak_mb": after["peak"],
+    }  # fmt: skip
+
+
+def memories(models: dict[str, Any], given: argparse.Namespace, place: Path) -> dict[str, dict[str, float]]:
+    """Return the memory of each variant, saved where it is not yet, one after the other; none where Linux is not."""
+    if not Path("/proc/self/status").is_file():
+        return {}
+    found = {}
+    for name, model in models.items():
+        if isinstance(model, LlamaCpp):
+            found[name] = memory_of(model.file, given)
+            continue
+        folder = place / name
+        if any(isinstance(module, CSRLinear) for module in model.modules()):
+            folder.mkdir()
+            save_cpu_sparse(model, folder)
+        elif not folder.exists():
+            model.save_pretrained(folder)
+        found[name] = memory_of(folder, given)
+        shutil.rmtree(folder)
+    return found
 
 
 def main() -> None:
@@ -209,15 +278,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clock", choices=("cpu", "wall"), help="default: cpu on one thread, else wall")
     parser.add_argument("--json", type=Path, help="append results to this file, a line a variant")
+    parser.add_argument("--memory-of", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     given.clock = given.clock or ("cpu" if given.threads == 1 else "wall")
     if given.gguf and not find_spec("xllamacpp"):
         parser.error("--gguf takes llama.cpp: pip install xllamacpp")
     torch.set_num_threads(given.threads)
     prompt = torch.randint(5, 500, (1, given.prompt), generator=torch.Generator().manual_seed(2))
-    models = variants(build(given.shape, given.layers), given.sparsity, given.break_even, prompt)
-    models |= {f"llama.cpp {file.parent.name}": LlamaCpp(file, given.threads) for file in given.gguf}
-    lines = measured(models, given, prompt)
+    if given.memory_of is not None:
+        print(json.dumps(in_this_process(given.memory_of, given, prompt)))
+        return
+    with tempfile.TemporaryDirectory() as place:
+        models = variants(build(given.shape, given.layers), given.sparsity, given.break_even, prompt, Path(place))
+        models |= {f"llama.cpp {file.parent.name}": LlamaCpp(file, given.threads) for file in given.gguf}
+        lines, memory = measured(models, given, prompt), memories(models, given, Path(place))
+    lines = [line | memory.get(line["variant"], {}) for line in lines]
+    told(lines, given)
+
+
+def told(lines: list[dict[str, Any]], given: argparse.Namespace) -> None:
+    """Print the lines as a table, and append them to the file that was asked for."""
     load = os.getloadavg()[0]
     layers = f" of {given.layers} layers" if given.layers else ""
     print(
@@ -225,10 +305,16 @@ def main() -> None:
         f"{given.rounds} rounds, {given.clock} time; load {load:.1f} on {os.cpu_count()} cores; sparse and dense "
         f"models' tokens are equal"
     )
-    print(f"{'':28}{'tokens/s':>10}{'× float32':>11}{'× bfloat16':>12}{'first token, ms':>17}{'weights, MB':>13}")
+    if "before_mb" in lines[0]:
+        least = min(line["before_mb"] for line in lines)
+        print(f"each process holds {least:.0f} MB before it loads a model; resident and peak have them in")
+    head = f"{'':20}{'tokens/s':>9}{'× float32':>10}{'× bfloat16':>11}{'first token, ms':>16}"
+    print(f"{head}{'weights, MB':>12}{'resident':>9}{'peak':>7}")
     for line in lines:
-        speed = f"{line['tokens_per_second']:>10.1f}{line['times_float32']:>11.2f}{line['times_bfloat16']:>12.2f}"
-        print(f"{line['variant']:28}{speed}{line['first_token_seconds'] * 1e3:>17.0f}{line['weights_mb']:>13.0f}")
+        speed = f"{line['tokens_per_second']:>9.1f}{line['times_float32']:>10.2f}{line['times_bfloat16']:>11.2f}"
+        memory = "".join(f"{line[key]:>{n}.0f}" for key, n in (("resident_mb", 9), ("peak_mb", 7)) if key in line)
+        first = f"{line['first_token_seconds'] * 1e3:>16.0f}{line['weights_mb']:>12.0f}"
+        print(f"{line['variant']:20}{speed}{first}{memory}")
     if given.json is not None:
         asked = {
             name: getattr(given, name) for name in ("shape", "layers", "threads", "clock", "prompt", "tokens", "rounds")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from elsa_lightning.errors import UnavailableError, UserError
@@ -206,6 +206,24 @@ def save_cpu_sparse(model: Any, folder: str | Path) -> None:
         model.generation_config.save_pretrained(folder)
 
 
+@torch.no_grad()
+def _fill(model: nn.Module, file: Path) -> None:
+    """Read a model's tensors one by one, so that no more than one of them is in memory twice."""
+    state, filled = model.state_dict(), set[int]()
+    with safe_open(file, framework="pt") as opened:
+        names = list(opened.keys())
+    for name in names:
+        with safe_open(file, framework="pt") as opened:  # anew, or the pages that were read stay mapped
+            t, ours = opened.get_tensor(name), state.get(name)
+            if ours is None or (ours.shape, ours.dtype) != (t.shape, t.dtype):
+                raise UserError(f"{str(file)!r} is broken: {name} is not of this model; export it anew")
+            ours.copy_(t)
+            del t
+        filled.add(ours.data_ptr())
+    if missing := [name for name, t in state.items() if t.data_ptr() not in filled]:  # shared ones are there once
+        raise UserError(f"{str(file)!r} is broken: {missing[0]} is not in it; export it anew")
+
+
 def load_cpu_sparse(folder: str | Path) -> Any:
     """Load what :func:`save_cpu_sparse` wrote: plain tensors, so that nothing in the file is run.
 
@@ -233,7 +251,7 @@ def load_cpu_sparse(folder: str | Path) -> Any:
     for name, (rows, columns, values, bias) in sizes.items():
         model.set_submodule(name, CSRLinear(rows, columns, values, bias))
     model.tie_weights()
-    load_model(model, file)
+    _fill(model, file)
     for layer in model.modules():
         if isinstance(layer, CSRLinear):
             layer.check()
