@@ -218,13 +218,16 @@ class ADMM:
             if scale is None:
                 self._measure_stationarity()
             self.form.before_step(self.tensors.holding(SPLIT), self.penalty, scale)
-        if (warning := self._weights.set_aside(self.optimizer)) is not None:
+        warning = self._weights.set_aside(
+            self.optimizer, self.tensors.parts, lambda layout, rows, p: self._noise(layout, rows, p, self._calls + 1)
+        )
+        if warning is not None:
             self._warn_once(warning)
 
     @torch.no_grad()
     def _after_step(self) -> None:
         self._calls += 1
-        self._weights.put_back(self.tensors.parts, self._noise)
+        self._weights.put_back(self.tensors.parts, lambda layout, rows, p: self._noise(layout, rows, p, self._calls))
         if self._guard.skipped or not self._stepped():
             return
         if self._only_sets_up():
@@ -281,8 +284,8 @@ class ADMM:
         masked = self.tensors.holding(MASK)
         updates.hold(self.constraint, masked, self.tensors.places, self._copies, seed, forgets, importance)
 
-    def _noise(self, layout: Rows, rows: slice, p: nn.Parameter) -> Tensor:
-        return layout.noise(rows, self._seed(p, _OF_WEIGHTS))
+    def _noise(self, layout: Rows, rows: slice, p: nn.Parameter, call: int) -> Tensor:
+        return layout.noise(rows, self.tensors.seed(call, p, _OF_WEIGHTS))
 
     def _stepped(self) -> bool:
         """Say whether the optimizer really stepped: a skipped batch or an overflow fires the hooks too."""

@@ -15,12 +15,13 @@ from elsa_lightning.layout.kernels import matrix_shape
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype
 from elsa_lightning.layout.rows import PIECE
 from elsa_lightning.optim.moments import dtype_name
+from elsa_lightning.optim.rounding import steps_rows
 from elsa_lightning.selection import ALL_LINEAR, select
 from elsa_lightning.sets import Constraint
 
 _LARGE = 1 << 16  # entries from which an optimizer's state is taken to grow in proportion
 _PROJECTION = 42  # bytes an entry of a piece: v, z, what was before, score, their bits, bins, masks
-_ROUNDING = 24  # bytes an entry of a piece: random numbers, the sum in float32 and its bits
+_ROUNDING = 28  # bytes an entry of a piece: random numbers, the sum in float32 and its bits, what was before
 _ACTIVATIONS_ERROR = 0.4
 
 
@@ -157,7 +158,9 @@ def plan(
         exact["dense model (bfloat16)"] = 2 * total
     largest = max((p.numel() for p in chosen), default=0)
     projecting = _PROJECTION * min(largest, PIECE) + sum(-(-p.numel() // 8) for p in chosen)  # and the new masks
-    rounding = 2 * total + _ROUNDING * min(max(p.numel() for p in parameters), PIECE)  # a copy of the weights, too
+    by_rows = steps_rows(make_optimizer([nn.Parameter(torch.zeros(1, dtype=dtype))]))
+    copied = sum(p.numel() for p in parameters if by_rows is None or not by_rows(p))  # while the optimizer steps
+    rounding = 2 * copied + _ROUNDING * min(max(p.numel() for p in parameters), PIECE)
     return Plan(
         parameters=total,
         constrained=sum(p.numel() for p in chosen),

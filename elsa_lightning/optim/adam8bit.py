@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 from elsa_lightning.layout.kernels import matrix_shape, rows_of
 from elsa_lightning.layout.sharded import check_grain, laid_out_like, local, part_of
 from elsa_lightning.optim.moments import BNB_BLOCK
+from elsa_lightning.optim.rounding import Around
+
+_STATE = ("state1", "state2", "absmax1", "absmax2")
 
 
 class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
@@ -37,6 +40,8 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
         min_8bit_size: Entries of the smallest matrix with 8-bit state.
     """
 
+    around: Around | None = None  # while ADMM rounds bfloat16 weights
+
     def __init__(
         self,
         params: Any,
@@ -52,6 +57,10 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
     def _in_8_bits(self, p: nn.Parameter) -> bool:
         shape = part_of(p).shape
         return len(shape) > 1 and shape.numel() >= int(self.args.min_8bit_size)
+
+    def steps_rows(self, p: nn.Parameter) -> bool:
+        """Say whether a step of a parameter can be made some rows at a time."""
+        return self._in_8_bits(p) and part_of(p).start is None
 
     @torch.no_grad()
     def init_state(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
@@ -102,13 +111,25 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
                 0.0, group["weight_decay"], 1.0, None, max_unorm=0.0, skip_zeros=False,
             )  # fmt: skip
             return
-        x, grad = rows_of(p, x), rows_of(p, grad)
+        if self.around is None or not (self.steps_rows(p) and self.around.takes(p)):
+            self._step_rows(group, p, grad, slice(None))
+            return
+        for rows in self.around.pieces(p):
+            with self.around.step(p, rows):
+                self._step_rows(group, p, grad, rows)
+
+    def _step_rows(self, group: dict[str, Any], p: nn.Parameter, grad: Tensor, rows: slice) -> None:
+        """Make a step of some rows of the local entries, which is what the whole's step makes of them."""
+        state, (beta1, beta2) = self.state[p], group["betas"]
+        x, grad, first, second, *scales = (
+            t if t.dim() == 1 else t.view(-1, t.shape[-1])[rows]
+            for t in (rows_of(p, local(p)), rows_of(p, grad), *(local(state[key]) for key in _STATE))
+        )
         filler = first.shape[-1] - x.shape[-1]
         weights, grad = (nn.functional.pad(t, (0, filler)) if filler else t for t in (x, grad))
-        scales = [local(state[name]).view(-1) for name in ("absmax1", "absmax2")]
         functional.optimizer_update_8bit_blockwise(
             "adam", grad, weights, first, second, beta1, beta2, 0.0, 0.0, group["eps"], state["step"], group["lr"],
-            state["qmap1"], state["qmap2"], scales[0], scales[1], group["weight_decay"],
+            state["qmap1"], state["qmap2"], scales[0].view(-1), scales[1].view(-1), group["weight_decay"],
         )  # fmt: skip
         if filler:
             x.copy_(weights[..., : x.shape[-1]])

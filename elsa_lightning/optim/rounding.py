@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from elsa_lightning.layout.lowbit import round_to_bfloat16
 from elsa_lightning.layout.rows import Rows
 from elsa_lightning.layout.sharded import Part, local
 from elsa_lightning.optim.moments import dtype_name
+
+Noise = Callable[[Rows, slice, nn.Parameter], Tensor]
 
 
 def moves_alike_everywhere(optimizer: Optimizer) -> bool:
@@ -65,22 +68,73 @@ def hazard(optimizer: Optimizer) -> str | None:
     return None
 
 
+def steps_rows(optimizer: Optimizer) -> Callable[[nn.Parameter], bool] | None:
+    """Return what says which parameters an optimizer steps by rows, with :class:`Around`; None of others."""
+    return getattr(optimizer, "steps_rows", None)
+
+
+class Around:
+    """What is done around the step of some rows of bfloat16 weights, by an optimizer that steps them piece by piece.
+
+    Such an optimizer has an attribute ``around``, and says with ``steps_rows(p)`` which parameters it steps so.
+
+    Args:
+        parts: Which part of each parameter this process holds.
+        noise: Makes random int32 for some rows of a layout.
+    """
+
+    def __init__(self, parts: Mapping[nn.Parameter, Part], noise: Noise) -> None:
+        self.parts, self.noise = parts, noise
+
+    def takes(self, p: nn.Parameter) -> bool:
+        """Say whether the rows of a parameter are rounded, and lie below each other in memory."""
+        x = local(p)
+        return p.dtype == torch.bfloat16 and self.parts[p].start is None and x.dim() > 1 and x.is_contiguous()
+
+    def pieces(self, p: nn.Parameter) -> Iterator[slice]:
+        """Yield the rows of each piece."""
+        for piece in Rows(self.parts[p], local(p)).pieces():
+            yield piece.rows
+
+    @contextmanager
+    def step(self, p: nn.Parameter, rows: slice) -> Iterator[None]:
+        """Set rows of the weights to 0, from which the optimizer steps; then they are themselves and the step."""
+        layout = Rows(self.parts[p], local(p))
+        now = layout.take(local(p), rows)
+        former = now.clone()
+        now.zero_()
+        try:
+            yield
+        except BaseException:
+            now.copy_(former)
+            raise
+        now.copy_(round_to_bfloat16(former.float() + now, self.noise(layout, rows, p)))
+
+
 class WeightRounding:
     """Rounds bfloat16 weights stochastically, whatever optimizer trains them.
 
     To nearest, every step below half a unit of a weight's last place is lost. So the optimizer steps from 0, where
     bfloat16 holds its step to 3 digits, and the step is added to the weights in float32 and rounded up or down at
-    random, exact in the mean. That takes a copy of the weights while the optimizer steps, and an optimizer whose
-    step does not depend on where the weights are.
+    random, exact in the mean. That takes an optimizer whose step does not depend on where the weights are, and a copy
+    of the weights while it steps: of a piece at a time where it steps by pieces, as
+    :class:`~elsa_lightning.optim.adam8bit.Adam8bit` does, else of all.
     """
 
     def __init__(self) -> None:
         self._before: dict[nn.Parameter, Tensor] = {}
         self._alike: dict[tuple[Any, ...], bool] = {}
+        self._stepping: Any = None  # an optimizer that rounds by itself
 
     @torch.no_grad()
-    def set_aside(self, optimizer: Optimizer) -> str | None:
-        """Zero the bfloat16 weights about to be stepped; return what to warn of where that cannot be done."""
+    def set_aside(self, optimizer: Optimizer, parts: Mapping[nn.Parameter, Part], noise: Noise) -> str | None:
+        """Zero the bfloat16 weights about to be stepped; return what to warn of where that cannot be done.
+
+        Args:
+            optimizer: Which steps.
+            parts: Which part of each parameter this process holds.
+            noise: Makes random int32 for some rows of a layout, for weights that are stepped by pieces.
+        """
         half = (torch.bfloat16, torch.float16)
         low = [p for group in optimizer.param_groups for p in group["params"] if p.dtype in half]
         if not low:
@@ -92,8 +146,12 @@ class WeightRounding:
                 f"keep float32 weights (precision bf16-mixed)."
                 + (f" {warning}." if (warning := hazard(optimizer)) else "")
             )
+        by_rows, around = steps_rows(optimizer), Around(parts, noise)
+        if by_rows is not None:
+            self._stepping = optimizer
+            self._stepping.around = around
         for p in low:
-            if p.grad is not None:
+            if p.grad is not None and not (by_rows is not None and by_rows(p) and around.takes(p)):
                 x = local(p)
                 self._before[p] = x.clone()
                 x.zero_()
@@ -106,9 +164,7 @@ class WeightRounding:
         return self._alike[key]
 
     @torch.no_grad()
-    def put_back(
-        self, parts: Mapping[nn.Parameter, Part], noise: Callable[[Rows, slice, nn.Parameter], Tensor]
-    ) -> None:
+    def put_back(self, parts: Mapping[nn.Parameter, Part], noise: Noise) -> None:
         """Add the steps to the weights, some rows at a time.
 
         Args:
@@ -127,11 +183,16 @@ class WeightRounding:
             for piece in layout.pieces():
                 now, former = (layout.take(t, piece.rows) for t in (x, before))
                 now.copy_(round_to_bfloat16(former.float() + now, noise(layout, piece.rows, p)))
-        self._before = {}
+        self._end()
 
     @torch.no_grad()
     def undo(self) -> None:
         """Return to the weights before a step that was interrupted."""
         for p, before in self._before.items():
             local(p).copy_(before)
-        self._before = {}
+        self._end()
+
+    def _end(self) -> None:
+        if self._stepping is not None:
+            self._stepping.around = None
+        self._before, self._stepping = {}, None

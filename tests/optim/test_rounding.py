@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from elsa_lightning import ADMM, Unstructured
+from elsa_lightning.layout import rows
+from elsa_lightning.optim.adam8bit import Adam8bit
 from elsa_lightning.optim.rounding import moves_alike_everywhere
+from elsa_lightning.schedule import Schedule
 from tests.callbacks.tiny import Net, loader, make_trainer
 
 
@@ -125,3 +129,67 @@ def test_float16_weights_that_die_of_eps_are_told_so(tmp_path: Any, caplog: pyte
         make_trainer(tmp_path, ElsaCallback(0.9), max_steps=40).fit(model, loader(batches=40))
     assert "learning rate" not in str(raised.value)
     assert "set eps=1e-4" in caplog.text  # before the first step, too
+
+
+@pytest.mark.parametrize("fails", [None, 3])
+def test_weights_that_are_stepped_by_pieces_are_those_stepped_whole(
+    fails: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are filled up to blocks, a kernel is a matrix, and a step that breaks off in a piece loses no weight."""
+
+    def trained(by_rows: bool) -> list[torch.Tensor]:
+        monkeypatch.setattr(Adam8bit, "steps_rows", (lambda *_: True) if by_rows else (lambda *_: False))
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(40, 256), (33, 300), (3, 20, 256), (8, 32, 4, 4)]
+        ps = [nn.Parameter(torch.randn(shape, generator=generator).bfloat16()) for shape in shapes]
+        optimizer = Adam8bit(ps, lr=1e-3)
+        ADMM(optimizer, {str(i): p for i, p in enumerate(ps)}, Unstructured(0.5), total_steps=6)
+        for _ in range(6):
+            for p in ps:
+                p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+            optimizer.step()
+        return [p.detach() for p in ps]
+
+    monkeypatch.setattr(rows, "PIECE_ON_CPU", 2048)
+    if fails is None:
+        assert all(torch.equal(a, b) for a, b in zip(trained(True), trained(False), strict=True))
+        return
+    p = nn.Parameter(torch.ones(40, 256, dtype=torch.bfloat16))
+    optimizer = Adam8bit([p], lr=1e-3)
+    admm = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=6)
+    calls = iter(range(100))
+    real = optimizer._step_rows
+
+    def failing(*arguments: Any) -> None:
+        if next(calls) == fails:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(optimizer, "_step_rows", failing)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    admm.recover()
+    assert ((p - 1).abs() < 0.01).all() and optimizer.around is None
+
+
+def test_a_step_of_8_bit_adam_sets_no_copy_of_the_weights_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "PIECE_ON_CPU", 4096)
+    p = nn.Parameter(torch.ones(256, 1024, dtype=torch.bfloat16))
+    optimizer = Adam8bit([p], lr=1e-3)
+    ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=100, schedule=Schedule(interval=50))
+    made = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ == "clone":
+                made.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    p.grad = torch.ones_like(p)
+    with Watching():
+        optimizer.step()
+    assert made and max(made) <= 4096
