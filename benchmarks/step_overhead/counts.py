@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from elsa_lightning import ADMM, Unstructured
 from elsa_lightning.layout import rows
+from elsa_lightning.optim.rounding import Around
 from elsa_lightning.schedule import Schedule
 
 _NOTHING_READ = ("copy_", "fill_", "zero_")  # of what they write
@@ -134,7 +135,7 @@ def _is_mask(t: Any) -> bool:
 
 @contextmanager
 def counted_by(admm: ADMM, counts: Counts) -> Iterator[None]:
-    """Count what ADMM does inside the optimizer's step, and not what the optimizer does."""
+    """Count what ADMM does inside the optimizer's step, rounding included, and not what the optimizer does."""
     hooks: Any = admm._hooks
     before, after = hooks.before, hooks.after
     mode = Counting(counts)
@@ -146,11 +147,22 @@ def counted_by(admm: ADMM, counts: Counts) -> Iterator[None]:
 
         return run
 
-    hooks.before, hooks.after = counting(before), counting(after)
+    step = Around.step
+
+    @contextmanager
+    def rounded(around: Around, p: nn.Parameter, rows: slice) -> Iterator[None]:
+        inside = step(around, p, rows)
+        with mode:
+            inside.__enter__()
+        yield
+        with mode:
+            inside.__exit__(None, None, None)
+
+    hooks.before, hooks.after, Around.step = counting(before), counting(after), rounded  # type: ignore[method-assign]
     try:
         yield
     finally:
-        hooks.before, hooks.after = before, after
+        hooks.before, hooks.after, Around.step = before, after, step  # type: ignore[method-assign]
 
 
 def count(
