@@ -72,8 +72,8 @@ class ElsaCallback(Callback):
         ignore: Regular expressions of parameter names that stay dense.
         optimizer_index: Which optimizer's parameters, for a module with several; those of the others stay dense.
         learning_rate: ``auto`` scales the rates of an Adam, and of its schedule, to a peak that suits what the set
-            takes from the weights: a 20th of their root mean square times the share of their squares that is cut. None
-            keeps the optimizer's rate, and says when it is far from that one.
+            takes from the weights and how wide and deep the model is; see :mod:`elsa_lightning.rate`. None keeps the
+            optimizer's rate, and says when it is far from that one.
 
     Raises:
         ValueError: An argument is out of range.
