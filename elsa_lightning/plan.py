@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from elsa_lightning.distillation import LOGITS_AT_ONCE
 from elsa_lightning.layout.kernels import matrix_shape
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype
 from elsa_lightning.layout.rows import PIECE
@@ -194,5 +195,7 @@ def _activations(model: nn.Module, tokens: int, width: int, checkpointing: bool,
     inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
     block = tokens * width * (10 * hidden + 4 * inner)
     blocks = layers * tokens * width * hidden + block if checkpointing else layers * block
-    logits = tokens * config.vocab_size * (width + 8 + 8 * teacher)  # with float32 softmax and its gradient
-    return int(blocks + logits)
+    logits = tokens * config.vocab_size
+    if teacher:  # which has them made some positions at a time
+        logits = min(logits, LOGITS_AT_ONCE)
+    return int(blocks + logits * (width + 8 + 8 * teacher))  # with float32 softmax and its gradient
