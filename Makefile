@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+# processes that run the tests, as many as there are cores and four at most; 0 runs them in this one, as --pdb needs
 WORKERS ?= logical
 # or two threads cost up to ten times their work when anything else runs
 export GOMP_SPINCOUNT ?= 0
