@@ -75,12 +75,8 @@ class Stack(ConstrainedTensor):
 
     def __init__(self, members: Sequence[ConstrainedTensor]) -> None:
         first = members[0]
-        self.members, self.name, self.optimizer, self.state_dtype = (
-            members,
-            first.name,
-            first.optimizer,
-            first.state_dtype,
-        )
+        self.members = members
+        self.name, self.optimizer, self.state_dtype = first.name, first.optimizer, first.state_dtype
         self.shared, self.aside, self._channels_last = None, None, False
         shape, offsets = torch.Size((len(members), *first.part.shape)), (0, *first.part.offsets)
         self.part = replace(first.part, shape=shape, offsets=offsets)

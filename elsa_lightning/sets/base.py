@@ -254,9 +254,15 @@ def check_set(value: object, name: str) -> None:
         raise UserError(f"{name} must be a set, such as NM(2, 4) or Unstructured(0.9), got {value!r}")
 
 
+def weighted(v: Tensor, importance: Tensor | None) -> Tensor:
+    """Return √F v in float32, with the sign of v; v itself where there is no importance and it is float32."""
+    return v.float() if importance is None else (importance.sqrt() * v).float()
+
+
 def distance(v: Tensor, importance: Tensor | None) -> Tensor:
     """Return √F |v| in float32, whose square is what zeroing each entry costs; it has the range of v."""
-    return v.abs().float() if importance is None else (importance.sqrt() * v).abs_().float()
+    signed = weighted(v, importance)
+    return signed.abs() if importance is None else signed.abs_()
 
 
 def project(constraint: Constraint, v: Tensor, mask: Tensor, point: Point) -> Tensor:

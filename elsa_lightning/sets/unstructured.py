@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.sharded import exact_dtype, sent
-from elsa_lightning.sets.base import Constraint, Point, Points, check_set, distance
+from elsa_lightning.sets.base import Constraint, Point, Points, check_set, distance, weighted
 from elsa_lightning.sets.checks import check_budget, check_fraction, entries_of, is_number
 from elsa_lightning.sets.threshold import Scores, largest, largest_of_rows
 
@@ -141,12 +141,12 @@ class Unstructured(Constraint):
         def scores() -> Iterator[Scores]:
             for point in points.stacked():
                 shape = (point.piece.matrices, point.v.numel() // point.piece.matrices)
-                v, root = point.v, None if point.importance is None else point.importance.sqrt()
-                signed = v.float().reshape(shape)  # the magnitude is taken when it counts
-                score = signed if root is None else (root * v).float().reshape(shape)
+                score = weighted(point.v, point.importance).reshape(shape)  # the magnitude is taken when it counts
                 if scales is not None:
                     score = score / scales[_tensors(point)][:, None]
-                yield Scores(score, signed, _matrices(point, starts), point.part.counts, point.part.order)
+                yield Scores(
+                    score, point.v.float().reshape(shape), _matrices(point, starts), point.part.counts, point.part.order
+                )
 
         def keep(pools: list[int], kept: list[int]) -> Iterator[Tensor]:
             ranks, device = torch.tensor(kept, device=points.device), points.device
