@@ -98,7 +98,7 @@ def test_thousands_of_experts_take_little_memory() -> None:
     masks: list[Tensor] = []
 
     def work() -> None:
-        masks.extend(largest(lambda: [Scores(score, score, 0)], pools, torch.full((experts,), 3)))
+        masks.extend(largest(lambda _: [Scores(score, score, 0)], pools, torch.full((experts,), 3)))
 
     assert peak(work) < 300 * 2**20
     best = torch.zeros_like(score, dtype=torch.bool).scatter(1, score.topk(3, dim=1).indices, True)

@@ -140,7 +140,7 @@ def test_the_largest_are_those_of_the_cpu(device: str, rows: int, n: int) -> Non
         masks = []
         for place in (device, "cpu"):
             pieces = [Scores(s, s, 0) for s in [(factor * score).to(place)]]
-            found = largest(lambda pieces=pieces: pieces, torch.arange(rows, device=place), kept.to(place),
+            found = largest(lambda _, pieces=pieces: pieces, torch.arange(rows, device=place), kept.to(place),
                             guesses=guesses[place])  # fmt: skip
             masks.append(torch.cat(list(found)).cpu())
         assert torch.equal(*masks) and torch.equal(masks[0].sum(dim=1), kept)

@@ -33,7 +33,7 @@ def by_counting(score: Tensor, kept: int, guesses: dict[Hashable, Tensor] | None
     each = PIECE if score.is_cuda else PIECE_ON_CPU
     pieces = [Scores(piece[None], piece[None], 0) for piece in score.split(each)]
     pools, ranks = (torch.tensor([n], device=score.device) for n in (0, kept))
-    return list(largest(lambda: pieces, pools, ranks, guesses=guesses))
+    return list(largest(lambda _: pieces, pools, ranks, guesses=guesses))
 
 
 def alike(one: Tensor, other: Tensor, score: Tensor) -> bool:

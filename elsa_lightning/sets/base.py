@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
@@ -95,6 +96,18 @@ class Points(ABC):
     @abstractmethod
     def only(self, indices: Sequence[int]) -> Points:
         """Return some of the tensors."""
+
+    def holding(self, matrices: Collection[int] | None, starts: Sequence[int]) -> tuple[Points, Sequence[int]]:
+        """Return the tensors that hold some matrices, and the index of the first matrix of each.
+
+        Args:
+            matrices: Their indices among the matrices of all tensors; None for all.
+            starts: Index of the first matrix of each tensor here.
+        """
+        if matrices is None:
+            return self, starts
+        tensors = sorted({bisect(starts, matrix) - 1 for matrix in matrices})
+        return self.only(tensors), [starts[tensor] for tensor in tensors]
 
     def add(self, t: Tensor) -> Tensor:
         """Return the sum of ``t`` over all processes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,9 +60,10 @@ class Block(Constraint):
             count = -(-shape[-2] // rows) * -(-shape[-1] // columns)
             kept += [max(1, count - round(self.sparsity * count))] * stack
 
-        def scores() -> Iterator[Scores]:
-            for point in points:
-                first = starts[point.tensor] + point.piece.matrix
+        def scores(matrices: Collection[int] | None) -> Iterator[Scores]:
+            of, firsts = points.holding(matrices, starts)
+            for point in of:
+                first = firsts[point.tensor] + point.piece.matrix
                 score = self._score(point)
                 yield Scores(score, score, first, point.part.counts, point.part.order)
 

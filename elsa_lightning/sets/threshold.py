@@ -2,14 +2,15 @@
 
 Non-negative floats order as their bits do. Counting entries by their highest bits, then, inside the bin that holds
 the k-th largest, by the next ones, finds the threshold exactly in three passes; where it is near an earlier one, as
-between two updates, two are enough. Processes add their counts: what they exchange grows with the number of bins, not
-with the tensors. Nothing of a tensor's size is kept from pass to pass, and the result is the same for any sharding by
-rows and for any guess.
+between two updates, two are enough. Of many tensors a few always have equals at their threshold, and these alone are
+looked at again. Processes add their counts: what they exchange grows with the number of bins, not with the tensors.
+Nothing of a tensor's size is kept from pass to pass, and the result is the same for any sharding by rows and for any
+guess.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,11 +19,13 @@ from torch import Tensor
 from elsa_lightning.layout.lowbit import masked
 
 Sum = Callable[[Tensor], Tensor]
+Making = Callable[[Collection[int] | None], "Iterable[Scores]"]
 
 _ROUNDS = ((20, 11), (10, 10), (0, 10))  # lowest bit and number of bits of each pass over float32's 31
 _MANY = 1024  # pools from which on narrower histograms and a pass more take less memory than these
 _NARROW = ((23, 8), (15, 8), (7, 8), (0, 7))
 _NEAR = ((12, 11), (0, 12))  # around an earlier threshold, from 2/3 to 3/2 of it and beyond
+_FEW = 1 / 8  # of entries that may be kept from a pass
 
 
 class Scores(NamedTuple):
@@ -49,7 +52,7 @@ class Scores(NamedTuple):
 
 
 def largest(
-    scores: Callable[[], Iterable[Scores]], pools: Tensor, kept: Tensor, add: Sum = lambda t: t, parts: int = 1,
+    scores: Making, pools: Tensor, kept: Tensor, add: Sum = lambda t: t, parts: int = 1,
     guesses: dict[Hashable, Tensor] | None = None, of: Hashable = None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yield masks ``(matrices, n)`` of exactly ``kept`` largest entries in each pool.
@@ -57,7 +60,7 @@ def largest(
     Equal scores go to the larger tiebreak, then to the earlier matrix, part and entry.
 
     Args:
-        scores: Makes the entries anew for each pass.
+        scores: Makes the entries anew for each pass; given indices of matrices, those of others may be left out.
         pools: Index of the pool that each matrix's entries compete in, ascending int64 ``(matrices,)``.
         kept: Entries that survive in each pool, int64 ``(pools,)``, at least 1 and at most its size.
         add: Sums a tensor over all processes.
@@ -67,42 +70,76 @@ def largest(
     """
 
     def keys() -> Iterator[tuple[Scores, Tensor, None]]:
-        for s in scores():
+        for s in scores(None):
             yield s, order_bits(s.score), None
 
     guess = None if guesses is None else guesses.get(of)
     score, places, equals = _kth_largest(keys, pools, kept, add, guess)
     if guesses is not None:
         guesses[of] = score
-    if bool((equals == places).all()):
-        for s in scores():
+    unclear = equals != places
+    if not bool(unclear.any()):
+        for s in scores(None):
             yield order_bits(s.score) >= score[pools[s.rows], None]
         return
+    matrices = [index for index, yes in enumerate(unclear[pools].tolist()) if yes]
+
+    def equal_ones() -> Iterator[tuple[Scores, Tensor]]:
+        for s in scores(matrices):
+            yield s, order_bits(s.score) == score[pools[s.rows], None]
+
+    ties = _kept_if_few(equal_ones)
 
     def tied() -> Iterator[tuple[Scores, Tensor, Tensor]]:
-        for s in scores():
-            yield s, order_bits(s.tiebreak), order_bits(s.score) == score[pools[s.rows], None]
+        for s, equal in ties():
+            yield s, order_bits(s.tiebreak), equal
 
     tiebreak, places, _ = _kth_largest(tied, pools, places, add)
+    tiebreak = torch.where(unclear, tiebreak, -1)  # elsewhere all equals stay
     found = torch.zeros(len(pools), parts, dtype=torch.int64, device=kept.device)
-    for s, bits, ties in tied():
+    for s, bits, equal in tied():
         if s.counts:
-            found[s.rows, s.order] += (ties & (bits == tiebreak[pools[s.rows], None])).sum(dim=1)
+            found[s.rows, s.order] += (equal & (bits == tiebreak[pools[s.rows], None])).sum(dim=1)
     found = add(found)
     earlier = found.sum(dim=1).cumsum(0) - found.sum(dim=1)
     earlier -= earlier[torch.searchsorted(pools, torch.arange(len(kept), device=pools.device))][pools]
     free = (places[pools] - earlier)[:, None] - (found.cumsum(dim=1) - found)
     given = torch.zeros_like(earlier)
-    for s, bits, ties in tied():
-        mine = pools[s.rows, None]
-        last = ties & (bits == tiebreak[mine])
+    among = set(matrices)
+    for s in scores(None):
+        mine, bits = pools[s.rows, None], order_bits(s.score)
+        if not isinstance(s.first, Tensor) and among.isdisjoint(range(s.first, s.first + len(bits))):
+            yield bits >= score[mine]
+            continue
+        equal, ties_of = bits == score[mine], order_bits(s.tiebreak)
+        last = equal & (ties_of == tiebreak[mine])
         order = last.cumsum(dim=1) + given[s.rows, None]
         yield (
-            (order_bits(s.score) > score[mine])
-            | (ties & (bits > tiebreak[mine]))
+            (bits > score[mine])
+            | (equal & (ties_of > tiebreak[mine]))
             | (last & (order <= free[s.rows, s.order, None]))
         )
         given[s.rows] += last.sum(dim=1)
+
+
+def _kept_if_few(
+    equal_ones: Callable[[], Iterator[tuple[Scores, Tensor]]],
+) -> Callable[[], Iterable[tuple[Scores, Tensor]]]:
+    """Return what gives equal entries once more: where they are few, from memory, else by another pass.
+
+    A GPU makes the pass: to take entries out its host would wait for it at every piece.
+    """
+    few: list[tuple[Scores, Tensor]] = []
+    seen = held = 0
+    for s, equal in equal_ones():
+        if s.score.device.type != "cpu":
+            return equal_ones
+        columns = equal.any(dim=0).nonzero().squeeze(1)
+        few.append((s._replace(score=s.score[:, columns], tiebreak=s.tiebreak[:, columns]), equal[:, columns]))
+        seen, held = seen + equal.numel(), held + len(equal) * len(columns)
+        if held > max(_FEW * seen, 1 << 16):
+            return equal_ones
+    return lambda: few
 
 
 def largest_of_rows(score: Tensor, tiebreak: Tensor, kept: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -136,17 +136,18 @@ class Unstructured(Constraint):
         sizes = [
             shape[-2] * shape[-1] for shape, stack in zip(points.shapes, stacks, strict=True) for _ in range(stack)
         ]
-        scales = _scales(points) if self.scope == "model" else None
+        scales = None
+        if self.scope == "model":
+            scales = _scales(points).repeat_interleave(torch.tensor(stacks, device=points.device))
 
-        def scores() -> Iterator[Scores]:
-            for point in points.stacked():
+        def scores(matrices: Collection[int] | None) -> Iterator[Scores]:
+            of, firsts = points.holding(matrices, starts)
+            for point in of.stacked():
                 shape = (point.piece.matrices, point.v.numel() // point.piece.matrices)
                 score = weighted(point.v, point.importance).reshape(shape)  # the magnitude is taken when it counts
-                if scales is not None:
-                    score = score / scales[_tensors(point)][:, None]
-                yield Scores(
-                    score, point.v.float().reshape(shape), _matrices(point, starts), point.part.counts, point.part.order
-                )
+                first, part = _matrices(point, firsts), point.part
+                found = Scores(score, point.v.float().reshape(shape), first, part.counts, part.order)
+                yield found if scales is None else found._replace(score=score / scales[found.rows, None])
 
         def keep(pools: list[int], kept: list[int]) -> Iterator[Tensor]:
             ranks, device = torch.tensor(kept, device=points.device), points.device

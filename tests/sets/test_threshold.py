@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,11 +41,12 @@ def test_the_largest_survive_wherever_the_tensors_are_cut(
     kept = [data.draw(st.integers(1, size)) for size in sizes]
     pools = torch.zeros(len(matrices), dtype=torch.int64) if together else torch.arange(len(matrices))
 
-    def scores() -> list[Scores]:
+    def scores(wanted: Collection[int] | None) -> list[Scores]:
         return [
             Scores(matrix[None, a:b], tie[None, a:b], index)
             for index, (matrix, tie, cut) in enumerate(zip(matrices, ties, cuts, strict=True))
             for a, b in itertools.pairwise(cut)
+            if wanted is None or index in wanted
         ]
 
     found = torch.cat([mask.flatten() for mask in largest(scores, pools, torch.tensor(kept))])
@@ -87,7 +88,7 @@ def test_a_guess_saves_a_pass_where_it_is_near_and_changes_nothing(factor: float
     def find(guesses: dict[Hashable, Tensor] | None, factor: float = 1.0) -> Tensor:
         passes.append(0)
 
-        def scores() -> Iterator[Scores]:
+        def scores(_: object) -> Iterator[Scores]:
             passes[-1] += 1
             yield Scores(score * factor, score, 0)
 
@@ -103,6 +104,23 @@ def test_a_host_waits_for_the_device_once_and_not_for_each_piece() -> None:
     score = torch.rand(2, 1000)
     pieces = [Scores(score[:, a : a + 100], score[:, a : a + 100], 0) for a in range(0, 1000, 100)]
     with Counting() as counting:
-        list(largest(lambda: pieces, torch.arange(2), torch.tensor([10, 900])))
+        list(largest(lambda _: pieces, torch.arange(2), torch.tensor([10, 900])))
     histograms = counting.counts.names["bincount"]  # which is another operation on a GPU
     assert histograms == 30 and counting.counts.looks - histograms == 1
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5])
+def test_equals_in_one_matrix_do_not_have_the_others_looked_at_again(share: float) -> None:
+    score = torch.rand(5, 1 << 18, generator=torch.Generator().manual_seed(0))
+    score[3, : int(share * (1 << 18))] = 2.0  # more than survive
+    made = [0] * 5
+
+    def scores(wanted: Collection[int] | None) -> Iterator[Scores]:
+        for index in range(5) if wanted is None else wanted:
+            made[index] += 1
+            yield Scores(score[index, None], score[index, None], index)
+
+    masks = torch.cat(list(largest(scores, torch.arange(5), torch.full((5,), 1000))))
+    assert torch.equal(masks.sum(dim=1), torch.full((5,), 1000)) and masks[3].nonzero().max() == 999
+    assert made[:3] == [4] * 3 and made[4] == 4  # three to find the threshold, one for the mask
+    assert made[3] == (5 if share < 0.1 else 9)  # few equals are kept for the passes over them
