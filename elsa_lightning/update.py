@@ -205,15 +205,22 @@ def _count(
         fresh, entries = not tensor.has(SPLIT), tensor.layout.shape.numel() // n
         kept = ones(bits, n)
         former = torch.full_like(kept, entries) if fresh else ones(local(tensor.packed), n)
-        flips = entries - kept if fresh else ones(bits ^ local(tensor.packed), n)
-        lengths = torch.zeros(n, 6, dtype=sums.dtype, device=sums.device)
+        apart = bits if fresh else bits ^ local(tensor.packed)
+        flips = entries - kept if fresh else ones(apart, n)
+        by_masks = form.on_set and not (fresh or constraint.fixes_values)  # x and z are v on the two masks
+        lengths = torch.zeros(n, 4 if by_masks else 6, dtype=sums.dtype, device=sums.device)
         for piece in tensor.pieces():
-            v = points.value(tensor, piece.rows)
-            z = _projected(constraint, tensor, indices[0], piece, v, bits)
-            cut = tensor.masked(v, piece.rows, bits, kept=False) if constraint.fixes_values else v - z
-            found = [t.reshape(n, -1).sum(dim=1) for t in _squares(form, tensor, piece.rows, v, z, cut, fresh)]
-            found = found if len(found) == 6 else [*found[:2], found[0], *found[2:]]
-            lengths += torch.stack(found, dim=1).to(sums.dtype)
+            rows, v = piece.rows, points.value(tensor, piece.rows)
+            if by_masks:
+                found = _squares_by_masks(tensor, rows, v, bits, apart)
+            else:
+                z = _projected(constraint, tensor, indices[0], piece, v, bits)
+                cut = tensor.masked(v, rows, bits, kept=False) if constraint.fixes_values else v - z
+                found = _squares(form, tensor, rows, v, z, cut, fresh)
+            lengths += torch.stack([t.reshape(n, -1).sum(dim=1) for t in found], dim=1).to(sums.dtype)
+        if by_masks:
+            gap, memory, cut, whole = lengths.unbind(1)
+            lengths = torch.stack([gap, whole - memory, gap, whole - cut, memory, cut], dim=1)
         counts = torch.stack([flips, kept, former], dim=1).to(sums.dtype)
         numbers = torch.cat([lengths[:, :3], counts, lengths[:, 3:], torch.full_like(lengths[:, :1], entries)], dim=1)
         sums[slice(here[0], here[0] + 1) if n == 1 else sent(here, points.device), :10] = numbers
@@ -227,11 +234,24 @@ def _squares(
     x = tensor.x(rows).to(v.dtype)
     yield (x - z).square_()
     yield x.square()
-    if not (fresh or form.on_set):  # else z_before is x
+    if fresh:
+        yield (x - z).square_()
+    else:
         yield (z - tensor.masked(form.former_z(tensor, rows).to(v.dtype), rows, local(tensor.packed))).square_()
     yield z.square()
     yield torch.zeros_like(v) if fresh else tensor.masked(v, rows, tensor.packed, kept=False).square_()
     yield cut.square_()
+
+
+def _squares_by_masks(
+    tensor: ConstrainedTensor, rows: slice, v: Tensor, packed: Tensor, apart: Tensor
+) -> Iterator[Tensor]:
+    """Yield v² where the masks differ, where the former cut, where this one does, and everywhere."""
+    square = v.square()
+    yield tensor.masked(square, rows, apart)
+    yield tensor.masked(square, rows, tensor.packed, kept=False)
+    yield tensor.masked(square, rows, packed, kept=False)
+    yield square
 
 
 def stationarity(

@@ -1,11 +1,11 @@
 """The exact largest entries of tensors that may be spread over processes.
 
 Non-negative floats order as their bits do. Counting entries by their highest bits, then, inside the bin that holds
-the k-th largest, by the next ones, finds the threshold exactly in three passes; where it is near an earlier one, as
-between two updates, two are enough. Of many tensors a few always have equals at their threshold, and these alone are
-looked at again. Processes add their counts: what they exchange grows with the number of bins, not with the tensors.
-Nothing of a tensor's size is kept from pass to pass, and the result is the same for any sharding by rows and for any
-guess.
+the k-th largest, by the next ones, finds the threshold exactly in three passes. Where it is near what the last two
+searches foretell, as between updates, two are enough, or, on a CPU, one that keeps what is close. Of many tensors a
+few always have equals at their threshold, and these alone are looked at again. Processes add their counts: what they
+exchange grows with the number of bins, not with the tensors. The result is the same for any sharding by rows and for
+any guess.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -25,7 +26,8 @@ _ROUNDS = ((20, 11), (10, 10), (0, 10))  # lowest bit and number of bits of each
 _MANY = 1024  # pools from which on narrower histograms and a pass more take less memory than these
 _NARROW = ((23, 8), (15, 8), (7, 8), (0, 7))
 _NEAR = ((12, 11), (0, 12))  # around an earlier threshold, from 2/3 to 3/2 of it and beyond
-_FEW = 1 / 8  # of entries that may be kept from a pass
+_CLOSE = 21  # logarithm of the integers around a foretold threshold, from 7/8 to 9/8 of it and beyond
+_FEW, _FEW_ENOUGH = 1 / 4, 1 << 16  # of entries that may be kept from a pass
 
 
 class Scores(NamedTuple):
@@ -51,6 +53,10 @@ class Scores(NamedTuple):
         return self.first if isinstance(self.first, Tensor) else slice(self.first, self.first + len(self.score))
 
 
+_Entries = tuple[Scores, Tensor, Tensor | None]  # some, their keys as integers, and which take part; None for all
+_Keys = Callable[[], Iterator[_Entries]]
+
+
 def largest(
     scores: Making, pools: Tensor, kept: Tensor, add: Sum = lambda t: t, parts: int = 1,
     guesses: dict[Hashable, Tensor] | None = None, of: Hashable = None,
@@ -65,40 +71,37 @@ def largest(
         kept: Entries that survive in each pool, int64 ``(pools,)``, at least 1 and at most its size.
         add: Sums a tensor over all processes.
         parts: Largest number of parts of a matrix.
-        guesses: Thresholds of earlier searches, to which this one's is added: they save a pass and change nothing.
+        guesses: Last two thresholds of earlier searches, to which this one's is added: they save passes and change
+            nothing.
         of: What is searched, as a key of ``guesses``.
     """
 
-    def keys() -> Iterator[tuple[Scores, Tensor, None]]:
+    def keys() -> Iterator[_Entries]:
         for s in scores(None):
             yield s, order_bits(s.score), None
 
-    guess = None if guesses is None else guesses.get(of)
+    former = None if guesses is None else guesses.get(of)
+    guess = None if former is None else (2 * former[0] - former[1]).clamp_min(0)
     score, places, equals = _kth_largest(keys, pools, kept, add, guess)
     if guesses is not None:
-        guesses[of] = score
+        guesses[of] = torch.stack([score, score if former is None else former[0]])
     unclear = equals != places
     if not bool(unclear.any()):
         for s in scores(None):
-            yield order_bits(s.score) >= score[pools[s.rows], None]
+            yield _at_least(order_bits(s.score), score[pools[s.rows], None])
         return
     matrices = [index for index, yes in enumerate(unclear[pools].tolist()) if yes]
 
-    def equal_ones() -> Iterator[tuple[Scores, Tensor]]:
+    def equal_ones() -> Iterator[_Entries]:
         for s in scores(matrices):
-            yield s, order_bits(s.score) == score[pools[s.rows], None]
+            yield s, order_bits(s.tiebreak), order_bits(s.score) == score[pools[s.rows], None]
 
-    ties = _kept_if_few(equal_ones)
-
-    def tied() -> Iterator[tuple[Scores, Tensor, Tensor]]:
-        for s, equal in ties():
-            yield s, order_bits(s.tiebreak), equal
-
+    tied = _kept_if_few(equal_ones)
     tiebreak, places, _ = _kth_largest(tied, pools, places, add)
     tiebreak = torch.where(unclear, tiebreak, -1)  # elsewhere all equals stay
     found = torch.zeros(len(pools), parts, dtype=torch.int64, device=kept.device)
     for s, bits, equal in tied():
-        if s.counts:
+        if s.counts and equal is not None:
             found[s.rows, s.order] += (equal & (bits == tiebreak[pools[s.rows], None])).sum(dim=1)
     found = add(found)
     earlier = found.sum(dim=1).cumsum(0) - found.sum(dim=1)
@@ -109,7 +112,7 @@ def largest(
     for s in scores(None):
         mine, bits = pools[s.rows, None], order_bits(s.score)
         if not isinstance(s.first, Tensor) and among.isdisjoint(range(s.first, s.first + len(bits))):
-            yield bits >= score[mine]
+            yield _at_least(bits, score[mine])
             continue
         equal, ties_of = bits == score[mine], order_bits(s.tiebreak)
         last = equal & (ties_of == tiebreak[mine])
@@ -120,26 +123,6 @@ def largest(
             | (last & (order <= free[s.rows, s.order, None]))
         )
         given[s.rows] += last.sum(dim=1)
-
-
-def _kept_if_few(
-    equal_ones: Callable[[], Iterator[tuple[Scores, Tensor]]],
-) -> Callable[[], Iterable[tuple[Scores, Tensor]]]:
-    """Return what gives equal entries once more: where they are few, from memory, else by another pass.
-
-    A GPU makes the pass: to take entries out its host would wait for it at every piece.
-    """
-    few: list[tuple[Scores, Tensor]] = []
-    seen = held = 0
-    for s, equal in equal_ones():
-        if s.score.device.type != "cpu":
-            return equal_ones
-        columns = equal.any(dim=0).nonzero().squeeze(1)
-        few.append((s._replace(score=s.score[:, columns], tiebreak=s.tiebreak[:, columns]), equal[:, columns]))
-        seen, held = seen + equal.numel(), held + len(equal) * len(columns)
-        if held > max(_FEW * seen, 1 << 16):
-            return equal_ones
-    return lambda: few
 
 
 def largest_of_rows(score: Tensor, tiebreak: Tensor, kept: int) -> Tensor:
@@ -158,9 +141,6 @@ def order_bits(key: Tensor) -> Tensor:
     return key.abs().view(torch.int32)
 
 
-_Keys = Callable[[], Iterable[tuple[Scores, Tensor, Tensor | None]]]
-
-
 def _kth_largest(
     keys: _Keys, pools: Tensor, k: Tensor, add: Sum, guess: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,12 +155,72 @@ def _kth_largest(
     """
     if guess is not None and len(guess) == len(k) <= _MANY:
         (shift, width), _ = _NEAR
-        found = _narrow_down(keys, pools, k, add, _NEAR, (guess >> shift) - (1 << (width - 1)))
+        if k.device.type == "cpu":
+            found = _among_close(keys, pools, k, add, guess)
+        else:
+            found = _narrow_down(keys, pools, k, add, _NEAR, (guess >> shift) - (1 << (width - 1)))
         if found is not None:
             return found
     found = _narrow_down(keys, pools, k, add, _ROUNDS if len(k) <= _MANY else _NARROW, None)
     assert found is not None
     return found
+
+
+def _among_close(
+    keys: _Keys, pools: Tensor, k: Tensor, add: Sum, guess: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return what :func:`_kth_largest` does, from one pass, or None where a k-th largest is not close to its guess.
+
+    What is above is counted, what is close is kept; the arguments are those of :func:`_kth_largest`.
+    """
+    rounds = ((_CLOSE - 11, 11), (0, _CLOSE - 11))
+    low = ((guess - (1 << (_CLOSE - 1))).clamp_min(0) >> rounds[0][0]) << rounds[0][0]
+    above, counted = torch.zeros_like(k), False
+
+    def close() -> Iterator[_Entries]:
+        for s, bits, _ in keys():
+            mine = pools[s.rows]
+            side = (bits - low[mine, None]).bitwise_right_shift_(_CLOSE)  # 0 is close, what is below is negative
+            inside = side.to(torch.bool).logical_not_()
+            if s.counts and not counted:
+                below = -(side >> 31).sum(dim=1, dtype=torch.int32)
+                above.index_add_(0, mine, bits.shape[1] - inside.sum(dim=1) - below)
+            yield s, bits, inside
+
+    kept = _kept_if_few(close)
+    counted = True
+    return _narrow_down(kept, pools, k - add(above), add, rounds, low >> rounds[0][0])
+
+
+def _kept_if_few(entries: Callable[[], Iterator[_Entries]]) -> Callable[[], Iterator[_Entries]]:
+    """Go over entries, and return what gives those that take part once more: from memory if they are few, else anew.
+
+    Not on a GPU: to take entries out its host would wait for it at every piece.
+    """
+    few: list[_Entries] = []
+    seen = held = 0
+    for s, bits, among in entries():
+        if bits.device.type != "cpu" or among is None:
+            return entries
+        seen += bits.numel()
+        if held <= max(_FEW * seen, _FEW_ENOUGH):
+            chosen = among[0] if len(among) == 1 else among.any(dim=0)
+            columns = torch.from_numpy(numpy.flatnonzero(chosen.numpy()))  # torch's nonzero takes four times as long
+            some = bits[:, columns]
+            few.append((s._replace(score=some, tiebreak=some), some, among[:, columns]))
+            held += some.numel()
+        else:
+            few.clear()
+    if held > max(_FEW * seen, _FEW_ENOUGH):
+        return entries
+    return lambda: ((s, bits.clone(), among) for s, bits, among in few)  # who counts them uses them up
+
+
+def _at_least(bits: Tensor, threshold: Tensor) -> Tensor:
+    """Return ``bits >= threshold``, both from 0 on; torch compares slowly on a CPU. ``bits`` are used up."""
+    if bits.device.type != "cpu":
+        return bits >= threshold
+    return torch.sub(threshold - 1, bits, out=bits).bitwise_right_shift_(31).to(torch.bool)
 
 
 def _narrow_down(
