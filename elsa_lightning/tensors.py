@@ -17,7 +17,7 @@ from elsa_lightning.errors import UserError
 from elsa_lightning.layout.fsdp1 import FlatSlice
 from elsa_lightning.layout.kernels import channels_last, is_transposed, lies_in_rows
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype, as_integers, decode, encode, pack, unpack, unpack_wide
-from elsa_lightning.layout.rows import Piece, Rows
+from elsa_lightning.layout.rows import Piece, Rows, on_host
 from elsa_lightning.layout.sharded import Part, clean, laid_out_like, local
 from elsa_lightning.optim.moments import dtype_name, lays_out_anew, second_moment
 from elsa_lightning.sets.base import Point
@@ -164,7 +164,7 @@ class ConstrainedTensor:
 
     def masked(self, values: Tensor, rows: slice, packed: Tensor, kept: bool = True) -> Tensor:
         """Return values of rows where a packed mask keeps them, or where it does not, and 0 elsewhere."""
-        if values.device.type != "cpu":  # which reads a byte a weight, and does not branch
+        if not on_host(values):  # which reads a byte a weight, and does not branch
             mask = self.unpacked(packed, rows)
             return torch.where(mask if kept else ~mask, values, 0)
         bits = self._wide(rows, values.dtype, kept, packed)
@@ -179,7 +179,7 @@ class ConstrainedTensor:
     def zero_off(self, t: Tensor, rows: slice) -> None:
         """Zero rows of a tensor that lies as the weights do off the mask, NaN too."""
         of = self.layout.take(t, rows)
-        if of.device.type == "cpu":
+        if on_host(of):
             as_integers(of).bitwise_and_(self._wide(rows, of.dtype, kept=True))
         else:  # reads a byte a weight, and does not branch
             of.masked_fill_(~self.mask(rows), 0)

@@ -21,6 +21,13 @@ PIECE_ON_CPU = 1 << 18  # what its cache holds
 SMALL = 1 << 18  # entries up to which an operation costs its launch, whatever it does
 SMALL_ON_CPU = 1 << 15
 
+HOSTS = {"cpu"}  # kinds of devices on which operations branch, and whose results a host has without waiting
+
+
+def on_host(t: Tensor) -> bool:
+    """Say whether a tensor is where the host computes: what is fast there can be slow on a GPU, and the reverse."""
+    return t.device.type in HOSTS
+
 
 class Piece(NamedTuple):
     """Some rows of a part: of one matrix, or of some matrices of a stack. Of a flat slice ``rows`` are entries."""

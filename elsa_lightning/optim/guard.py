@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from elsa_lightning.errors import UserError
+from elsa_lightning.layout.rows import on_host
 from elsa_lightning.layout.sharded import Processes, local
 from elsa_lightning.optim.rounding import hazard
 
@@ -76,7 +77,7 @@ class Guard:
         gradients = [gradient for gradient in gradients if gradient.numel() and not gradient.is_sparse]
         broken = torch.zeros((), device=parameters[0].device)
         if gradients:
-            if broken.device.type == "cpu":  # where the norm takes 20 times as long
+            if on_host(broken):  # where the norm takes 20 times as long
                 extremes = [t for gradient in gradients for t in gradient.aminmax()]
             else:
                 extremes = list(torch._foreach_norm(gradients, torch.inf))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from elsa_lightning.layout.lowbit import masked
+from elsa_lightning.layout.rows import on_host
 
 Sum = Callable[[Tensor], Tensor]
 Making = Callable[[Collection[int] | None], "Iterable[Scores]"]
@@ -155,7 +156,7 @@ def _kth_largest(
     """
     if guess is not None and len(guess) == len(k) <= _MANY:
         (shift, width), _ = _NEAR
-        if k.device.type == "cpu":
+        if on_host(k):
             found = _among_close(keys, pools, k, add, guess)
         else:
             found = _narrow_down(keys, pools, k, add, _NEAR, (guess >> shift) - (1 << (width - 1)))
@@ -200,7 +201,7 @@ def _kept_if_few(entries: Callable[[], Iterator[_Entries]]) -> Callable[[], Iter
     few: list[_Entries] = []
     seen = held = 0
     for s, bits, among in entries():
-        if bits.device.type != "cpu" or among is None:
+        if among is None or not on_host(bits):
             return entries
         seen += bits.numel()
         if held <= max(_FEW * seen, _FEW_ENOUGH):
@@ -218,7 +219,7 @@ def _kept_if_few(entries: Callable[[], Iterator[_Entries]]) -> Callable[[], Iter
 
 def _at_least(bits: Tensor, threshold: Tensor) -> Tensor:
     """Return ``bits >= threshold``, both from 0 on; torch compares slowly on a CPU. ``bits`` are used up."""
-    if bits.device.type != "cpu":
+    if not on_host(bits):
         return bits >= threshold
     return torch.sub(threshold - 1, bits, out=bits).bitwise_right_shift_(31).to(torch.bool)
 
