@@ -1,5 +1,6 @@
 """What a step may ask of a device: no float64 where there is none, little memory, one look at its results."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,9 @@ from elsa_lightning.sets.threshold import Scores, largest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "step_overhead"))
 
-from counts import Counts, count, counted_by
+from counts import Counts, count, counted_by, table_row
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "step_overhead"
 
 
 def step(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> None:
@@ -132,6 +135,39 @@ def test_a_step_touches_weights_and_state_once(state: str, weights: torch.dtype,
     assert counts.kept <= 1.002 * most * 1024 * 1024
     assert counts.fresh <= 4 * rows.PIECE_ON_CPU
     assert counts.looks == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "phase"), [("float32", "step"), ("bfloat16", "step"), ("float8_e4m3fn", "update"), ("float32", "frozen")]
+)
+def test_the_counts_that_are_shipped_are_those_of_the_code(state: str, phase: str) -> None:
+    rows_ = json.loads((BENCHMARK / "counts.json").read_text(encoding="utf-8"))["counts"]
+    (shipped,) = (
+        row for row in rows_ if (row["form"], row["state"], row["phase"]) == ("linearized", state, phase)
+    )  # fmt: skip
+    assert shipped == table_row("linearized", state, phase), "python benchmarks/step_overhead/run.py --rounds 0"
+
+
+def test_the_counts_that_are_told_are_those_that_are_shipped() -> None:
+    counts = json.loads((BENCHMARK / "counts.json").read_text(encoding="utf-8"))["counts"]
+    text = (BENCHMARK.parents[1] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    told = {
+        cells[0]: [cell for cell in cells[1:] if cell]
+        for line in text.splitlines()
+        if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 4
+    }
+    for label, form, phase, what, digits in [
+        ("`linearized`, a step", "linearized", "step", "bytes", 1),
+        ("`linearized`, the update, moved by its operations", "linearized", "update", "moved", 0),
+        ("`decoupled`, a step", "decoupled", "step", "bytes", 1),
+        ("frozen phase", "linearized", "frozen", "bytes", 1),
+    ]:
+        shipped = [
+            f"{row[what]:.{digits}f}, {row['kernels_a_piece']}"
+            for row in counts
+            if row["form"] == form and row["phase"] == phase
+        ]
+        assert told[label] == shipped, label
 
 
 @pytest.mark.parametrize("phase", ["step", "update", "frozen"])

@@ -6,8 +6,9 @@ Counts, of each form, state dtype and phase: bytes a constrained weight that cro
 holds a piece, and bytes that the operations read and write in all, as on a device whose cache does not; operations
 for each piece of weights and for the whole step; and how often the host waits for the device. They need no GPU.
 
-Times: the same loop with plain Adam and with each form. The loops take turns, one projection interval at a time, in
-one process on the same weights and batches, so that a machine whose speed drifts slows all of them.
+Times: the same loop with plain Adam and with each form. The loops take turns in one process on the same weights and
+batches, so that a machine whose speed drifts slows all of them: step by step on a CPU, one interval at a time
+on a GPU, whose queue would run empty between single steps.
 
 Prints Markdown tables, of medians and ratios, and writes all of it to ``--results``.
 """
@@ -57,7 +58,7 @@ def counted() -> list[dict[str, Any]]:
 
 
 def loop(model: str, form: str | None, state: str, weights: str, interval: int, batch: torch.Tensor) -> Any:
-    """Return a function that trains for one interval and returns seconds a step."""
+    """Return a function that trains for some steps and returns the seconds that they took."""
     module = CausalLM(model)
     module.configure_model()
     module.to(batch.device, getattr(torch, weights))
@@ -75,15 +76,15 @@ def loop(model: str, form: str | None, state: str, weights: str, interval: int, 
             state_dtype=state,  # type: ignore[arg-type]
         )  # fmt: skip
 
-    def run() -> float:
+    def run(steps: int) -> float:
         start = time.perf_counter()
-        for _ in range(interval):
+        for _ in range(steps):
             optimizer.zero_grad()
             module(batch)[0].loss.backward()
             optimizer.step()
         if batch.is_cuda:
             torch.cuda.synchronize()
-        return (time.perf_counter() - start) / interval
+        return time.perf_counter() - start
 
     return run
 
@@ -101,11 +102,15 @@ def timed(arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:
             cases[f"Elsa-L, {state}"] = ("linearized", state, "bfloat16")
     loops = {name: loop(arguments.model, *case, arguments.interval, batch) for name, case in cases.items()}
     times: dict[str, list[float]] = {name: [] for name in loops}
+    turn = arguments.interval if batch.is_cuda else 1
     for round_ in range(arguments.rounds + 1):
-        for name, run in loops.items():
-            seconds = run()
-            if round_ > 0:  # the first is the warm-up
-                times[name].append(seconds)
+        seconds = dict.fromkeys(loops, 0.0)
+        for _ in range(arguments.interval // turn):
+            for name, run in loops.items():
+                seconds[name] += run(turn) / arguments.interval
+        if round_ > 0:  # the first is the warm-up
+            for name in loops:
+                times[name].append(seconds[name])
     rows = []
     for name, seconds_ in times.items():
         plain = times[PLAIN[cases[name][2]]]
