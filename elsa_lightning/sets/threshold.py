@@ -3,7 +3,8 @@
 Non-negative floats order as their bits do. Counting entries by their highest bits, then, inside the bin that holds
 the k-th largest, by the next ones, finds the threshold exactly in three passes. Where it is near what the last two
 searches foretell, as between updates, two are enough, or, on a CPU, one that keeps what is close. Of many tensors a
-few always have equals at their threshold, and these alone are looked at again. Processes add their counts: what they
+few always have equals at their threshold, and these alone are looked at again. Nothing is kept from pass to pass but,
+on a CPU, entries close to a threshold or equal to it, where they are few. Processes add their counts: what they
 exchange grows with the number of bins, not with the tensors. The result is the same for any sharding by rows and for
 any guess.
 """
@@ -91,6 +92,23 @@ def largest(
         for s in scores(None):
             yield _at_least(order_bits(s.score), score[pools[s.rows], None])
         return
+    yield from _largest_of_equals(scores, pools, score, places, unclear, add, parts)
+
+
+def _largest_of_equals(
+    scores: Making, pools: Tensor, score: Tensor, places: Tensor, unclear: Tensor, add: Sum, parts: int
+) -> Iterator[Tensor]:
+    """Yield the masks where not all entries that equal a threshold survive.
+
+    Args:
+        scores: As of :func:`largest`, like ``pools``, ``add`` and ``parts``.
+        pools: Likewise.
+        score: The threshold of each pool.
+        places: How many of its equals survive.
+        unclear: Of which pools these are not all.
+        add: Likewise.
+        parts: Likewise.
+    """
     matrices = [index for index, yes in enumerate(unclear[pools].tolist()) if yes]
 
     def equal_ones() -> Iterator[_Entries]:
@@ -100,13 +118,13 @@ def largest(
     tied = _kept_if_few(equal_ones)
     tiebreak, places, _ = _kth_largest(tied, pools, places, add)
     tiebreak = torch.where(unclear, tiebreak, -1)  # elsewhere all equals stay
-    found = torch.zeros(len(pools), parts, dtype=torch.int64, device=kept.device)
+    found = torch.zeros(len(pools), parts, dtype=torch.int64, device=pools.device)
     for s, bits, equal in tied():
         if s.counts and equal is not None:
             found[s.rows, s.order] += (equal & (bits == tiebreak[pools[s.rows], None])).sum(dim=1)
     found = add(found)
     earlier = found.sum(dim=1).cumsum(0) - found.sum(dim=1)
-    earlier -= earlier[torch.searchsorted(pools, torch.arange(len(kept), device=pools.device))][pools]
+    earlier -= earlier[torch.searchsorted(pools, torch.arange(len(score), device=pools.device))][pools]
     free = (places[pools] - earlier)[:, None] - (found.cumsum(dim=1) - found)
     given = torch.zeros_like(earlier)
     among = set(matrices)
