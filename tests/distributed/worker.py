@@ -276,4 +276,5 @@ if __name__ == "__main__":
     for each in runs:
         (exports if "to" in each else language_model if "model" in each else run)(target, **each)
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # none goes while another still reads from it
         torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
