@@ -23,9 +23,13 @@ from elsa_lightning.sets.base import Constraint, WholePoints
 
 
 def largest(scores: Tensor, sparsity: float) -> Tensor:
-    """Return the mask of all but the smallest scores, ``round(sparsity · n)`` of them."""
-    pruned = scores.flatten().argsort(stable=True)[: round(sparsity * scores.numel())]
-    return torch.ones_like(scores, dtype=torch.bool).flatten().index_fill(0, pruned, False).view(scores.shape)
+    """Return the mask of all but the smallest scores, ``round(sparsity · n)`` of them; of equal ones the first go."""
+    flat, pruned = scores.flatten(), round(sparsity * scores.numel())
+    if pruned == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    last = flat.kthvalue(pruned).values
+    below, equal = flat < last, flat == last
+    return ~(below | (equal & (equal.cumsum(0) <= pruned - below.sum()))).view(scores.shape)
 
 
 @torch.no_grad()
