@@ -50,15 +50,17 @@ def main(folder: Path, method: str, sparsity: float) -> None:
     from datasets import Dataset  # type: ignore[import-untyped]
     from llmcompressor import oneshot  # type: ignore[import-not-found]
     from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier  # type: ignore[import-not-found]
-    from transformers import AutoModelForCausalLM
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     model = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32)
     ids = torch.load(folder / "ids.pt", weights_only=True)
     rows = {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
     kind = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[method]
     recipe = [kind(sparsity=sparsity, mask_structure="0:0", targets=["Linear"], ignore=["re:.*lm_head"])]
-    oneshot(
-        model=model, dataset=Dataset.from_dict(rows), recipe=recipe, max_seq_length=ids.shape[1],
+    unused = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"": 0}, "")), pad_token="")
+    oneshot(  # which wants a tokenizer, though all is tokenized
+        model=model, processor=unused, dataset=Dataset.from_dict(rows), recipe=recipe, max_seq_length=ids.shape[1],
         num_calibration_samples=len(ids), output_dir=None, shuffle_calibration_samples=False,
     )  # fmt: skip
     torch.save({name: p.detach().clone() for name, p in model.named_parameters()}, folder / "pruned.pt")
