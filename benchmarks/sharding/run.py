@@ -4,13 +4,14 @@
 
 Memory: the model is built from its configuration on no device and sharded (FSDP2) as CausalLM does it, for one
 process of many that do not exist; bytes are counted from the shapes of its shards. Traffic: every constrained
-tensor is stood in for by a small one, sharded the same way; the collectives of real ADMM steps are counted, whose
-sizes do not depend on the tensors'.
+tensor is stood in for by a small one, sharded the same way; the collectives of real ADMM steps are counted, as on GPUs,
+whose sizes do not depend on the tensors'.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ from elsa_lightning.lm.sharded import build_sharded
 from elsa_lightning.plan import elsa_bytes
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.selection import select
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "step_overhead"))
+
+from counts import as_on_a_gpu
 
 HERE = Path(__file__).parents[1] / "memory"
 ELSA = (4, 8.0, "float32"), (2, 2 + 8 / 256, "float8_e4m3fn")  # bytes of a weight, of its moments, state
@@ -81,7 +86,7 @@ def traffic(shapes: list[torch.Size], processes: int, mesh: Any) -> tuple[list[i
     for _ in range(STEPS):
         for p, grad in zip(tensors.values(), gradients, strict=True):
             p.grad = DTensor.from_local(grad, p.device_mesh, p.placements, run_check=False)
-        with Counted(processes) as counted:
+        with Counted(processes) as counted, as_on_a_gpu():
             optimizer.step()
         by_step.append(counted.sizes)
     return by_step[INTERVAL], by_step[2 * INTERVAL - 1]
