@@ -217,23 +217,24 @@ def _kept_if_few(entries: Callable[[], Iterator[_Entries]]) -> Callable[[], Iter
 
     Not on a GPU: to take entries out its host would wait for it at every piece.
     """
-    few: list[_Entries] = []
+    few: list[_Entries] | None = []  # None once they were too many, for good
     seen = held = 0
     for s, bits, among in entries():
         if among is None or not on_host(bits):
             return entries
-        seen += bits.numel()
-        if held <= max(_FEW * seen, _FEW_ENOUGH):
-            chosen = among[0] if len(among) == 1 else among.any(dim=0)
-            columns = torch.from_numpy(numpy.flatnonzero(chosen.numpy()))  # torch's nonzero takes four times as long
-            some = bits[:, columns]
-            few.append((s._replace(score=some, tiebreak=some), some, among[:, columns]))
-            held += some.numel()
-        else:
-            few.clear()
-    if held > max(_FEW * seen, _FEW_ENOUGH):
+        if few is None:
+            continue
+        chosen = among[0] if len(among) == 1 else among.any(dim=0)
+        columns = torch.from_numpy(numpy.flatnonzero(chosen.numpy()))  # torch's nonzero takes four times as long
+        some = bits[:, columns]
+        few.append((s._replace(score=some, tiebreak=some), some, among[:, columns]))
+        seen, held = seen + bits.numel(), held + some.numel()
+        if held > max(_FEW * seen, _FEW_ENOUGH):
+            few = None
+    if few is None:
         return entries
-    return lambda: ((s, bits.clone(), among) for s, bits, among in few)  # who counts them uses them up
+    kept = few
+    return lambda: ((s, bits.clone(), among) for s, bits, among in kept)  # who counts them uses them up
 
 
 def _at_least(bits: Tensor, threshold: Tensor) -> Tensor:

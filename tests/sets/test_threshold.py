@@ -136,3 +136,32 @@ def test_equals_in_one_matrix_do_not_have_the_others_looked_at_again(share: floa
     assert torch.equal(masks.sum(dim=1), torch.full((5,), 1000)) and masks[3].nonzero().max() == 999
     assert made[:3] == [4] * 3 and made[4] == 4  # three to find the threshold, one for the mask
     assert made[3] == (5 if share < 0.1 else 9)  # few equals are kept for the passes over them
+
+
+def test_equals_that_are_many_at_first_and_few_of_all_are_not_forgotten() -> None:
+    score = torch.rand(8, 1 << 18, generator=torch.Generator().manual_seed(0))
+    score[0] = 2.0
+
+    def scores(_: object) -> Iterator[Scores]:
+        for index in range(8):
+            yield Scores(score[index, None], score[index, None], index)
+
+    masks = torch.cat(list(largest(scores, torch.zeros(8, dtype=torch.int64), torch.tensor([1000]))))
+    assert masks.sum() == 1000 and masks[0, :1000].all()
+
+
+def test_what_is_close_at_first_and_not_later_is_not_forgotten() -> None:
+    generator = torch.Generator().manual_seed(0)
+    score = torch.rand(8, 1 << 18, generator=generator) / 2
+    score[0] = 1 + torch.rand(1 << 18, generator=generator) / 100  # all near the threshold
+    guesses: dict[Hashable, Tensor] = {}
+
+    def find() -> Tensor:
+        def scores(_: object) -> Iterator[Scores]:
+            for index in range(8):
+                yield Scores(score[index, None], score[index, None], index)
+
+        pools = torch.zeros(8, dtype=torch.int64)
+        return torch.cat(list(largest(scores, pools, torch.tensor([1000]), guesses=guesses)))
+
+    assert torch.equal(find(), find()) and find().sum() == 1000
