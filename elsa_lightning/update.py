@@ -234,10 +234,8 @@ def _squares(
     x = tensor.x(rows).to(v.dtype)
     yield (x - z).square_()
     yield x.square()
-    if fresh:
-        yield (x - z).square_()
-    else:
-        yield (z - tensor.masked(form.former_z(tensor, rows).to(v.dtype), rows, local(tensor.packed))).square_()
+    former = None if fresh else form.former_z(tensor, rows).to(v.dtype)
+    yield (z - (x if former is None else tensor.masked(former, rows, local(tensor.packed)))).square_()
     yield z.square()
     yield torch.zeros_like(v) if fresh else tensor.masked(v, rows, tensor.packed, kept=False).square_()
     yield cut.square_()
