@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from elsa_lightning.distillation import LOGITS_AT_ONCE
 from elsa_lightning.layout.kernels import matrix_shape
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype
-from elsa_lightning.layout.rows import PIECE
+from elsa_lightning.layout.rows import PIECE, SMALL
 from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.optim.rounding import steps_rows
 from elsa_lightning.selection import ALL_LINEAR, select
@@ -22,6 +22,7 @@ from elsa_lightning.sets import Constraint
 
 _LARGE = 1 << 16  # entries from which an optimizer's state is taken to grow in proportion
 _PROJECTION = 42  # bytes an entry of a piece: v, z, what was before, score, their bits, bins, masks
+_STACKED = 12  # bytes an entry of a stack of small tensors: copies of weights, split and moment
 _ROUNDING = 28  # bytes an entry of a piece: random numbers, the sum in float32 and its bits, what was before
 _ACTIVATIONS_ERROR = 0.4
 
@@ -157,8 +158,10 @@ def plan(
         )
     if teacher:
         exact["dense model (bfloat16)"] = 2 * total
-    largest = max((p.numel() for p in chosen), default=0)
-    projecting = _PROJECTION * min(largest, PIECE) + sum(-(-p.numel() // 8) for p in chosen)  # and the new masks
+    sizes = [p.numel() for p in chosen]
+    stacked = sum(size for size in sizes if size <= SMALL)  # small tensors are worked on together, as one
+    at_once = min(max([stacked, *sizes], default=0), PIECE)
+    projecting = _PROJECTION * at_once + _STACKED * min(stacked, PIECE) + sum(-(-size // 8) for size in sizes)  # masks
     by_rows = steps_rows(make_optimizer([nn.Parameter(torch.zeros(1, dtype=dtype))]))
     copied = sum(p.numel() for p in parameters if by_rows is None or not by_rows(p))  # while the optimizer steps
     rounding = 2 * copied + _ROUNDING * min(max(p.numel() for p in parameters), PIECE)

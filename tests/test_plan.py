@@ -139,6 +139,14 @@ def test_sharding_divides_all_but_activations_and_one_block() -> None:
     assert sum(more.exact.values()) - sum(planned.exact.values()) == 2 * planned.parameters
 
 
+def test_many_small_tensors_are_worked_on_as_one() -> None:
+    with torch.device("meta"):
+        many, one = nn.ModuleList(nn.Linear(256, 256) for _ in range(32)), nn.ModuleList([nn.Linear(1024, 2048)])
+    several, single = (plan(model, OPTIMIZERS["Adam"]) for model in (many, one))
+    assert several.constrained == single.constrained
+    assert single.transient < several.transient <= 1.5 * single.transient  # they are copied, too
+
+
 def test_a_set_of_units_takes_state_for_their_output_weights_alone() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(SIZES["small"])

@@ -18,7 +18,7 @@ from elsa_lightning.layout.sharded import Part, local
 
 PIECE = 1 << 24  # entries worked on at once: enough to keep a device busy
 PIECE_ON_CPU = 1 << 18  # what its cache holds
-SMALL = 1 << 18  # entries up to which an operation costs its launch, whatever it does
+SMALL = 1 << 20  # entries up to which launching an operation takes longer than copying them into a stack and back
 SMALL_ON_CPU = 1 << 15
 
 HOSTS = {"cpu"}  # kinds of devices on which operations branch, and whose results a host has without waiting
