@@ -2,9 +2,9 @@
 
 Non-negative floats order as their bits do. Counting entries by their highest bits, then, inside the bin that holds
 the k-th largest, by the next ones, finds the threshold exactly in three passes. Where it is near what the last two
-searches foretell, as between updates, two are enough, or, on a CPU, one that keeps what is close. Of many tensors a
-few always have equals at their threshold, and these alone are looked at again. Nothing is kept from pass to pass but,
-on a CPU, entries close to a threshold or equal to it, where they are few. Processes add their counts: what they
+searches foretell, as between updates, two are enough. Of many tensors a few always have equals at their threshold, and
+these alone are looked at again. On a CPU one pass does it all: of each entry a bit says whether it is above all that
+may be the threshold, and those close to it, which are few, are kept. Processes add their counts: what they
 exchange grows with the number of bins, not with the tensors. The result is the same for any sharding by rows and for
 any guess.
 """
@@ -77,22 +77,25 @@ def largest(
             nothing.
         of: What is searched, as a key of ``guesses``.
     """
-
-    def keys() -> Iterator[_Entries]:
-        for s in scores(None):
-            yield s, order_bits(s.score), None
-
     former = None if guesses is None else guesses.get(of)
     guess = None if former is None else (2 * former[0] - former[1]).clamp_min(0)
-    score, places, equals = _kth_largest(keys, pools, kept, add, guess)
+    (score, places, equals), few = _threshold(scores, pools, kept, add, guess)
     if guesses is not None:
         guesses[of] = torch.stack([score, score if former is None else former[0]])
     unclear = equals != places
-    if not bool(unclear.any()):
+
+    def masks(scores: Making) -> Iterator[Tensor]:
+        if bool(unclear.any()):
+            yield from _largest_of_equals(scores, pools, score, places, unclear, add, parts)
+            return
         for s in scores(None):
             yield _at_least(order_bits(s.score), score[pools[s.rows], None])
-        return
-    yield from _largest_of_equals(scores, pools, score, places, unclear, add, parts)
+
+    if few is None:
+        yield from masks(scores)
+    else:
+        for mask, close in zip(masks(lambda _: (of.scores for of in few)), few, strict=True):
+            yield close.whole(mask)  # the masks come first: a process without entries has to get to their end, too
 
 
 def _largest_of_equals(
@@ -160,56 +163,113 @@ def order_bits(key: Tensor) -> Tensor:
     return key.abs().view(torch.int32)
 
 
-def _kth_largest(
-    keys: _Keys, pools: Tensor, k: Tensor, add: Sum, guess: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the k-th largest key of each pool, how many of its equals are among the k, and how many are.
+_Found = tuple[Tensor, Tensor, Tensor]  # the k-th largest key, how many of its equals are among the k, how many are
+
+
+class _Close(NamedTuple):
+    """What a pass on a CPU keeps of a piece: all that the mask depends on where the threshold is close to a guess.
+
+    Attributes:
+        scores: Entries that are close in any of the matrices.
+        among: Which of them are close, ``(matrices, columns)``.
+        columns: Where they lie.
+        above: Packed bits of which entries are above all that are close.
+        shape: Of the piece.
+    """
+
+    scores: Scores
+    among: Tensor
+    columns: numpy.ndarray
+    above: numpy.ndarray
+    shape: torch.Size
+
+    def whole(self, mask: Tensor) -> Tensor:
+        """Return the mask of the piece from that of the entries that were kept."""
+        bits = numpy.unpackbits(self.above, count=self.shape.numel()).reshape(self.shape)
+        bits[:, self.columns] = mask.numpy()
+        return torch.from_numpy(bits).view(torch.bool)
+
+
+def _threshold(
+    scores: Making, pools: Tensor, k: Tensor, add: Sum, guess: Tensor | None
+) -> tuple[_Found, list[_Close] | None]:
+    """Return the k-th largest score of each pool, and what was kept of the entries that the masks depend on, if it was.
 
     Args:
-        keys: Makes the entries, their keys as integers, and which of them take part (None for all).
-        pools: See :func:`largest`.
+        scores: As of :func:`largest`, like ``pools`` and ``add``.
+        pools: Likewise.
         k: Rank in each pool, from 1.
-        add: Sums a tensor over all processes.
-        guess: A key of each pool that may be near.
+        add: Likewise.
+        guess: A score of each pool that may be near.
     """
+
+    def keys() -> Iterator[_Entries]:
+        for s in scores(None):
+            yield s, order_bits(s.score), None
+
     if guess is not None and len(guess) == len(k) <= _MANY:
-        (shift, width), _ = _NEAR
+        few = None
         if on_host(k):
-            found = _among_close(keys, pools, k, add, guess)
+            found, few = _among_close(scores, pools, k, add, guess)
         else:
+            (shift, width), _ = _NEAR
             found = _narrow_down(keys, pools, k, add, _NEAR, (guess >> shift) - (1 << (width - 1)))
         if found is not None:
-            return found
+            return found, few
+    return _kth_largest(keys, pools, k, add), None
+
+
+def _kth_largest(keys: _Keys, pools: Tensor, k: Tensor, add: Sum) -> _Found:
+    """Return the k-th largest key of each pool, from nothing; the arguments are those of :func:`_narrow_down`."""
     found = _narrow_down(keys, pools, k, add, _ROUNDS if len(k) <= _MANY else _NARROW, None)
     assert found is not None
     return found
 
 
 def _among_close(
-    keys: _Keys, pools: Tensor, k: Tensor, add: Sum, guess: Tensor
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return what :func:`_kth_largest` does, from one pass, or None where a k-th largest is not close to its guess.
+    scores: Making, pools: Tensor, k: Tensor, add: Sum, guess: Tensor
+) -> tuple[_Found | None, list[_Close] | None]:
+    """Return what :func:`_threshold` does from one pass; None where a k-th largest is not close to its guess.
 
-    What is above is counted, what is close is kept; the arguments are those of :func:`_kth_largest`.
+    What is kept is None where too many are close, and they are made anew. The arguments are those of
+    :func:`_threshold`.
     """
     rounds = ((_CLOSE - 11, 11), (0, _CLOSE - 11))
     low = ((guess - (1 << (_CLOSE - 1))).clamp_min(0) >> rounds[0][0]) << rounds[0][0]
-    above, counted = torch.zeros_like(k), False
 
-    def close() -> Iterator[_Entries]:
-        for s, bits, _ in keys():
-            mine = pools[s.rows]
-            side = (bits - low[mine, None]).bitwise_right_shift_(_CLOSE)  # 0 is close, what is below is negative
-            inside = side.to(torch.bool).logical_not_()
-            if s.counts and not counted:
-                below = -(side >> 31).sum(dim=1, dtype=torch.int32)
-                among = [int(numpy.count_nonzero(row)) for row in inside.numpy()]  # eight times as fast as torch's sum
-                above.index_add_(0, mine, bits.shape[1] - torch.tensor(among) - below)
-            yield s, bits, inside
+    def sides(s: Scores) -> tuple[Tensor, numpy.ndarray]:
+        """Return the keys, and 0 where they are close, more above and less below."""
+        bits = order_bits(s.score)
+        side = bits.numpy() - low[pools[s.rows], None].numpy()  # all by numpy, which is several times as fast as torch
+        return bits, numpy.right_shift(side, _CLOSE, out=side)
 
-    kept = _kept_if_few(close)
-    counted = True
-    return _narrow_down(kept, pools, k - add(above), add, rounds, low >> rounds[0][0])
+    few: list[_Close] | None = []
+    above, seen, held = torch.zeros_like(k), 0, 0
+    for s in scores(None):
+        bits, side = sides(s)
+        over, close = side > 0, side == 0
+        if s.counts:
+            above.index_add_(0, pools[s.rows], torch.tensor([int(numpy.count_nonzero(row)) for row in over]))
+        if few is None:
+            continue
+        columns = numpy.flatnonzero(close[0] if len(close) == 1 else close.any(axis=0))
+        seen, held = seen + side.size, held + len(side) * len(columns)
+        if held > max(_FEW * seen, _FEW_ENOUGH):
+            few = None
+            continue
+        at = torch.from_numpy(columns)
+        kept = s._replace(score=s.score.index_select(1, at), tiebreak=s.tiebreak.index_select(1, at))
+        among = torch.from_numpy(close[:, columns])
+        few.append(_Close(kept, among, columns.astype(numpy.int32), numpy.packbits(over), bits.shape))
+
+    def keys() -> Iterator[_Entries]:
+        for close in few or ():
+            yield close.scores, order_bits(close.scores.score), close.among
+        for s in scores(None) if few is None else ():
+            bits, side = sides(s)
+            yield s, bits, torch.from_numpy(side == 0)
+
+    return _narrow_down(keys, pools, k - add(above), add, rounds, low >> rounds[0][0]), few
 
 
 def _kept_if_few(entries: Callable[[], Iterator[_Entries]]) -> Callable[[], Iterator[_Entries]]:
@@ -246,14 +306,14 @@ def _at_least(bits: Tensor, threshold: Tensor) -> Tensor:
 
 def _narrow_down(
     keys: _Keys, pools: Tensor, k: Tensor, add: Sum, rounds: tuple[tuple[int, int], ...], first: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return what :func:`_kth_largest` does, or None where a k-th largest is not in the bins of the first round.
+) -> _Found | None:
+    """Return the k-th largest key of each pool, or None where one is not in the bins of the first round.
 
     Args:
-        keys: As there, like ``pools``, ``k`` and ``add``.
-        pools: Likewise.
-        k: Likewise.
-        add: Likewise.
+        keys: Makes the entries, their keys as integers, and which of them take part (None for all).
+        pools: See :func:`largest`.
+        k: Rank in each pool, from 1.
+        add: Sums a tensor over all processes.
         rounds: Lowest bit that counts, and logarithm of the number of bins; each round's are one bin of the last.
         first: The lowest bin of the first round in each pool; None for 0, where there are all.
     """
