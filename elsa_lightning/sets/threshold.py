@@ -1,12 +1,12 @@
 """The exact largest entries of tensors that may be spread over processes.
 
 Non-negative floats order as their bits do. Counting entries by their highest bits, then, inside the bin that holds
-the k-th largest, by the next ones, finds the threshold exactly in three passes. Where it is near what the last two
-searches foretell, as between updates, two are enough. Of many tensors a few always have equals at their threshold, and
-these alone are looked at again. On a CPU one pass does it all: of each entry a bit says whether it is above all that
-may be the threshold, and those close to it, which are few, are kept. Processes add their counts: what they
-exchange grows with the number of bins, not with the tensors. The result is the same for any sharding by rows and for
-any guess.
+the k-th largest, by the next ones, finds the threshold exactly in three passes; two are enough where it is near what
+the last two searches foretell, as between updates. Of many tensors a few always have equals at their threshold, and
+these alone are looked at again. On a CPU the first pass, or the foretold threshold instead, leads to one that does all
+the rest: of each entry a bit says whether it is above all that may be the threshold, and those that may be, which are
+few, are kept. Processes add their counts: what they exchange grows with the number of bins, not with the tensors. The
+result is the same for any sharding by rows and for any guess.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _ROUNDS = ((20, 11), (10, 10), (0, 10))  # lowest bit and number of bits of each
 _MANY = 1024  # pools from which on narrower histograms and a pass more take less memory than these
 _NARROW = ((23, 8), (15, 8), (7, 8), (0, 7))
 _NEAR = ((12, 11), (0, 12))  # around an earlier threshold, from 2/3 to 3/2 of it and beyond
-_CLOSE = 21  # logarithm of the integers around a foretold threshold, from 7/8 to 9/8 of it and beyond
+_CLOSE = 21  # logarithm of the integers around a guess, from 7/8 to 9/8 of it and beyond
+_INSIDE = {False: ((10, 11), (0, 10)), True: ((14, 7), (7, 7), (0, 7))}  # of which the rounds are these; for many pools
+_ABOVE_ALL = 0x7FFFFFFF  # as an integer, of no number that arithmetic makes
 _FEW, _FEW_ENOUGH = 1 / 4, 1 << 16  # of entries that may be kept from a pass
 
 
@@ -118,11 +120,10 @@ def _largest_of_equals(
         for s in scores(matrices):
             yield s, order_bits(s.tiebreak), order_bits(s.score) == score[pools[s.rows], None]
 
-    tied = _kept_if_few(equal_ones)
-    tiebreak, places, _ = _kth_largest(tied, pools, places, add)
+    tiebreak, places, _ = _kth_largest(equal_ones, pools, places, add)
     tiebreak = torch.where(unclear, tiebreak, -1)  # elsewhere all equals stay
     found = torch.zeros(len(pools), parts, dtype=torch.int64, device=pools.device)
-    for s, bits, equal in tied():
+    for s, bits, equal in equal_ones():
         if s.counts and equal is not None:
             found[s.rows, s.order] += (equal & (bits == tiebreak[pools[s.rows], None])).sum(dim=1)
     found = add(found)
@@ -170,24 +171,41 @@ class _Close(NamedTuple):
     """What a pass on a CPU keeps of a piece: all that the mask depends on where the threshold is close to a guess.
 
     Attributes:
-        scores: Entries that are close in any of the matrices.
-        among: Which of them are close, ``(matrices, columns)``.
-        columns: Where they lie.
-        above: Packed bits of which entries are above all that are close.
+        scores: Entries that are close, of each matrix in front and filled up behind with what is above all.
+        among: Which these are, ``(matrices, most of a matrix)``.
+        found: Where they lie in the piece, flattened.
+        above: Packed bits of which entries of the piece are above all that are close.
         shape: Of the piece.
     """
 
     scores: Scores
     among: Tensor
-    columns: numpy.ndarray
+    found: numpy.ndarray
     above: numpy.ndarray
     shape: torch.Size
 
+    @classmethod
+    def of(cls, s: Scores, close: numpy.ndarray, above: numpy.ndarray) -> _Close:
+        """Keep what is close of a piece, given which entries are."""
+        found = numpy.flatnonzero(close)
+        counts = numpy.array([len(found)] if len(close) == 1 else [numpy.count_nonzero(row) for row in close])
+        among = numpy.arange(counts.max(initial=0)) < counts[:, None]
+
+        def taken(t: Tensor) -> Tensor:
+            kept = t.numpy().take(found)[None]
+            if len(among) > 1:
+                kept, few = numpy.full(among.shape, _ABOVE_ALL, dtype=numpy.int32).view(numpy.float32), kept[0]
+                kept[among] = few
+            return torch.from_numpy(kept)
+
+        kept = s._replace(score=taken(s.score), tiebreak=taken(s.tiebreak))
+        return cls(kept, torch.from_numpy(among), found.astype(numpy.int32), numpy.packbits(above), s.score.shape)
+
     def whole(self, mask: Tensor) -> Tensor:
         """Return the mask of the piece from that of the entries that were kept."""
-        bits = numpy.unpackbits(self.above, count=self.shape.numel()).reshape(self.shape)
-        bits[:, self.columns] = mask.numpy()
-        return torch.from_numpy(bits).view(torch.bool)
+        bits = numpy.unpackbits(self.above, count=self.shape.numel())
+        bits[self.found] = mask.numpy()[0] if len(mask) == 1 else mask.numpy()[self.among.numpy()]
+        return torch.from_numpy(bits).view(torch.bool).view(self.shape)
 
 
 def _threshold(
@@ -207,16 +225,23 @@ def _threshold(
         for s in scores(None):
             yield s, order_bits(s.score), None
 
-    if guess is not None and len(guess) == len(k) <= _MANY:
-        few = None
-        if on_host(k):
-            found, few = _among_close(scores, pools, k, add, guess)
-        else:
+    guess = guess if guess is not None and len(guess) == len(k) else None
+    if not on_host(k):
+        found = None
+        if guess is not None and len(k) <= _MANY:
             (shift, width), _ = _NEAR
             found = _narrow_down(keys, pools, k, add, _NEAR, (guess >> shift) - (1 << (width - 1)))
+        return _kth_largest(keys, pools, k, add) if found is None else found, None
+    if guess is not None:
+        found, few = _among_close(scores, pools, k, add, guess)
         if found is not None:
             return found, few
-    return _kth_largest(keys, pools, k, add), None
+    first = _ROUNDS[:1] if len(k) <= _MANY else _NARROW[:2]
+    around = _narrow_down(keys, pools, k, add, first, None)
+    assert around is not None
+    found, few = _among_close(scores, pools, k, add, around[0] + (1 << (first[-1][0] - 1)))
+    assert found is not None
+    return found, few
 
 
 def _kth_largest(keys: _Keys, pools: Tensor, k: Tensor, add: Sum) -> _Found:
@@ -234,67 +259,37 @@ def _among_close(
     What is kept is None where too many are close, and they are made anew. The arguments are those of
     :func:`_threshold`.
     """
-    rounds = ((_CLOSE - 11, 11), (0, _CLOSE - 11))
+    rounds = _INSIDE[len(k) > _MANY]
     low = ((guess - (1 << (_CLOSE - 1))).clamp_min(0) >> rounds[0][0]) << rounds[0][0]
 
-    def sides(s: Scores) -> tuple[Tensor, numpy.ndarray]:
-        """Return the keys, and 0 where they are close, more above and less below."""
-        bits = order_bits(s.score)
-        side = bits.numpy() - low[pools[s.rows], None].numpy()  # all by numpy, which is several times as fast as torch
-        return bits, numpy.right_shift(side, _CLOSE, out=side)
+    def sides(s: Scores) -> numpy.ndarray:
+        """Return 0 where a key is close, more above and less below: all by numpy, several times as fast as torch."""
+        side: numpy.ndarray = order_bits(s.score).numpy()
+        side -= low[pools[s.rows], None].numpy()
+        side >>= _CLOSE
+        return side
 
-    few: list[_Close] | None = []
+    few: list[_Close] | None = []  # None once they were too many, for good
     above, seen, held = torch.zeros_like(k), 0, 0
     for s in scores(None):
-        bits, side = sides(s)
+        side = sides(s)
         over, close = side > 0, side == 0
         if s.counts:
             above.index_add_(0, pools[s.rows], torch.tensor([int(numpy.count_nonzero(row)) for row in over]))
         if few is None:
             continue
-        columns = numpy.flatnonzero(close[0] if len(close) == 1 else close.any(axis=0))
-        seen, held = seen + side.size, held + len(side) * len(columns)
+        few.append(_Close.of(s, close, over))
+        seen, held = seen + side.size, held + few[-1].among.numel()
         if held > max(_FEW * seen, _FEW_ENOUGH):
             few = None
-            continue
-        at = torch.from_numpy(columns)
-        kept = s._replace(score=s.score.index_select(1, at), tiebreak=s.tiebreak.index_select(1, at))
-        among = torch.from_numpy(close[:, columns])
-        few.append(_Close(kept, among, columns.astype(numpy.int32), numpy.packbits(over), bits.shape))
 
     def keys() -> Iterator[_Entries]:
         for close in few or ():
             yield close.scores, order_bits(close.scores.score), close.among
         for s in scores(None) if few is None else ():
-            bits, side = sides(s)
-            yield s, bits, torch.from_numpy(side == 0)
+            yield s, order_bits(s.score), torch.from_numpy(sides(s) == 0)
 
     return _narrow_down(keys, pools, k - add(above), add, rounds, low >> rounds[0][0]), few
-
-
-def _kept_if_few(entries: Callable[[], Iterator[_Entries]]) -> Callable[[], Iterator[_Entries]]:
-    """Go over entries, and return what gives those that take part once more: from memory if they are few, else anew.
-
-    Not on a GPU: to take entries out its host would wait for it at every piece.
-    """
-    few: list[_Entries] | None = []  # None once they were too many, for good
-    seen = held = 0
-    for s, bits, among in entries():
-        if among is None or not on_host(bits):
-            return entries
-        if few is None:
-            continue
-        chosen = among[0] if len(among) == 1 else among.any(dim=0)
-        columns = torch.from_numpy(numpy.flatnonzero(chosen.numpy()))  # torch's nonzero takes four times as long
-        some = bits[:, columns]
-        few.append((s._replace(score=some, tiebreak=some), some, among[:, columns]))
-        seen, held = seen + bits.numel(), held + some.numel()
-        if held > max(_FEW * seen, _FEW_ENOUGH):
-            few = None
-    if few is None:
-        return entries
-    kept = few
-    return lambda: ((s, bits.clone(), among) for s, bits, among in kept)  # who counts them uses them up
 
 
 def _at_least(bits: Tensor, threshold: Tensor) -> Tensor:
@@ -308,6 +303,8 @@ def _narrow_down(
     keys: _Keys, pools: Tensor, k: Tensor, add: Sum, rounds: tuple[tuple[int, int], ...], first: Tensor | None
 ) -> _Found | None:
     """Return the k-th largest key of each pool, or None where one is not in the bins of the first round.
+
+    Where the last round does not go to the lowest bit it is the least key of the bin that the k-th largest is in.
 
     Args:
         keys: Makes the entries, their keys as integers, and which of them take part (None for all).
@@ -332,7 +329,8 @@ def _narrow_down(
         equals = counts.gather(1, (1 << width) - place).squeeze(1)
         places = k - from_top.gather(1, place).squeeze(1) + equals
         at = ((1 << width) - place).squeeze(1) if base is None else base + ((1 << width) - place).squeeze(1)
-        base = at.to(torch.int32) if shift == 0 else (at << (shift - rounds[index + 1][0])).to(torch.int32)
+        after = rounds[index + 1][0] if index + 1 < len(rounds) else 0
+        base = (at << (shift - after) if shift > after else at).to(torch.int32)
     assert base is not None
     return base, places, equals
 
