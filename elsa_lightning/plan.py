@@ -99,7 +99,7 @@ def plan(
     ignore: Sequence[str] = (),
     constraint: Constraint | None = None,
     state_dtype: StateDtype | None = "float32",
-    teacher: bool = False,
+    teacher: bool | nn.Module = False,
     tokens: int = 0,
     checkpointing: bool = False,
 ) -> Plan:
@@ -114,7 +114,7 @@ def plan(
         ignore: Likewise.
         constraint: The set, which may constrain fewer of them; None plans for all that are selected.
         state_dtype: Of Elsa's state; None plans without Elsa.
-        teacher: Whether a bfloat16 copy of the dense model is kept for distillation.
+        teacher: Whether a bfloat16 copy of the dense model is kept for distillation, or which other model is.
         tokens: Tokens a batch on a device.
         checkpointing: Whether activations are recomputed.
     """
@@ -156,7 +156,9 @@ def plan(
         exact[f"Elsa's state ({state_dtype}, mask)"] = sum(
             elsa_bytes(matrix_shape(p, p.shape), state_dtype) for p in chosen
         )
-    if teacher:
+    if isinstance(teacher, nn.Module):
+        exact["teacher (bfloat16)"] = 2 * sum(p.numel() for p in teacher.parameters())
+    elif teacher:
         exact["dense model (bfloat16)"] = 2 * total
     sizes = [p.numel() for p in chosen]
     stacked = sum(size for size in sizes if size <= SMALL)  # small tensors are worked on together, as one
@@ -171,7 +173,7 @@ def plan(
         exact=exact,
         largest_block=_largest_block(model) * 2 * width,
         transient=max(rounding * (dtype == torch.bfloat16), projecting) + 2 * total * autocast,
-        activations=_activations(model, tokens, 2 if autocast else width, checkpointing, teacher),
+        activations=_activations(model, tokens, 2 if autocast else width, checkpointing, bool(teacher)),
         warning=None if selection is None else selection.warning(),
     )
 

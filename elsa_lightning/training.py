@@ -85,7 +85,7 @@ class ElsaTrainer(Trainer):
             ignore=elsa.ignore if elsa else (),
             constraint=elsa.constraint if elsa else None,
             state_dtype=elsa.state_dtype if elsa else None,
-            teacher=model.distils,
+            teacher=model.on_meta(model.teacher) if model.teacher is not None else model.distils,
             tokens=tokens,
             checkpointing=model.gradient_checkpointing,
         )

@@ -137,6 +137,8 @@ def test_sharding_divides_all_but_activations_and_one_block() -> None:
     assert 0 < less.activations < planned.activations
     more = plan(model, OPTIMIZERS["Adam"], teacher=True)
     assert sum(more.exact.values()) - sum(planned.exact.values()) == 2 * planned.parameters
+    larger = plan(model, OPTIMIZERS["Adam"], teacher=nn.Linear(1000, 1000, bias=False))
+    assert sum(larger.exact.values()) - sum(planned.exact.values()) == 2_000_000
 
 
 def test_many_small_tensors_are_worked_on_as_one() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -75,11 +76,13 @@ class CausalLM(LightningModule):
         distillation: Weight, from 0 to 1, of the dense model's next-token distribution in the training target,
             beside the text's own next token. The dense model is held in bfloat16 (2 bytes a parameter) on each
             device and costs one more forward pass a step.
+        teacher: Name or folder of the model that distillation learns from, where it is not this one as it was before
+            the first step: the dense model that a sparse one was made of, or a larger one of the same vocabulary.
         feature_distillation: Weight of the distance of the blocks' outputs from the dense model's
             (``feature_distance``), added to the loss. Keeps what its blocks give, tokens × width × blocks in bfloat16.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         attn_implementation: As in ``from_pretrained``; None lets transformers choose.
-        revision: Branch, tag or commit on the hub.
+        revision: Branch, tag or commit on the hub, of ``name``.
         trust_remote_code: Run model code that comes from the hub. Only for sources you trust.
     """
 
@@ -93,6 +96,7 @@ class CausalLM(LightningModule):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         distillation: float = 0.0,
         feature_distillation: float = 0.0,
+        teacher: str | None = None,
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         revision: str | None = None,
@@ -107,11 +111,16 @@ class CausalLM(LightningModule):
             raise UserError(f"distillation is a weight from 0 to 1, got {distillation}")
         if not 0 <= feature_distillation < float("inf"):
             raise UserError(f"feature_distillation is a weight of 0 or more, got {feature_distillation}")
-        if (distillation > 0 or feature_distillation > 0) and not pretrained:
+        distils = distillation > 0 or feature_distillation > 0
+        if distils and not pretrained and teacher is None:
             raise UserError(
-                "distillation needs a trained model to learn from: set pretrained, or distillation=0 and "
+                "distillation needs a trained model to learn from: set pretrained or teacher, or distillation=0 and "
                 "feature_distillation=0"
             )
+        if teacher is not None and not distils:
+            raise UserError(f"nothing is learnt from teacher={teacher!r}: set distillation=1.0, or leave teacher out")
+        if teacher is not None:
+            model_path(teacher)  # refuses a folder that is not there
         self.save_hyperparameters(ignore=["optimizer"])
         self.name = name
         self.path = model_path(name)
@@ -122,6 +131,7 @@ class CausalLM(LightningModule):
         self.dtype_name = dtype
         self.distillation = distillation
         self.feature_distillation = feature_distillation
+        self.teacher = teacher
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
         self.revision = revision
@@ -144,6 +154,8 @@ class CausalLM(LightningModule):
         self.model = self._load(self.dtype_name)
         assert self.model is not None
         check_tokens(self.model.config, None if self._trainer is None else self.trainer, self.name)
+        if self.teacher is not None:
+            self._check_teacher(self._config(self.teacher))
         self.model.train()
         if isinstance(strategy := self._strategy(), FSDPStrategy):
             strategy.kwargs.setdefault("auto_wrap_policy", block_policy(self.model))
@@ -153,52 +165,83 @@ class CausalLM(LightningModule):
     def _strategy(self) -> Strategy | None:
         return None if self._trainer is None else self.trainer.strategy
 
-    def _load(self, dtype: str) -> Any:
-        """Return the model with its weights, sharded where the strategy has a mesh of devices (FSDP2)."""
-        mesh = self.device_mesh
+    def _load(self, dtype: str, name: str | None = None) -> Any:
+        """Return the model, or the teacher of this name, sharded where the strategy has a mesh of devices (FSDP2)."""
+        mesh, pretrained = self.device_mesh, self.pretrained or name is not None
         if mesh is None:
-            return self._build(dtype, self.pretrained)
+            return self._build(dtype, pretrained, name)
         if mesh["tensor_parallel"].size() > 1:
             raise UserError(
                 f"CausalLM shards its model over the data-parallel dimension alone, and tensor_parallel_size is "
                 f"{mesh['tensor_parallel'].size()}: set tensor_parallel_size: 1"
             )
         device = self.trainer.strategy.root_device
-        model = build_sharded(lambda: self._build(dtype, pretrained=False), mesh["data_parallel"], device)
-        fill(model, self.path if self.pretrained else "", self.revision, lambda: self._build(dtype, self.pretrained))
+        model = build_sharded(lambda: self._build(dtype, False, name), mesh["data_parallel"], device)
+        path, revision = self._source(name)
+        fill(model, path if pretrained else "", revision, lambda: self._build(dtype, pretrained, name))
         return model
 
-    def _build(self, dtype: str, pretrained: bool) -> Any:
+    def _source(self, name: str | None) -> tuple[str, str | None]:
+        """Return path and revision of the model, or path of the teacher."""
+        return (self.path, self.revision) if name is None else (model_path(name), None)
+
+    def _config(self, name: str | None = None) -> Any:
+        path, revision = self._source(name)
+        with self._found(name):
+            return decoder_config(path, name or self.name, revision=revision, trust_remote_code=self.trust_remote_code)
+
+    def _build(self, dtype: str, pretrained: bool, name: str | None = None) -> Any:
         from transformers import AutoModelForCausalLM
 
-        source = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+        config, (path, revision) = self._config(name), self._source(name)
+        if name is None:
+            self.given_dtype = config.dtype
+        options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": self.trust_remote_code}
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
-        try:
-            config = decoder_config(self.path, self.name, **source)
-            self.given_dtype = config.dtype
+        build: Any = AutoModelForCausalLM.from_config
+        with self._found(name):
             if pretrained:
-                return AutoModelForCausalLM.from_pretrained(self.path, **source, **options)
-            build: Any = AutoModelForCausalLM.from_config
-            return build(config, trust_remote_code=self.trust_remote_code, **options)
+                return AutoModelForCausalLM.from_pretrained(path, revision=revision, **options)
+            return build(config, **options)
+
+    @contextmanager
+    def _found(self, name: str | None) -> Iterator[None]:
+        """Say what to do about a model that is not there."""
+        what, option = ("model", "model.name") if name is None else ("teacher", "model.teacher")
+        try:
+            yield
         except OSError as error:
             raise UnavailableError(
-                f"model {self.name!r} could not be loaded: {error}\nWithout a network give the path of a folder "
-                f"that save_pretrained wrote, or --model.name {EMBEDDED_MODEL}, the model that comes with the package."
+                f"{what} {name or self.name!r} could not be loaded: {error}\nWithout a network give the path of a "
+                f"folder that save_pretrained wrote, or --{option} {EMBEDDED_MODEL}, the model that comes with the "
+                f"package."
             ) from error
 
-    def on_meta(self) -> Any:
-        """Return the model without memory for its weights: only its configuration is read."""
+    def _check_teacher(self, config: Any) -> None:
+        """Raise UserError unless the model can learn from a teacher of this configuration."""
+        assert self.model is not None
+        names = ["vocab_size", *(["num_hidden_layers", "hidden_size"] if self.feature_distillation > 0 else [])]
+        both = [[getattr(of, name, None) for name in names] for of in (self.model.config, config)]
+        for what, own, other in zip(names, *both, strict=True):
+            if own != other:
+                raise UserError(
+                    f"distillation compares {'tokens' if what == 'vocab_size' else 'blocks'} one by one, and {what} is "
+                    f"{own} of {self.name!r} and {other} of teacher {self.teacher!r}: "
+                    + ("give one with the same tokenizer" if what == "vocab_size" else "set feature_distillation=0")
+                )
+
+    def on_meta(self, name: str | None = None) -> Any:
+        """Return the model, or its teacher, without memory for its weights: only its configuration is read."""
         with torch.device("meta"):
-            return self._build(self.dtype_name, pretrained=False)
+            return self._build(self.dtype_name, False, name)
 
     def on_fit_start(self) -> None:
         """Load the dense model that distillation learns from; with ``max_steps=0`` prune at once instead."""
         if self._trainer is not None and trains_nothing(self._trainer):
             self._prune_at_once()
         elif self.distils:
-            teacher = self._load("bfloat16").eval().requires_grad_(False)
+            teacher = self._load("bfloat16", self.teacher).eval().requires_grad_(False)
             teacher = teacher if self.device_mesh is not None else teacher.to(self.device)
             self._distillation = Distillation(teacher, self.distillation, self.feature_distillation)
 
@@ -317,11 +360,11 @@ class CausalLM(LightningModule):
         """Measure the dense model, unless a checkpoint brought its perplexity along."""
         if self.pretrained and self.dense_perplexity is None and self.global_step == 0:
             self.dense_perplexity, self._start = self._measure("dense perplexity"), self._zeros()
-            if self._start.sparse and self.distils:
+            if self._start.sparse and self.distils and self.teacher is None:
                 rank_zero_warn(
                     f"{self._start.shares()[0]} of the constrained weights are zero before the first step, and "
-                    f"distillation learns from this start and not from a dense model: set distillation to 0, or begin "
-                    f"with the dense model (model.name)"
+                    f"distillation learns from this start and not from a dense model: give that as model.teacher, or "
+                    f"set distillation to 0"
                 )
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):  # in one chart

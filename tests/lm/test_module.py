@@ -1,6 +1,7 @@
 """CausalLM: the true objective, the schedule, the perplexities, and every family of models."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch.nn.functional as F
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
+from elsa_lightning.errors import UserError
+from elsa_lightning.selection import select
 
 
 def trainer(**options: Any) -> Trainer:
@@ -78,11 +81,60 @@ def test_distillation_mixes_the_dense_models_distribution_into_the_target(
         ({"feature_distillation": -1.0}, "a weight of 0 or more, got -1.0"),
         ({"distillation": 0.5, "pretrained": False}, "needs a trained model"),
         ({"feature_distillation": 0.5, "pretrained": False}, "needs a trained model"),
+        ({"teacher": "folder"}, "nothing is learnt from teacher='folder': set distillation=1.0"),
     ],
 )
 def test_distillation_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CausalLM(**options)
+
+
+def test_a_sparse_model_learns_from_the_dense_one(tiny_llama: str, data: CalibrationData, tmp_path: Path) -> None:
+    sparse = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    for p in select(sparse).parameters.values():
+        p.data[:, ::2] = 0
+    sparse.save_pretrained(tmp_path / "sparse")
+    seen = []
+
+    class Watched(CausalLM):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = super().training_step(batch, batch_idx)
+            with torch.no_grad():
+                seen.append((batch, self(batch)[0].logits[:, :-1].log_softmax(-1), loss.detach()))
+            return loss
+
+    module = Watched(str(tmp_path / "sparse"), distillation=1.0, teacher=tiny_llama)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*learns from this start")
+        trainer(max_steps=2, callbacks=[ElsaCallback(0.75)]).fit(module, data)
+    dense = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).eval()
+    for batch, logits, loss in seen:
+        wanted = dense(batch).logits[:, :-1].float().softmax(-1)
+        torch.testing.assert_close(loss, -(wanted * logits).sum(-1).mean())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "message"),
+    [
+        ({"vocab_size": 99}, {}, "vocab_size is 2048 of .* and 99 of teacher .* the same tokenizer"),
+        (
+            {"num_hidden_layers": 3},
+            {"feature_distillation": 1.0},
+            "num_hidden_layers is 2 of .* feature_distillation=0",
+        ),
+        (None, {}, "is a path that does not exist"),
+    ],
+)
+def test_a_teacher_that_cannot_teach_is_refused_before_it_is_loaded(
+    sizes: dict[str, int] | None, options: dict[str, Any], message: str, tiny_llama: str, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    if sizes is not None:
+        config = AutoConfig.from_pretrained(tiny_llama)
+        config.update(sizes)
+        config.save_pretrained(teacher)  # there are no weights
+    with pytest.raises(UserError, match=message):
+        loaded(tiny_llama, distillation=1.0, teacher=str(teacher), **options)
 
 
 def test_checkpointed_gradients_are_the_gradients(tiny_llama: str) -> None:
