@@ -34,10 +34,11 @@ from models import CONFIGS, SECOND, made_model
 from peers import GradualPruning, MaskedFineTuning, SmallDense, magnitude, parameters, sparsegpt, take_zeros, wanda
 from results import Results, quiet_trainer
 
-from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
+from elsa_lightning import CalibrationData, CausalLM, ElsaCallback, Unstructured
 from elsa_lightning.layout.lowbit import StateDtype
 from elsa_lightning.lm import EMBEDDED_MODEL
 from elsa_lightning.selection import count_zeros
+from elsa_lightning.sets.unstructured import AT_ONCE
 
 ONE_SHOT = {"magnitude": magnitude, "wanda": wanda, "sparsegpt": sparsegpt}
 LOW: dict[str, StateDtype] = {"elsa-l-bf16": "bfloat16", "elsa-l-fp8": "float8_e4m3fn"}  # bf16 weights, Adam8bit
@@ -47,9 +48,10 @@ PEERS = (
 )  # fmt: skip
 ELSEWHERE = {"wanda-llmc": "wanda", "sparsegpt-llmc": "sparsegpt"}  # llm-compressor's own
 SMALL = "dense-small"
+ONWARD = ("sparsegpt+elsa", "sparsegpt+gradual")  # from the 70 % that SparseGPT cuts on
 AGAIN = {"elsa-again": "elsa", "gradual-again": "gradual"}  # the dense model trained anew, on the mask found
 FORMS = {"elsa-feedback": "feedback", "elsa-decoupled": "decoupled"}  # at their own penalty
-TRAINED = (*PEERS, SMALL, "elsa-coupled", *FORMS, "elsa", *LOW, *AGAIN)
+TRAINED = (*PEERS, SMALL, "elsa-coupled", *FORMS, "elsa", *LOW, *AGAIN, *ONWARD, "elsa-global")
 RATES = {0.6: (2.5e-4, 5e-4, 1e-3, 2e-3), 0.9: (1e-3, 2e-3, 4e-3, 8e-3)}  # tried at this sparsity
 BEYOND = 2  # further rates, while the best one is the first or the last
 SETTINGS = {  # every rate is tried with the first, then the best rate with the others, and the best of these again
@@ -59,6 +61,7 @@ SETTINGS = {  # every rate is tried with the first, then the best rate with the 
     "gradual": ("ramp from", (0.0, 0.7)),
     "gradual-global": ("ramp from", (0.0, 0.7)),
     "gradual-again": ("ramp from", (0.0, 0.7)),
+    "sparsegpt+gradual": ("ramp from", (AT_ONCE,)),
     SMALL: ("warm-up", (0.1, 0.0)),
 }
 CALIBRATION = 16  # batches that one-shot methods look at, the first ones of training
@@ -123,13 +126,14 @@ class Arena:
         module.configure_model()
         before = _memory(reset=True)
         start, tokens = time.perf_counter(), 0
-        first = case.method.removesuffix("+ft")
+        first = case.method.partition("+")[0]
         if first in ONE_SHOT or first in ELSEWHERE:
             prune = ONE_SHOT[first] if first in ONE_SHOT else pruner(self.arguments.llm_compressor, ELSEWHERE[first])
             data.prepare_data()
             data.setup("fit")
             batches = iter(data.train_dataloader())
-            prune(module, case.sparsity, [next(batches) for _ in range(CALIBRATION)])
+            at_first = min(case.sparsity, AT_ONCE) if case.method in ONWARD else case.sparsity
+            prune(module, at_first, [next(batches) for _ in range(CALIBRATION)])
             tokens = CALIBRATION * case.seq_len * case.batch_size * (first != "magnitude")
         if case.method in AGAIN:
             searched = CausalLM(model, **options)
@@ -158,15 +162,18 @@ class Arena:
         return case.steps * case.seq_len * case.batch_size
 
     def _callback(self, case: Case) -> Callback | None:
-        if case.method.endswith("+ft") or case.method in AGAIN:
+        method = case.method.rpartition("+")[2]
+        if method == "ft" or method in AGAIN:
             return MaskedFineTuning()
-        if case.method == "gradual-fisher":
+        if method == "gradual-fisher":
             return GradualPruning(case.sparsity, power=1.0)
-        if case.method.startswith("gradual"):
-            scope: Any = "model" if case.method == "gradual-global" else "tensor"
+        if method.startswith("gradual"):
+            scope: Any = "model" if method == "gradual-global" else "tensor"
             return GradualPruning(case.sparsity, scope, start=case.setting or 0.0)
-        if case.method == "elsa":
+        if method == "elsa":
             return ElsaCallback(case.sparsity)
+        if method == "elsa-global":
+            return ElsaCallback(constraint=Unstructured(case.sparsity, scope="model"))
         if case.method in LOW:
             return ElsaCallback(case.sparsity, state_dtype=LOW[case.method])
         if case.method in FORMS:
@@ -361,7 +368,7 @@ def main() -> None:
     add("--eval-text", help="text that perplexity is measured on, as --data.eval_name (default: held out of --text)")
     add("--eval-batch-size", type=int, default=16, help="(default: %(default)s)")
     add("--precision", default="32-true", help="of training, but of elsa-l's (default: %(default)s)")
-    add("--methods", nargs="+", default=[*ONE_SHOT, *PEERS, "elsa"], choices=ALL, help="(default: all but elsa-l)")
+    add("--methods", nargs="+", default=[*ONE_SHOT, *PEERS, "elsa"], choices=ALL, help="(default: the peers and elsa)")
     add("--sparsities", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8, 0.9, 0.95], help="(default: %(default)s)")
     add("--seeds", type=int, default=3, help="seeds 0, 1, ... of data order (default: %(default)s)")
     add("--steps", type=int, default=200, help="optimizer steps of trained methods (default: %(default)s)")
