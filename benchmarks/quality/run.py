@@ -61,7 +61,7 @@ SETTINGS = {  # every rate is tried with the first, then the best rate with the 
     "gradual": ("ramp from", (0.0, 0.7)),
     "gradual-global": ("ramp from", (0.0, 0.7)),
     "gradual-again": ("ramp from", (0.0, 0.7)),
-    "sparsegpt+gradual": ("ramp from", (AT_ONCE,)),
+    "sparsegpt+gradual": ("ramp from", (AT_ONCE, 0.0)),
     SMALL: ("warm-up", (0.1, 0.0)),
 }
 CALIBRATION = 16  # batches that one-shot methods look at, the first ones of training
