@@ -119,8 +119,6 @@ class CausalLM(LightningModule):
             )
         if teacher is not None and not distils:
             raise UserError(f"nothing is learnt from teacher={teacher!r}: set distillation=1.0, or leave teacher out")
-        if teacher is not None:
-            model_path(teacher)  # refuses a folder that is not there
         self.save_hyperparameters(ignore=["optimizer"])
         self.name = name
         self.path = model_path(name)
@@ -147,6 +145,11 @@ class CausalLM(LightningModule):
         self._table: str | None = None
         self.register_load_state_dict_pre_hook(match_names)  # type: ignore[no-untyped-call]
 
+    def setup(self, stage: str) -> None:
+        """Refuse a teacher that cannot teach, before anything is loaded; only training needs it."""
+        if stage == "fit" and self.teacher is not None:
+            self._check_teacher(self._config(), self._config(self.teacher))
+
     def configure_model(self) -> None:
         """Load the model; Lightning calls this once the strategy and precision are known."""
         if self.model is not None:
@@ -154,8 +157,6 @@ class CausalLM(LightningModule):
         self.model = self._load(self.dtype_name)
         assert self.model is not None
         check_tokens(self.model.config, None if self._trainer is None else self.trainer, self.name)
-        if self.teacher is not None:
-            self._check_teacher(self._config(self.teacher))
         self.model.train()
         if isinstance(strategy := self._strategy(), FSDPStrategy):
             strategy.kwargs.setdefault("auto_wrap_policy", block_policy(self.model))
@@ -218,16 +219,14 @@ class CausalLM(LightningModule):
                 f"package."
             ) from error
 
-    def _check_teacher(self, config: Any) -> None:
-        """Raise UserError unless the model can learn from a teacher of this configuration."""
-        assert self.model is not None
+    def _check_teacher(self, own: Any, other: Any) -> None:
+        """Raise UserError unless a model of the one configuration can learn from a teacher of the other."""
         names = ["vocab_size", *(["num_hidden_layers", "hidden_size"] if self.feature_distillation > 0 else [])]
-        both = [[getattr(of, name, None) for name in names] for of in (self.model.config, config)]
-        for what, own, other in zip(names, *both, strict=True):
-            if own != other:
+        for what in names:
+            if (mine := getattr(own, what, None)) != (its := getattr(other, what, None)):
                 raise UserError(
                     f"distillation compares {'tokens' if what == 'vocab_size' else 'blocks'} one by one, and {what} is "
-                    f"{own} of {self.name!r} and {other} of teacher {self.teacher!r}: "
+                    f"{mine} of {self.name!r} and {its} of teacher {self.teacher!r}: "
                     + ("give one with the same tokenizer" if what == "vocab_size" else "set feature_distillation=0")
                 )
 

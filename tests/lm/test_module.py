@@ -126,15 +126,18 @@ def test_a_sparse_model_learns_from_the_dense_one(tiny_llama: str, data: Calibra
     ],
 )
 def test_a_teacher_that_cannot_teach_is_refused_before_it_is_loaded(
-    sizes: dict[str, int] | None, options: dict[str, Any], message: str, tiny_llama: str, tmp_path: Path
-) -> None:
+    sizes: dict[str, int] | None, options: dict[str, Any], message: str, tiny_llama: str,
+    data: CalibrationData, tmp_path: Path,
+) -> None:  # fmt: skip
     teacher = tmp_path / "teacher"
     if sizes is not None:
         config = AutoConfig.from_pretrained(tiny_llama)
         config.update(sizes)
         config.save_pretrained(teacher)  # there are no weights
+    module = CausalLM(tiny_llama, distillation=1.0, teacher=str(teacher), **options)
+    module.setup("test")  # only training needs it
     with pytest.raises(UserError, match=message):
-        loaded(tiny_llama, distillation=1.0, teacher=str(teacher), **options)
+        trainer(max_steps=1).fit(module, data)
 
 
 def test_checkpointed_gradients_are_the_gradients(tiny_llama: str) -> None:
