@@ -57,10 +57,9 @@ def measure(size: str, mode: str, steps: int, batch_size: int, seq_len: int) -> 
     def make(parameters: Any) -> torch.optim.Optimizer:
         if optimizer_name == "Adam":
             return torch.optim.Adam(parameters, lr=1e-4)
-        import bitsandbytes
+        from elsa_lightning.optim.adam8bit import Adam8bit  # Adam is measured without bitsandbytes, too
 
-        optimizer: torch.optim.Optimizer = bitsandbytes.optim.Adam8bit(parameters, lr=1e-4)
-        return optimizer
+        return Adam8bit(parameters, lr=1e-4)
 
     config = LlamaConfig(vocab_size=8192, **SIZES[size])
     build: Any = AutoModelForCausalLM.from_config
