@@ -29,7 +29,8 @@ _MANY = 1024  # pools from which on narrower histograms and a pass more take les
 _NARROW = ((23, 8), (15, 8), (7, 8), (0, 7))
 _NEAR = ((12, 11), (0, 12))  # around an earlier threshold, from 2/3 to 3/2 of it and beyond
 _CLOSE = 21  # logarithm of the integers around a guess, from 7/8 to 9/8 of it and beyond
-_INSIDE = {False: ((10, 11), (0, 10)), True: ((14, 7), (7, 7), (0, 7))}  # of which the rounds are these; for many pools
+_INSIDE = ((10, 11), (0, 10))  # of which these are the rounds
+_INSIDE_NARROW = ((14, 7), (7, 7), (0, 7))
 _ABOVE_ALL = 0x7FFFFFFF  # as an integer, of no number that arithmetic makes
 _FEW, _FEW_ENOUGH = 1 / 4, 1 << 16  # of entries that may be kept from a pass
 
@@ -259,7 +260,7 @@ def _among_close(
     What is kept is None where too many are close, and they are made anew. The arguments are those of
     :func:`_threshold`.
     """
-    rounds = _INSIDE[len(k) > _MANY]
+    rounds = _INSIDE if len(k) <= _MANY else _INSIDE_NARROW
     low = ((guess - (1 << (_CLOSE - 1))).clamp_min(0) >> rounds[0][0]) << rounds[0][0]
 
     def sides(s: Scores) -> numpy.ndarray:

@@ -169,6 +169,20 @@ def test_equals_in_one_matrix_do_not_have_the_others_looked_at_again(on_a_gpu: b
         assert made == [9, 5, 5, 5, 5]
 
 
+@pytest.mark.parametrize("on_a_gpu", [False, True])
+def test_thousands_of_pools_have_their_own_thresholds(on_a_gpu: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randn(1500, 40, generator=generator) * 10.0 ** torch.randint(-9, 9, (1500, 1), generator=generator)
+    kept = torch.randint(1, 41, (1500,), generator=generator)
+    places = score.abs().argsort(dim=1, descending=True).argsort(dim=1)
+    guesses: dict[Hashable, Tensor] = {}
+    with as_on_a_gpu() if on_a_gpu else nullcontext():
+        for _ in range(2):
+            pieces = [Scores(score[a:b], score[a:b], a) for a, b in ((0, 700), (700, 1500))]
+            masks = largest(lambda _, pieces=pieces: pieces, torch.arange(1500), kept, guesses=guesses)  # type: ignore[misc]
+            assert torch.equal(torch.cat(list(masks)), places < kept[:, None])
+
+
 def test_equals_that_are_many_at_first_and_few_of_all_are_not_forgotten() -> None:
     score = torch.rand(8, 1 << 18, generator=torch.Generator().manual_seed(0))
     score[0] = 2.0
