@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from elsa_lightning.distillation import LOGITS_AT_ONCE
 from elsa_lightning.layout.kernels import matrix_shape
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype
-from elsa_lightning.layout.rows import PIECE, SMALL
+from elsa_lightning.layout.rows import PIECE, SMALL, STACK
 from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.optim.rounding import steps_rows
 from elsa_lightning.selection import ALL_LINEAR, select
@@ -161,9 +161,9 @@ def plan(
     elif teacher:
         exact["dense model (bfloat16)"] = 2 * total
     sizes = [p.numel() for p in chosen]
-    stacked = sum(size for size in sizes if size <= SMALL)  # small tensors are worked on together, as one
+    stacked = min(STACK, sum(size for size in sizes if size <= SMALL))  # small tensors are worked on together, as one
     at_once = min(max([stacked, *sizes], default=0), PIECE)
-    projecting = _PROJECTION * at_once + _STACKED * min(stacked, PIECE) + sum(-(-size // 8) for size in sizes)  # masks
+    projecting = _PROJECTION * at_once + _STACKED * stacked + sum(-(-size // 8) for size in sizes)  # masks
     by_rows = steps_rows(make_optimizer([nn.Parameter(torch.zeros(1, dtype=dtype))]))
     copied = sum(p.numel() for p in parameters if by_rows is None or not by_rows(p))  # while the optimizer steps
     rounding = 2 * copied + _ROUNDING * min(max(p.numel() for p in parameters), PIECE)

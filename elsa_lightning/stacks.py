@@ -1,7 +1,7 @@
 """Small constrained tensors of one shape worked on together, as the matrices of one stack.
 
 An operation costs a launch, whatever it is on, and a mixture of experts or a vision transformer has thousands of small
-matrices. What is needed of them is copied into a stack of at most a piece's size, and what changed is copied back.
+matrices. What is needed of them is copied into a stack, and what changed is copied back.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def together(tensors: Iterable[tuple[int, ConstrainedTensor]], stacks: bool = Tr
             yield (place,), tensor
     for alike in kinds.values():
         first = alike[0][1]
-        most = max(1, first.layout.limit // first.layout.shape.numel())
+        most = max(1, first.layout.stack // first.layout.shape.numel())
         for at in range(0, len(alike), most):
             places, members = zip(*alike[at : at + most], strict=True)
             yield places, Stack(members) if len(members) > 1 else members[0]

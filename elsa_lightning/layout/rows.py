@@ -20,6 +20,7 @@ PIECE = 1 << 24  # entries worked on at once: enough to keep a device busy
 PIECE_ON_CPU = 1 << 18  # what its cache holds
 SMALL = 1 << 20  # entries up to which launching an operation takes longer than copying them into a stack and back
 SMALL_ON_CPU = 1 << 15
+STACK = 1 << 22  # entries of a stack at most: more save few launches, and are copied all the same
 
 HOSTS = {"cpu"}  # kinds of devices on which operations branch, and whose results a host has without waiting
 
@@ -53,6 +54,7 @@ class Rows:
         self.shape = as_matrix(x).shape if self.kernel else x.shape
         on_cpu = x.device.type == "cpu"
         self.limit, self.small = (PIECE_ON_CPU, SMALL_ON_CPU) if on_cpu else (PIECE, SMALL)
+        self.stack = min(self.limit, STACK)
 
     @property
     def count(self) -> int:
