@@ -111,13 +111,13 @@ class CausalLM(LightningModule):
             raise UserError(f"distillation is a weight from 0 to 1, got {distillation}")
         if not 0 <= feature_distillation < float("inf"):
             raise UserError(f"feature_distillation is a weight of 0 or more, got {feature_distillation}")
-        distils = distillation > 0 or feature_distillation > 0
-        if distils and not pretrained and teacher is None:
+        self.distillation, self.feature_distillation = distillation, feature_distillation
+        if self.distils and not pretrained and teacher is None:
             raise UserError(
                 "distillation needs a trained model to learn from: set pretrained or teacher, or distillation=0 and "
                 "feature_distillation=0"
             )
-        if teacher is not None and not distils:
+        if teacher is not None and not self.distils:
             raise UserError(f"nothing is learnt from teacher={teacher!r}: set distillation=1.0, or leave teacher out")
         self.save_hyperparameters(ignore=["optimizer"])
         self.name = name
@@ -127,8 +127,6 @@ class CausalLM(LightningModule):
         self.lr_schedule = lr_schedule
         self.warmup_steps = warmup_steps
         self.dtype_name = dtype
-        self.distillation = distillation
-        self.feature_distillation = feature_distillation
         self.teacher = teacher
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation

@@ -87,18 +87,16 @@ def largest(
         guesses[of] = torch.stack([score, score if former is None else former[0]])
     unclear = equals != places
 
-    def masks(scores: Making) -> Iterator[Tensor]:
-        if bool(unclear.any()):
-            yield from _largest_of_equals(scores, pools, score, places, unclear, add, parts)
-            return
-        for s in scores(None):
-            yield _at_least(order_bits(s.score), score[pools[s.rows], None])
-
-    if few is None:
-        yield from masks(scores)
+    making: Making = scores if few is None else lambda _: [close.scores for close in few]
+    if bool(unclear.any()):
+        masks = _largest_of_equals(making, pools, score, places, unclear, add, parts)
     else:
-        for mask, close in zip(masks(lambda _: (of.scores for of in few)), few, strict=True):
-            yield close.whole(mask)  # the masks come first: a process without entries has to get to their end, too
+        masks = (_at_least(order_bits(s.score), score[pools[s.rows], None]) for s in making(None))
+    if few is None:
+        yield from masks
+    else:
+        for mask, close in zip(masks, few, strict=True):  # a process without entries gets to the end of the masks, too
+            yield close.whole(mask)
 
 
 def _largest_of_equals(
@@ -193,11 +191,12 @@ class _Close(NamedTuple):
         among = numpy.arange(counts.max(initial=0)) < counts[:, None]
 
         def taken(t: Tensor) -> Tensor:
-            kept = t.numpy().take(found)[None]
-            if len(among) > 1:
-                kept, few = numpy.full(among.shape, _ABOVE_ALL, dtype=numpy.int32).view(numpy.float32), kept[0]
-                kept[among] = few
-            return torch.from_numpy(kept)
+            some = t.numpy().take(found)
+            if len(among) == 1:
+                return torch.from_numpy(some[None])
+            filled = numpy.full(among.shape, _ABOVE_ALL, dtype=numpy.int32).view(numpy.float32)
+            filled[among] = some
+            return torch.from_numpy(filled)
 
         kept = s._replace(score=taken(s.score), tiebreak=taken(s.tiebreak))
         return cls(kept, torch.from_numpy(among), found.astype(numpy.int32), numpy.packbits(above), s.score.shape)

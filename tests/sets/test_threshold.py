@@ -175,11 +175,11 @@ def test_thousands_of_pools_have_their_own_thresholds(on_a_gpu: bool) -> None:
     score = torch.randn(1500, 40, generator=generator) * 10.0 ** torch.randint(-9, 9, (1500, 1), generator=generator)
     kept = torch.randint(1, 41, (1500,), generator=generator)
     places = score.abs().argsort(dim=1, descending=True).argsort(dim=1)
+    pieces = [Scores(score[a:b], score[a:b], a) for a, b in ((0, 700), (700, 1500))]
     guesses: dict[Hashable, Tensor] = {}
     with as_on_a_gpu() if on_a_gpu else nullcontext():
         for _ in range(2):
-            pieces = [Scores(score[a:b], score[a:b], a) for a, b in ((0, 700), (700, 1500))]
-            masks = largest(lambda _, pieces=pieces: pieces, torch.arange(1500), kept, guesses=guesses)  # type: ignore[misc]
+            masks = largest(lambda _: pieces, torch.arange(1500), kept, guesses=guesses)
             assert torch.equal(torch.cat(list(masks)), places < kept[:, None])
 
 
