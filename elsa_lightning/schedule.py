@@ -27,7 +27,7 @@ class Schedule:
             the form's own: 4 for ``linearized``, 0.01 for ``coupled``, 2 for ``decoupled`` and ``feedback``.
         shape: How the penalty reaches it: at once, or from 0 as a line or half a cosine, or exponentially
             from a thousandth.
-        interval: Optimizer steps between projections (K). None takes a 64th of the ADMM phase, at most 32.
+        interval: Optimizer steps between projections (K). None takes a 256th of the ADMM phase, at most 32.
         ramp: Fraction of all steps over which the sparsity rises to its target, as 1 − (1 − t)³ from what the set
             begins with; 0 asks for the target from the first projection.
         frozen: Fraction of all steps, the last ones, that form the frozen phase; 0 for none.
@@ -69,7 +69,7 @@ class Schedule:
         return self.freeze_step(total) < step < total and step % self._every(total) == 0
 
     def _every(self, total: int) -> int:
-        return self.interval or min(32, max(1, self.freeze_step(total) // 64))
+        return self.interval or min(32, max(1, self.freeze_step(total) // 256))
 
     def penalty_at(self, step: int, total: int) -> float:
         """Return the penalty that holds after optimizer step ``step``."""

@@ -63,7 +63,7 @@ class ElsaCallback(Callback):
             remembers what the loss asks of pruned ones, held against its own noise; ``decoupled``: a pull in the
             optimizer's metric; ``coupled``: a pull through the gradient; ``published``: the same to the paper's letter;
             ``feedback``: a memory that never forgets, for short runs.
-        interval: Optimizer steps between projections; None takes a 64th of the ADMM phase, at most 32.
+        interval: Optimizer steps between projections; None takes a 256th of the ADMM phase, at most 32.
         ramp: Fraction of all steps over which the sparsity rises to its target, from 70 % or from less if that is all.
         frozen: Fraction of all steps, the last ones, in which the mask is fixed and the zeros are exact.
         state_dtype: What the method's own number a weight is kept in: ``float32``, ``bfloat16`` or ``float8_e4m3fn``.
