@@ -156,12 +156,12 @@ class Feedback(OnSet):
 class Linearized(OnSet):
     """Linearised ADMM in the optimizer's metric, with weights on the set; the default. Derived in ``docs/method.md``.
 
-        off the mask, every step       u ← u + d/ρ            ρ = 16 σ √n / w, of each tensor
+        off the mask, every step       u ← u + d/ρ            ρ = 64 σ √n / w, of each tensor
         every update                   u ← θ u                θ ≤ 1 such that ‖u‖ does not grow beyond w/κ
 
     d is the optimizer's step from z, w the root mean square of what is kept, n the steps of the ADMM phase and σ the
     root mean square of what a step adds to a sum of steps without drift, measured at each update off the mask. So over
-    a whole run chance alone brings an entry to a 16th of w, whatever the rate, the batch and the length: what returns
+    a whole run chance alone brings an entry to a 64th of w, whatever the rate, the batch and the length: what returns
     has a drift that stands out from its noise. θ is the x-update's own pull λ u, with the least λ of each tensor that
     holds the dual: its fixed points are u = −D⁻¹∇f/λ, λ-stationary points. A larger κ holds it to less.
 
@@ -177,7 +177,7 @@ class Linearized(OnSet):
     name = "linearized"
     penalty = 4.0
 
-    _NOISE = 1 / 16
+    _NOISE = 1 / 64
     _SETTLED = 8.0
 
     def __init__(self) -> None:
