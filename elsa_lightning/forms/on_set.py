@@ -156,14 +156,15 @@ class Feedback(OnSet):
 class Linearized(OnSet):
     """Linearised ADMM in the optimizer's metric, with weights on the set; the default. Derived in ``docs/method.md``.
 
-        off the mask, every step       u ← u + d/ρ            ρ = 64 σ √n / w, of each tensor
+        off the mask, every step       u ← u + d/ρ            ρ = 16 σ √n / w, of each tensor
         every update                   u ← θ u                θ ≤ 1 such that ‖u‖ does not grow beyond w/κ
 
-    d is the optimizer's step from z, w the root mean square of what is kept, n the steps of the ADMM phase and σ the
-    root mean square of what a step adds to a sum of steps without drift, measured at each update off the mask. So over
-    a whole run chance alone brings an entry to a 64th of w, whatever the rate, the batch and the length: what returns
-    has a drift that stands out from its noise. θ is the x-update's own pull λ u, with the least λ of each tensor that
-    holds the dual: its fixed points are u = −D⁻¹∇f/λ, λ-stationary points. A larger κ holds it to less.
+    d is the optimizer's step from z, w the root mean square of what is kept, n the steps of the ADMM phase, at least
+    1000, and σ the root mean square of what a step adds to a sum of steps without drift, measured at each update off
+    the mask. So over a whole run chance alone brings an entry to a 16th of w, in a short run to less, whatever the rate
+    and the batch: what returns has a drift that stands out from its noise. θ is the x-update's own pull λ u, with the
+    least λ of each tensor that holds the dual: its fixed points are u = −D⁻¹∇f/λ, λ-stationary points. A larger κ holds
+    it to less.
 
     Where the set fixes values, memory below their distance s is whole while the mask moves, so that weights whose best
     place is between two values change between these. In the frozen phase λ grows,
@@ -177,7 +178,8 @@ class Linearized(OnSet):
     name = "linearized"
     penalty = 4.0
 
-    _NOISE = 1 / 64
+    _NOISE = 1 / 16
+    _LEAST_STEPS = 1000  # what fewer say counts for less beside a weight that a long training made
     _SETTLED = 8.0
 
     def __init__(self) -> None:
@@ -251,7 +253,7 @@ class Linearized(OnSet):
         self._memory = theta * _rms(sums.cut, sums.entries - sums.kept)
         factors = torch.tensor([self._rates.get(i, 0.0) for i in range(count)], device=w.device, dtype=w.dtype)
         sigma = _rms(sums.steps, sums.entries - sums.former) * factors
-        slow = sigma * (math.sqrt(span) / self._NOISE) / w
+        slow = sigma * (math.sqrt(max(span, self._LEAST_STEPS)) / self._NOISE) / w
         self._slow = torch.where((sigma > 0) & (w > 0), slow.bfloat16().to(slow.dtype), self._slow)
         relative = torch.tensor([self._relative.get(i, 1.0) for i in range(count)], device=w.device, dtype=w.dtype)
         pace = (_rms(sums.inner, sums.former) / relative).bfloat16().to(w.dtype)
