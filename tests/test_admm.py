@@ -122,7 +122,7 @@ def test_one_state_gives_the_iterates_of_two_variable_admm(
                     most = max(w / new, memory)
                     u = u * (math.floor(most / before * 4096) / 4096 if before > most * 1.0001 else 1.0)
                     memory = rms(u[~mask])
-                    slow = float(torch.tensor(16 * sigma * 1000**0.5 / w).bfloat16()) if sigma else slow
+                    slow = float(torch.tensor(16 * sigma * max(steps, 1000) ** 0.5 / w).bfloat16()) if sigma else slow
                 else:
                     u = u * (1.0 if prox == "feedback" and lam == 0 else lam / new)
                 lam = new
