@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 # processes that run the tests, as many as there are cores and four at most; 0 runs them in this one, as --pdb needs
 WORKERS ?= logical
-# or two threads cost up to ten times their work when anything else runs
+# idle OpenMP threads spin otherwise, which on a busy machine can slow two threads up to ten times
 export GOMP_SPINCOUNT ?= 0
 
 .PHONY: demo test gpu docs wheel clean

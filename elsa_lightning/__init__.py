@@ -1,7 +1,11 @@
-"""Elsa: surrogate-free pruning of language models by ADMM, for PyTorch Lightning.
+"""Sparse training by ADMM (Elsa; Lee et al., 2026, arXiv:2510.01650), for PyTorch Lightning and any PyTorch loop.
 
-Lee et al., 2026 (arXiv:2510.01650). Names load when they are first used, so that importing the package
-costs nothing of transformers or datasets.
+``ElsaCallback`` prunes in a Lightning Trainer, ``ADMM`` in any loop that steps an optimizer; ``KeepMask`` and
+``KeptZeros`` fine-tune what is sparse and lose no zero. ``Unstructured``, ``NM``, ``Block`` and the others are the sets
+that weights are constrained to, ``select`` says which weights. ``CausalLM`` and ``CalibrationData`` are the language
+model and its text; ``project``, ``shrink`` and ``sparsity`` work on a model without training.
+
+Names load when they are first used: importing the package loads neither transformers nor datasets.
 """
 
 from importlib import import_module
@@ -15,6 +19,8 @@ if TYPE_CHECKING:
     from elsa_lightning.lm.data import CalibrationData
     from elsa_lightning.lm.module import CausalLM
     from elsa_lightning.oneshot import project
+    from elsa_lightning.schedule import Schedule
+    from elsa_lightning.selection import select
     from elsa_lightning.sets import (
         NM,
         Block,
@@ -45,9 +51,11 @@ __all__ = [
     "Layers",
     "Neurons",
     "Quantized",
+    "Schedule",
     "Unstructured",
     "Width",
     "project",
+    "select",
     "shrink",
     "sparsity",
 ]
@@ -67,9 +75,11 @@ _HOMES = {
     "NM": "sets",
     "Neurons": "sets",
     "Quantized": "sets",
+    "Schedule": "schedule",
     "Unstructured": "sets",
     "Width": "sets",
     "project": "oneshot",
+    "select": "selection",
     "shrink": "slicing",
     "sparsity": "inspection",
 }

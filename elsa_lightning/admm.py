@@ -9,6 +9,9 @@ Lee et al., 2026 (arXiv:2510.01650). With x the weights, S the set, λ the penal
 A projection that keeps or zeroes entries leaves z and u with disjoint supports: with v = x + u, z is v on
 the mask and u is v off it. Their difference s = z − u is all the x-update needs, so one tensor ``elsa_split``
 and one mask ``elsa_mask`` in ``optimizer.state[p]`` replace z, u and the former mask, and give the same iterates.
+
+That is the published x-update. Which one a run makes is the ``prox`` object's matter (:mod:`elsa_lightning.forms`); the
+default, ``linearized``, brings x to the set after every step and keeps −u alone. This class makes the order of a step.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def score_histogram(
     importance: Callable[[ConstrainedTensor, slice], Tensor | None],
     processes: Processes,
 ) -> Tensor:
-    """Return how the scores F̂v² by which entries are ranked lie about the threshold of their tensor.
+    """Return how the scores F v² by which entries are ranked lie about the threshold of their tensor.
 
     The threshold is the score that as many entries exceed as are kept. A set that compares neighbours alone, such as
     N:M, keeps entries below it and cuts others above.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,25 @@ def test_the_command_loads_no_weights_and_says_whether_it_fits(
     with pytest.raises(SystemExit):
         main(["plan", "--config", "configs/elsa.yaml", "--devices=0"])
     assert "elsa: error: devices must be 1 or more, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", ["elsa", "elsa_l"])
+@pytest.mark.parametrize(("name", "model"), [("LLaMA-2-7B", "llama-2-7b"), ("Gemma-2-27B", "gemma-2-27b")])
+def test_the_table_of_the_documentation_is_what_the_command_says(
+    name: str, model: str, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path("docs/memory.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^elsa (plan .*)$", page, re.M)
+    arguments = command.replace("elsa_l.yaml", f"{config}.yaml").replace("gemma-2-27b", model).split()
+    main(arguments)
+    rows = [re.findall(r"([\d.]+) GiB", line) for line in capsys.readouterr().out.splitlines()]
+    *parts, gathered, totals = [[float(cell) for cell in row] for row in rows if len(row) == 2]
+    expected = [*(part[0] for part in parts), *totals]
+    assert gathered[0] == 0 and len(expected) == 9
+    (table,) = re.findall(rf"^\| {name} \|.*\n\| \|.*$", page, re.M)
+    (line,) = [line for line in table.splitlines() if f"`{config}.yaml`" in line]
+    shown = [float(cell) for cell in line.split("`")[-1].strip(" |").split("|")]
+    assert shown == pytest.approx(expected, abs=0.0501)
 
 
 def test_a_module_plans_itself_without_memory() -> None:

@@ -67,6 +67,7 @@ SETTINGS = {  # every rate is tried with the first, then the best rate with the 
 CALIBRATION = 16  # batches that one-shot methods look at, the first ones of training
 ALL = (*ONE_SHOT, *ELSEWHERE, *TRAINED)
 TRIAL_SEED = 1000
+LINE = 4  # sparsities that make a line of the plot
 
 
 @dataclass(frozen=True)
@@ -327,6 +328,7 @@ def plot(rows: list[dict[str, Any]], models: list[str], steps: int, path: Path) 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    colors: dict[str, str] = {}
     figure, axes = pyplot.subplots(1, len(models), figsize=(6 * len(models), 4.5), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         tests = [r for r in rows if r["model"] == model and r["split"] == "test"]
@@ -335,13 +337,15 @@ def plot(rows: list[dict[str, Any]], models: list[str], steps: int, path: Path) 
                 mine = [r for r in tests if r["method"] == method and r["distillation"] == distillation]
                 mine = [r for r in mine if method not in TRAINED or r["steps"] == steps]
                 xs = sorted({r["sparsity"] for r in mine})
-                ys = [statistics.mean(r["perplexity"] for r in mine if r["sparsity"] == x) for x in xs]
-                if xs:
-                    line = style if len(xs) > 3 else "none"
-                    axis.plot(
-                        [100 * x for x in xs], ys, linestyle=line, marker=marker, markersize=4,
-                        label=method + (" + distillation" if distillation else ""), color=f"C{ALL.index(method)}",
-                    )  # fmt: skip
+                if len(xs) < LINE:
+                    continue
+                colors.setdefault(method, f"C{len(colors)}")
+                axis.plot(
+                    [100 * x for x in xs],
+                    [statistics.mean(r["perplexity"] for r in mine if r["sparsity"] == x) for x in xs],
+                    linestyle=style, marker=marker, markersize=4, linewidth=2.5 if method == "elsa" else 1.2,
+                    label=method + (" + distillation" if distillation else ""), color=colors[method],
+                )  # fmt: skip
         dense = [r["perplexity"] for r in tests if r["method"] == "dense"]
         if dense:
             axis.axhline(dense[0], color="gray", linewidth=0.8, label="dense")
@@ -349,7 +353,7 @@ def plot(rows: list[dict[str, Any]], models: list[str], steps: int, path: Path) 
         axis.set(yscale="log", xlabel="zeros, %", ylabel="test perplexity", title=f"{model}, {steps} steps")
         axis.yaxis.set_major_formatter("{x:.0f}")
         axis.yaxis.set_minor_formatter("{x:.0f}")
-    axes[0][0].legend(fontsize=7)
+        axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -1,4 +1,8 @@
-"""Lightning callbacks."""
+"""Lightning callbacks: ElsaCallback prunes, KeepMask fine-tunes what is sparse; the others are for around these.
+
+SaveHuggingFace and Export write the model when training ends, SaveOnTerminate a checkpoint when a run is to stop;
+Samples and ZeroShot look at the model at every validation.
+"""
 
 from elsa_lightning.callbacks.elsa import ElsaCallback
 from elsa_lightning.callbacks.export import SaveHuggingFace

@@ -59,10 +59,10 @@ class ElsaCallback(Callback):
             ``linearized``, ``decoupled`` and ``feedback``; the published λ for ``coupled`` and ``published``. None
             takes the form's own: 4, 2, 2, 0.01, 0.01.
         penalty_schedule: How the penalty reaches that value.
-        prox: The form of the x-update. ``linearized``: the weights are on the set after every step, and the dual
-            remembers what the loss asks of pruned ones, held against its own noise; ``decoupled``: a pull in the
-            optimizer's metric; ``coupled``: a pull through the gradient; ``published``: the same to the paper's letter;
-            ``feedback``: a memory that never forgets, for short runs.
+        prox: The form of the x-update. ``linearized``: the weights are on the set after every step, and the dual of
+            pruned ones sums what the optimizer asks of them, scaled so that the noise of gradients alone cannot bring
+            one back; ``decoupled``: a pull in the optimizer's metric; ``coupled``: a pull through the gradient;
+            ``published``: the same to the paper's letter; ``feedback``: a memory that never forgets, for short runs.
         interval: Optimizer steps between projections; None takes a 256th of the ADMM phase, at most 32.
         ramp: Fraction of all steps over which the sparsity rises to its target, from 70 % or from less if that is all.
         frozen: Fraction of all steps, the last ones, in which the mask is fixed and the zeros are exact.

@@ -30,7 +30,7 @@ def check_lm_eval() -> None:
     """Raise UserError if lm-eval is not installed."""
     if find_spec("lm_eval") is None:
         raise UserError(
-            "tasks need lm-eval, which is not installed: pip install 'elsa-lightning[evaluate]'; perplexity "
+            "tasks need lm-eval, which is not installed: pip install 'lm-eval[hf]>=0.4.9'; perplexity "
             "(--perplexity wikitext2) needs nothing more"
         )
 

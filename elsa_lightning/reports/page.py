@@ -35,7 +35,7 @@ def check_packages() -> None:
         import plotly  # noqa: F401
     except ImportError as error:
         raise UnavailableError(
-            f"a report needs {error.name}, which is not installed: pip install 'elsa-lightning[report]'"
+            f"a report needs {error.name}, which is not installed: pip install 'plotly>=6' 'jinja2>=3'"
         ) from error
     del jinja2
 

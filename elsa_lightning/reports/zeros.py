@@ -85,7 +85,7 @@ def _scores(run: Run, number: int) -> Chart:
     ]  # fmt: skip
     layout: dict[str, Any] = {
         "barmode": "stack", "bargap": 0, "hovermode": "x unified",
-        "xaxis": {"title": {"text": "decades of F̂v² above the threshold of its tensor"}},
+        "xaxis": {"title": {"text": "decades of F v² above the threshold of its tensor"}},
         "yaxis": {"tickformat": ".1%", "title": {"text": "of all weights"}},
         "shapes": [{"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper", "line": {"dash": "dot"}}],
     }  # fmt: skip

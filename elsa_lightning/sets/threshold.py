@@ -1,12 +1,14 @@
 """The exact largest entries of tensors that may be spread over processes.
 
-Non-negative floats order as their bits do. Counting entries by their highest bits, then, inside the bin that holds
-the k-th largest, by the next ones, finds the threshold exactly in three passes; two are enough where it is near what
-the last two searches foretell, as between updates. Of many tensors a few always have equals at their threshold, and
-these alone are looked at again. On a CPU the first pass, or the foretold threshold instead, leads to one that does all
-the rest: of each entry a bit says whether it is above all that may be the threshold, and those that may be, which are
-few, are kept. Processes add their counts: what they exchange grows with the number of bins, not with the tensors. The
-result is the same for any sharding by rows and for any guess.
+Radix selection of the k-th largest score, without sorting or gathering. Non-negative floats order as their bits do:
+counting entries by their highest bits, then, inside the bin that holds the k-th largest, by the next ones, finds the
+threshold exactly in three passes. Two are enough where it is near what the last two searches foretell, as between
+updates. Where entries equal the threshold, the larger magnitude and then the first place decides, in a further pass
+over these tensors alone. On a CPU the first pass, or the foretold threshold instead, leads to one that does all the
+rest: it stores a bit for each entry that is certainly kept, and the few entries that may be the threshold.
+
+Processes add their counts: what they exchange grows with the number of bins, not with the tensors. The result is the
+same for any sharding by rows and for any guess.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Unstructured(Constraint):
         sparsity: Fraction of zeros, 0 ≤ sparsity < 1. At least one entry survives.
         scope: ``tensor``: the fraction holds in each tensor of n entries (in each expert of a fused tensor).
             ``row``: for the inputs of each output, of n entries. ``model``: in all tensors together; they share the
-            budget by F̂ v² relative to the tensor's mean.
+            budget by F v² relative to the tensor's mean.
         keep: How many weights survive in all, instead of ``sparsity``: 30e6, say.
         floor: With scope ``model``: the least share of a tensor that survives, so that none is emptied.
         ceiling: With scope ``model``: the largest share.
@@ -127,7 +127,7 @@ class Unstructured(Constraint):
         return max(1, entries - round(self._sparsity * entries))
 
     def support(self, points: Points) -> Iterator[Tensor]:
-        """Yield the masks of the largest entries, by F̂ v²."""
+        """Yield the masks of the largest entries, by F v²."""
         if self.scope == "row":
             yield from self._of_rows(points)
             return
@@ -253,7 +253,7 @@ def one_of(sparsity: float | None, constraint: Constraint | None) -> Constraint:
 
 
 def _scales(points: Points) -> Tensor:
-    """Return the root of the mean of F̂ v² of each tensor, float32 ``(tensors,)``."""
+    """Return the root of the mean of F v² of each tensor, float32 ``(tensors,)``."""
     squares = torch.zeros(len(points.shapes), dtype=exact_dtype(points.device), device=points.device)
     for point in points.stacked():
         if point.part.counts:

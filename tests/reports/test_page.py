@@ -122,7 +122,7 @@ def test_without_plotly_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "plotly", None)
     with pytest.raises(SystemExit):
         main(["report", str(folder / "a"), "--output", str(tmp_path / "page.html")])
-    assert "pip install 'elsa-lightning[report]'" in capsys.readouterr().err
+    assert "pip install 'plotly>=6' 'jinja2>=3'" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
