@@ -16,9 +16,12 @@ default, ``linearized``, brings x to the set after every step and keeps −u alo
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+import re
+import weakref
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -38,10 +41,12 @@ from elsa_lightning.layout.rows import Rows
 from elsa_lightning.layout.sharded import Processes, clean, local
 from elsa_lightning.optim.guard import Guard
 from elsa_lightning.optim.hooks import StepHooks, innermost
-from elsa_lightning.optim.moments import dtype_name
+from elsa_lightning.optim.moments import dtype_name, rate_of
 from elsa_lightning.optim.rounding import WeightRounding
 from elsa_lightning.rate import Damage, blocks
+from elsa_lightning.report import some
 from elsa_lightning.schedule import Schedule
+from elsa_lightning.selection import Selection
 from elsa_lightning.sets.base import Constraint, check_set
 from elsa_lightning.tensors import KEYS, MASK, NUMBERS, REMOVED, SCALE, SPLIT, ConstrainedTensor
 
@@ -50,6 +55,7 @@ log = logging.getLogger(__name__)
 Phase = Literal["setting up", "admm", "frozen", "finished", "suspended"]
 
 _OF_WEIGHTS, _OF_STEPS, _OF_UPDATES = range(3)  # what random numbers are used for
+_ATTACHED: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[ADMM]] = weakref.WeakKeyDictionary()
 
 
 class ADMM:
@@ -73,14 +79,14 @@ class ADMM:
     Args:
         optimizer: Any torch optimizer, or accelerate's or Fabric's wrapper of one. One without a second moment is
             projected by magnitude.
-        parameters: What to constrain, by name; see :func:`elsa_lightning.selection.select`. They may be DTensors,
-            sharded in any way that keeps 8 entries of a row together (32 with ``state_dtype`` float8), or the flat
-            slices of FSDP1, once :func:`elsa_lightning.layout.fsdp1.mark_slices` has seen the model.
+        parameters: What to constrain: names and parameters, or what :func:`elsa_lightning.select` returns. They may be
+            DTensors, sharded in any way that keeps 8 entries of a row together (32 with ``state_dtype`` float8), or the
+            flat slices of FSDP1, once :func:`elsa_lightning.layout.fsdp1.mark_slices` has seen the model.
         constraint: The set S.
         total_steps: Optimizer steps of the whole run.
         schedule: The course of penalty, sparsity, projections and frozen phase.
         prox: The form of the x-update: ``linearized`` (the default), ``decoupled``, ``coupled``, ``published`` or
-            ``feedback``, described in :mod:`elsa_lightning.forms`, or a form of your own.
+            ``feedback``, described in :mod:`elsa_lightning.forms`, or a form of your own, which is copied.
         state_dtype: What ``elsa_split`` is kept in; the arithmetic is float32. See
             :mod:`elsa_lightning.layout.lowbit`.
         replicas: The processes that train copies of the parameters (DDP), so that they skip a broken step together.
@@ -98,7 +104,7 @@ class ADMM:
     def __init__(
         self,
         optimizer: Optimizer,
-        parameters: Mapping[str, nn.Parameter],
+        parameters: Mapping[str, nn.Parameter] | Selection | Iterable[tuple[str, nn.Parameter]],
         constraint: Constraint,
         *,
         total_steps: int,
@@ -109,12 +115,14 @@ class ADMM:
     ) -> None:
         if total_steps < 1:
             raise UserError(f"total_steps must be 1 or more optimizer steps, got {total_steps}")
+        parameters = dict(parameters.parameters if isinstance(parameters, Selection) else parameters)
         if not parameters:
             raise UserError("parameters is empty: there is nothing to constrain")
         optimizer = innermost(optimizer)
         check_set(constraint, "constraint")
-        self.optimizer, self.total_steps = optimizer, total_steps
-        self.form, schedule = make_form(prox), schedule or Schedule()
+        _take_from_others(optimizer, parameters)
+        self.optimizer, self.total_steps = optimizer, int(total_steps)
+        self.form, schedule = copy.deepcopy(make_form(prox)), schedule or Schedule()  # what it measures is of this run
         self.schedule = replace(schedule, penalty=self.form.penalty) if schedule.penalty is None else schedule
         self.form.check(self.schedule, constraint)
         self.state_dtype = check_state_dtype(state_dtype)
@@ -136,12 +144,19 @@ class ADMM:
         self._waiting: list[ConstrainedTensor] = []  # for their first gradient, when the mask is fixed
         self._guesses: dict[Hashable, Tensor] = {}  # thresholds of the last update; without them it is slower, no more
         self._copies: list[str] = []  # names of an optimizer's tensors that are weights too
-        self._hooks = StepHooks(optimizer, KEYS, self._gradients_are_final, self._after_step, self._weights.undo)
+        self._graded = False  # whether the step that goes on has gradients
+        self._masked = 0  # tensors with a mask on this process
+        low = any(p.dtype == torch.bfloat16 for p in self.tensors.parts)
+        self._hooks = StepHooks(
+            optimizer, KEYS, self._gradients_are_final, self._after_step, self._weights.undo, catches=low
+        )
+        _ATTACHED.setdefault(optimizer, weakref.WeakSet()).add(self)
 
     def detach(self) -> None:
         """Take the hooks off the optimizer; its state stays."""
         self._hooks.remove()
         self.tensors.remove()
+        _ATTACHED.get(self.optimizer, weakref.WeakSet()).discard(self)
 
     @property
     def prox(self) -> str:
@@ -214,6 +229,13 @@ class ADMM:
         if self.paused:
             return
         self._check_scalars()
+        if self.suspended:
+            self._warn_once(
+                "Elsa: a step is made after finish(resumable=True), and the weights from before that are back for it. "
+                "Call admm.resume() before the forward pass, so that its gradients are of these."
+            )
+            self.resume()
+        self._graded = self._has_gradients()
         if self._guard.skips(self.step, loss):
             return
         scale = getattr(self.optimizer, "grad_scale", None)
@@ -230,9 +252,10 @@ class ADMM:
     @torch.no_grad()
     def _after_step(self) -> None:
         self._calls += 1
+        graded, self._graded = self._graded or self._has_gradients(), False
         self._weights.put_back(self.tensors.parts, lambda layout, rows, p: self._noise(layout, rows, p, self._calls))
-        if self._guard.skipped or not self._stepped():
-            return
+        if self._guard.skipped or not graded or bool(getattr(self.optimizer, "found_inf", None) or False):
+            return  # an overflow fires the hooks too
         if self._only_sets_up():
             for tensor in self.tensors.values():
                 if tensor.state:
@@ -246,6 +269,11 @@ class ADMM:
         self.step += 1
         if self.step == self.total_steps + watch.slack(self.total_steps) + 1:
             self._warn_once(f"Elsa: {watch.off_schedule(self.step, self.step, self.total_steps)}.")
+        if self._masked > len(self.tensors.holding(MASK)):
+            raise UserError(
+                f"masks have vanished from the state of {type(self.optimizer).__name__}: something replaced or cleared "
+                f"optimizer.state. Load the last checkpoint, and clear no entries that begin with 'elsa_'"
+            )
         if self.frozen:
             self._keep_frozen()
             return
@@ -265,9 +293,11 @@ class ADMM:
 
     def _keep_frozen(self) -> None:
         """Put the zeros back; a tensor that gets its first gradient now is projected once."""
-        if self._waiting and (late := self.tensors.agreed([tensor.stepped for tensor in self._waiting], self._waiting)):
+        flags = [tensor.stepped or tensor.p.grad is not None for tensor in self._waiting]
+        if self._waiting and (late := self._complete(self.tensors.agreed(flags, self._waiting), widens=True)):
             self._waiting = [tensor for tensor in self._waiting if tensor not in late]
-            self._project_in_place(late, resumable=False)
+            self._project_in_place(late, resumable=False, stepped=True)
+            self._masked = len(self.tensors.holding(MASK))
             for tensor in late if self.constraint.fixes_values and not self.finished else ():
                 tensor.allocate(SPLIT, SCALE)
         forgets: dict[int, Forgets] = {}
@@ -290,11 +320,8 @@ class ADMM:
     def _noise(self, layout: Rows, rows: slice, p: nn.Parameter, call: int) -> Tensor:
         return layout.noise(rows, self.tensors.seed(call, p, _OF_WEIGHTS))
 
-    def _stepped(self) -> bool:
-        """Say whether the optimizer really stepped: a skipped batch or an overflow fires the hooks too."""
-        overflow = getattr(self.optimizer, "found_inf", None)
-        if overflow is not None and bool(overflow):
-            return False
+    def _has_gradients(self) -> bool:
+        """Say whether there are gradients to step by: a skipped batch fires the hooks too."""
         if self.tensors.flat:  # a process may hold nothing of what is constrained
             return any(p.grad is not None for p in self.tensors.parts)
         return any(t.p.grad is not None for t in self.tensors.values())
@@ -304,7 +331,7 @@ class ADMM:
 
         All say the same: the first step of a warm-up has no rate either, and a process that holds no row sees zeros.
         """
-        if self.step > 0 or any(float(group["lr"]) != 0 for group in self.optimizer.param_groups):
+        if self.step > 0 or any(rate_of(group) != 0 for group in self.optimizer.param_groups):
             return False
         moves = any(bool(local(p.grad).any()) for p in self.tensors.parts if p.grad is not None)
         return not any(self.tensors.processes.any([moves], self.tensors.device))
@@ -338,7 +365,10 @@ class ADMM:
         """z ← Π_S(v); u ← v − z, rescaled to the new penalty; s ← z − u."""
         before, self.penalty = self.penalty, self.schedule.penalty_at(self.step, self.total_steps)
         tensors = list(self.tensors.values())  # the others' first gradient makes the optimizer's state
-        active = self.tensors.agreed([bool(tensor.state) or tensor.p.grad is not None for tensor in tensors], tensors)
+        flags = [bool(tensor.state) or tensor.p.grad is not None for tensor in tensors]
+        active = self._complete(self.tensors.agreed(flags, tensors))
+        if not active:  # none has both, or a set that decides about all at once waits
+            return
         self._tightness = self.schedule.tightness_at(self.step, self.total_steps)
         self._relaxed = self.constraint.relaxed(self._tightness)
         self.last_update = updates.update(
@@ -353,7 +383,24 @@ class ADMM:
             span=self.schedule.freeze_step(self.total_steps),
             seed=self._seeds_of(_OF_UPDATES),
         )
-        self.phase = "admm"
+        self.phase, self._masked = "admm", len(self.tensors.holding(MASK))
+
+    def _complete(self, tensors: list[ConstrainedTensor], widens: bool = False) -> list[ConstrainedTensor]:
+        """Return tensors without those whose set decides about all of its own at once, and lacks one.
+
+        Args:
+            tensors: Which.
+            widens: Whether those of such a set that are lacking but have a mask come along.
+        """
+        everyone, here = list(self.tensors.values()), set(tensors)
+        if not here or len(here) == len(everyone):
+            return tensors
+        for member, indices in self.constraint.members([tensor.name for tensor in everyone]):
+            theirs = {everyone[index] for index in indices}
+            if member.decides_at_once and here & theirs:
+                whole = theirs <= here or (widens and all(t in here or t.has(MASK) for t in theirs))
+                here = here | theirs if whole else here - theirs
+        return [tensor for tensor in everyone if tensor in here]
 
     def _measure_stationarity(self) -> None:
         """Measure by the gradient of the step that ends with an update, at a tenth of the ADMM phase each."""
@@ -363,7 +410,7 @@ class ADMM:
         if not due or self.penalty == 0 or not self.schedule.projects_at(step, self.total_steps):
             return
         masked = self.tensors.masked()
-        tensors = self.tensors.agreed([tensor.p.grad is not None for tensor in masked], masked)
+        tensors = self._complete(self.tensors.agreed([tensor.p.grad is not None for tensor in masked], masked))
         if tensors:
             self.last_stationarity = updates.stationarity(
                 self.form, self._target(self.step), tensors, self.importance, self.tensors.processes, step=step,
@@ -378,6 +425,12 @@ class ADMM:
 
     def _begin_frozen(self, phase: Phase) -> None:
         self.phase, self._waiting = phase, self._without_mask()
+        if self._waiting and phase == "frozen":
+            self._warn_once(
+                f"Elsa: the mask is fixed, and {some([tensor.name for tensor in self._waiting])} had no gradient so "
+                f"far, or share units with one that had none: dense until then, they are cut when they get one."
+            )
+        self._masked = len(self.tensors.holding(MASK))
         self._copies = updates.weight_copies(self.tensors.holding(MASK), self.tensors.processes)
 
     def _without_mask(self) -> list[ConstrainedTensor]:
@@ -406,6 +459,12 @@ class ADMM:
         said = watch.off_schedule(self.step, self.schedule.freeze_step(self.total_steps), self.total_steps)
         if said is not None and not resumable and self.step > 0:
             self._warn_once(f"Elsa: {said}.")
+        elif self.step == 0 and self.total_steps > 1:
+            self._warn_once(
+                f"Elsa: none of the {self.total_steps} optimizer steps was counted, so what is kept are the largest "
+                f"weights as they are. Calls of optimizer.step() with gradients of the constrained weights count; an "
+                f"optimizer that is stepped in another way is not seen."
+            )
         tensors = list(self.tensors.values())
         fixed = self.tensors.masked() if self.frozen else []
         free = [tensor for tensor in tensors if tensor not in fixed]
@@ -439,20 +498,22 @@ class ADMM:
         elif self.suspended and not self.constraint.fixes_values:
             updates.cut_again(self.tensors.holding(REMOVED))
 
-    def _project_in_place(self, tensors: list[ConstrainedTensor], resumable: bool) -> None:
+    def _project_in_place(self, tensors: list[ConstrainedTensor], resumable: bool, stepped: bool = False) -> None:
         packed = updates.decide(self.constraint, self._points(tensors, lambda tensor, rows: tensor.x(rows)))
         for tensor, bits in zip(tensors, packed, strict=True):
-            self._cut(tensor, bits, resumable)
+            self._cut(tensor, bits, resumable, stepped)
 
     def recover(self) -> None:
         """Return to the weights before an optimizer's step that raised, if one did."""
         self._weights.undo()
         self._hooks.reset()
 
-    def _cut(self, tensor: ConstrainedTensor, packed: Tensor | None, resumable: bool) -> None:
+    def _cut(
+        self, tensor: ConstrainedTensor, packed: Tensor | None, resumable: bool, stepped: bool = False
+    ) -> None:  # fmt: skip
         """Zero what a packed mask, or the tensor's own, does not keep, and bring the rest to the set's values."""
-        # state put in before the optimizer's own breaks its set-up
-        keeps = resumable or tensor.stepped or self.tensors.flat
+        # state put in before the optimizer's own breaks its set-up; some (SGD) have none of their own
+        keeps = resumable or stepped or tensor.stepped or self.tensors.flat
         place = self.tensors.places[tensor.p]
         updates.cut(
             self.constraint, tensor, place, packed, self.importance, keeps=keeps, resumable=resumable,
@@ -520,6 +581,7 @@ class ADMM:
         if self.frozen:
             self._waiting = self._without_mask()
             self._copies = list(state_dict["copies"])
+        self._masked = len(self.tensors.holding(MASK))
         if state_dict["total_steps"] != self.total_steps:
             self._change_length(state_dict["total_steps"])
 
@@ -553,7 +615,7 @@ class ADMM:
     def _settings(self) -> dict[str, Any]:
         names = sorted(tensor.described for tensor in self.tensors.values())
         return {
-            "constraint": repr(self.constraint),
+            "constraint": re.sub(r"np\.\w+\(([^()]*)\)", r"\1", repr(self.constraint)),  # NumPy's numbers as Python's
             "prox": self.prox,
             "state_dtype": self.state_dtype,
             "constrained tensors": names,
@@ -581,3 +643,20 @@ class ADMM:
         if message not in self._told:
             self._told.add(message)
             log.warning(message)
+
+
+def _take_from_others(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Detach who has finished with some of these parameters; two at a time would undo each other's steps.
+
+    Raises:
+        UserError: One has not finished.
+    """
+    for other in list(_ATTACHED.get(optimizer, ())):
+        both = [name for name, p in parameters.items() if p in other.tensors.places]
+        if both and not other.finished:
+            raise UserError(
+                f"{both[0]} is constrained already, by an ADMM of this optimizer that has not finished: call its "
+                f"detach(), or make a new optimizer"
+            )
+        if both:
+            other.detach()

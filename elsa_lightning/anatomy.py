@@ -90,7 +90,7 @@ def examine(model: nn.Module) -> Anatomy:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             found.embeddings.update(own)
         if "Norm" in type(module).__name__:
-            norms |= own
+            norms |= own - found.multiply  # a NormedLinear multiplies
         prefix = clean(f"{path}.") if path else ""
         found.adapters.update(_adapters(module, prefix, parameters))
         found.computed.update(_computed(module, prefix, parameters))

@@ -43,6 +43,10 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
         state_dtype: StateDtype,
     ) -> None:  # fmt: skip
         self.optimizer, self.state_dtype = optimizer, state_dtype
+        names: dict[nn.Parameter, str] = {}
+        for name, p in parameters.items():
+            if (other := names.setdefault(p, name)) != name:
+                raise UserError(f"{other} and {name} are one parameter: name it once")
         self.find_parts()
         whole = {
             name: self.parts[p].shape if p in self.parts else matrix_shape(p, p.shape) for name, p in parameters.items()
@@ -71,6 +75,8 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
                 f"{name} is constrained but {type(self.optimizer).__name__} does not train it; give the optimizer that "
                 f"does, or leave the parameter out"
             )
+        if not part.shape.numel():
+            raise UserError(f"{name} of shape {tuple(part.shape)} has no entries: leave it out")
         rows, columns = constraint.grain_of(name)
         if is_transposed(p):
             rows, columns = columns, rows

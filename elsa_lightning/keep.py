@@ -112,7 +112,7 @@ class KeptZeros(ADMM):
             tuple(t for t in found if t.name in names), tuple(t for t in found if t.name not in names)
         )  # fmt: skip
         self._clear_moments(kept)
-        self.phase = "finished"
+        self.phase, self._masked = "finished", len(kept)
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
@@ -170,6 +170,7 @@ class KeptZeros(ADMM):
         kept = [self.tensors[t.name] for t in self.kept.kept]
         masked = set(self.tensors.masked())
         self._set_aside([tensor for tensor in kept if tensor not in masked])  # those that had no gradient yet
+        self._masked = len(self.tensors.holding(MASK))
 
     # ------------------------------------------------------------------ inside the training loop
 

@@ -67,7 +67,7 @@ def is_adam(optimizer: Optimizer) -> bool:
 
 def peak(optimizer: Optimizer) -> float:
     """Return the learning rate that schedules start from, the largest of the groups'."""
-    return max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+    return max(float(group.get("initial_lr", group.get("lr")) or 0.0) for group in optimizer.param_groups)
 
 
 def choose(optimizer: Optimizer, schedulers: list[Any], damage: Damage) -> float:

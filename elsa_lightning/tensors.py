@@ -131,6 +131,10 @@ class ConstrainedTensor:
         """Return rows of the gradient, in the same memory."""
         assert self.p.grad is not None
         grad = local(self.p.grad)
+        if grad.is_sparse:
+            raise UserError(
+                f"{self.name} has sparse gradients (Embedding(sparse=True)): leave it dense, or sparse=False"
+            )
         if not _in_rows(grad, self.part) or (self.layout.kernel and channels_last(grad) != self._channels_last):
             self.p.grad = torch.empty_like(self.p).copy_(self.p.grad)  # which lies as the weights do
         return self.layout.take(self.p.grad, rows)
@@ -281,8 +285,8 @@ class ConstrainedTensor:
         """
         if self.part.start is not None or not self.has(MASK):
             return
-        packed = self.layout.room(8)
-        if tuple(local(self.state[MASK]).shape) != tuple(packed) or packed[-1] == local(self.p).shape[-1]:
+        stored = tuple(local(self.state[MASK]).shape)
+        if stored != tuple(self.layout.room(8)) or stored == tuple(local(self.p).shape):
             return  # one number an entry, as FSDP1 saves it
         for key in [key for key in KEYS if self.has(key)]:
             stored, dtype = self.state[key], self._kinds[key][1]

@@ -491,6 +491,7 @@ def test_a_checkpoint_of_other_settings_is_refused() -> None:
     other = ADMM(fresh, {"p": q}, Unstructured(0.9), total_steps=5)
     with pytest.raises(ValueError, match=r"constraint: Unstructured\(sparsity=0.5, .*\) there, .*0.9, .*here"):
         other.load_state_dict(admm.state_dict())
+    other.detach()
     same = ADMM(fresh, {"p": q}, Unstructured(0.5), total_steps=5)
     with pytest.raises(ValueError, match="the optimizer's state has no masks"):
         same.load_state_dict(admm.state_dict())

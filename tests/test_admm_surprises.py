@@ -1,14 +1,18 @@
 """ADMM where optimizers, runs and parameters are not as expected."""
 
+import io
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from elsa_lightning import ADMM, Unstructured
+from elsa_lightning import ADMM, KeptZeros, Schedule, Unstructured, select
+from elsa_lightning.errors import UserError
+from elsa_lightning.forms import make_form
 from elsa_lightning.optim.adam8bit import Adam8bit
-from elsa_lightning.schedule import Schedule
+from elsa_lightning.sets import Member, Tie, Tied
 from elsa_lightning.tensors import KEYS, MASK, SPLIT
 
 
@@ -216,3 +220,321 @@ def test_codes_of_8_bits_are_not_taken_for_the_weights_that_a_moment_of_another_
         optimizer.step()
     lost = optimizer.state[large]["state1"] == 0  # the code of the most negative number, which a block may have
     assert lost.float().mean() < 0.1
+
+
+class Interrupted(torch.optim.Adam):
+    """Is interrupted when it is told to be, half-way through the weights."""
+
+    interrupts = False
+
+    def step(self, closure: Any = None) -> Any:
+        if self.interrupts:
+            self.interrupts = False
+            self.param_groups[0]["params"][0].detach().add_(1)
+            raise KeyboardInterrupt
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("scheduled", ["not", "before", "after"])
+def test_bfloat16_weights_are_themselves_as_soon_as_a_step_has_raised(scheduled: str) -> None:
+    p = matrix(torch.bfloat16)
+    optimizer = Interrupted([p], lr=0.01)
+    if scheduled == "before":
+        torch.optim.lr_scheduler.ConstantLR(optimizer)
+    admm = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=9, schedule=Schedule(interval=2))
+    if scheduled == "after":
+        torch.optim.lr_scheduler.ConstantLR(optimizer)
+    for _ in range(2):
+        step(optimizer, p)
+    before, optimizer.interrupts = p.detach().clone(), True
+    with pytest.raises(KeyboardInterrupt):
+        step(optimizer, p)
+    assert torch.equal(p, before)
+    for _ in range(7):
+        step(optimizer, p)
+    assert admm.step == 9 and kept(p) == 160
+    admm.detach()
+    assert ("step" in vars(optimizer)) == (scheduled != "not")
+    step(optimizer, p)
+    assert kept(p) == 320
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("first", [3, 14, 30])
+def test_a_late_first_gradient_does_not_cost_the_sparsity_of_optimizers_without_state(kind: Any, first: int) -> None:
+    p, late = matrix(), matrix(seed=1)
+    optimizer = kind([p, late], lr=0.001)
+    admm = ADMM(optimizer, {"p": p, "late": late}, Unstructured(0.5), total_steps=20)
+    for number in range(20):
+        step(optimizer, p, *([late] if number >= first else []))
+    assert kept(p) == 160 and kept(late) == (160 if first < 20 else 320)
+    admm.finish()
+    for _ in range(3):
+        step(optimizer, p, late)
+        assert kept(p) == kept(late) == 160
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_zeros_made_before_the_first_step_stay(kind: Any) -> None:
+    p = matrix()
+    optimizer = kind([p], lr=0.001)
+    admm = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=1)
+    admm.finish()
+    for _ in range(3):
+        step(optimizer, p)
+        assert kept(p) == 160
+
+
+def test_two_cannot_constrain_a_parameter_at_once() -> None:
+    p, other = matrix(), matrix(seed=1)
+    optimizer = torch.optim.Adam([p, other], lr=0.01)
+    first = ADMM(optimizer, {"p": p}, Unstructured(0.9), total_steps=10)
+    ADMM(optimizer, {"other": other}, Unstructured(0.5), total_steps=10)
+    for _ in range(3):
+        step(optimizer, p, other)
+    with pytest.raises(UserError, match=r"p is constrained already.*detach"):
+        ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=10)
+    first.detach()
+    second = ADMM(optimizer, {"p": p}, Unstructured(0.8), total_steps=10)
+    for _ in range(10):
+        step(optimizer, p, other)
+    second.finish()
+    assert kept(p) == 64 and kept(other) == 160
+    alone = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=40)  # the second has finished
+    for _ in range(40):
+        step(optimizer, p, other, target=-1.0)
+    assert alone.step == 40 and second.step == 10 and kept(p) == 160
+
+
+def test_stepping_while_suspended_goes_on_with_the_weights_from_before(caplog: pytest.LogCaptureFixture) -> None:
+    ends = []
+    for suspends in (False, True):
+        p = matrix()
+        optimizer = torch.optim.Adam([p], lr=0.01)
+        admm = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=20, prox="decoupled")
+        for number in range(20):
+            optimizer.zero_grad()
+            p.grad = torch.randn(16, 20, generator=torch.Generator().manual_seed(number))
+            if suspends and number in (5, 9):
+                admm.finish(resumable=True)
+                assert kept(p) == 160
+            optimizer.step()
+        ends.append(p.detach().clone())
+        assert set(optimizer.state[p]) & set(KEYS) == {MASK}
+    assert torch.equal(*ends)
+    assert caplog.text.count("Call admm.resume() before the forward pass") == 1
+
+
+@pytest.mark.parametrize("number", [5, 15])
+def test_masks_that_vanish_from_the_state_are_an_error(number: int) -> None:
+    p = matrix()
+    optimizer = torch.optim.Adam([p], lr=0.01)
+    ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=20)
+    for _ in range(number):
+        step(optimizer, p)
+    optimizer.state.clear()
+    with pytest.raises(UserError, match=r"masks have vanished from the state of Adam"):
+        step(optimizer, p)
+
+
+def test_zeros_that_are_kept_are_not_lost_with_the_state_either() -> None:
+    p = matrix()
+    with torch.no_grad():
+        p[:8] = 0
+    optimizer = torch.optim.Adam([p], lr=0.01)
+    KeptZeros(optimizer, {"p": p})
+    step(optimizer, p)
+    optimizer.state.clear()
+    with pytest.raises(UserError, match="masks have vanished"):
+        step(optimizer, p)
+
+
+class Clears(torch.optim.Adam):
+    """Takes its gradients away when it has used them."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self.zero_grad()
+        return loss
+
+
+def test_an_optimizer_may_clear_its_gradients() -> None:
+    p, plain = matrix(), matrix()
+    optimizers = [Clears([p], lr=0.01), torch.optim.Adam([plain], lr=0.01)]
+    runs = [
+        ADMM(optimizer, {"p": q}, Unstructured(0.5), total_steps=10)
+        for optimizer, q in zip(optimizers, (p, plain), strict=True)
+    ]
+    for _ in range(10):
+        step(optimizers[0], p)
+        step(optimizers[1], plain)
+    assert [admm.step for admm in runs] == [10, 10]
+    assert torch.equal(p, plain) and kept(p) == 160
+
+
+def test_a_run_without_a_counted_step_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    p = matrix()
+    ADMM(torch.optim.Adam([p]), {"p": p}, Unstructured(0.5), total_steps=1).finish()
+    assert not caplog.text
+    p = matrix()
+    ADMM(torch.optim.Adam([p]), {"p": p}, Unstructured(0.5), total_steps=10).finish()
+    assert "none of the 10 optimizer steps was counted" in caplog.text
+
+
+class Rateless(torch.optim.Optimizer):
+    """Knows no learning rate."""
+
+    def __init__(self, parameters: Any, **rate: Any) -> None:
+        super().__init__(parameters, rate)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=0.01)
+
+
+@pytest.mark.parametrize("prox", ["linearized", "decoupled", "published"])
+@pytest.mark.parametrize("rate", [{}, {"lr": None}])
+def test_an_optimizer_may_have_no_learning_rate(rate: dict[str, None], prox: Any) -> None:
+    p = matrix()
+    optimizer = Rateless([p], **rate)
+    admm = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=10, prox=prox)
+    for _ in range(10):
+        step(optimizer, p)
+    assert admm.step == 10 and kept(p) == 160
+
+
+def test_groups_may_be_empty_and_parameters_complex() -> None:
+    p, phase = matrix(torch.bfloat16), nn.Parameter(torch.randn(3, dtype=torch.cfloat))
+    optimizer = torch.optim.Adam([{"params": []}, {"params": [p]}, {"params": [phase]}], lr=0.01)
+    admm = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=10)
+    for _ in range(10):
+        optimizer.zero_grad()
+        ((p.float() - 1).square().sum() + phase.abs().square().sum()).backward()
+        optimizer.step()
+    assert admm.step == 10 and kept(p) == 160
+    optimizer.zero_grad()
+    phase.abs().mul(torch.inf).sum().backward()
+    optimizer.step()
+    assert phase.isfinite().all()
+
+
+class Takes(torch.optim.SGD):
+    """Has a step that is given a loss."""
+
+    def step(self, loss: Tensor) -> None:  # type: ignore[override]
+        self.seen = float(loss)
+        super().step()
+
+
+def test_what_a_step_is_given_need_not_be_a_closure() -> None:
+    p = matrix()
+    optimizer = Takes([p], lr=0.01)
+    ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=1)
+    loss = (p - 1).square().sum()
+    loss.backward()
+    optimizer.step(loss.detach())
+    assert optimizer.seen == float(loss) and kept(p) == 160
+
+
+def test_parameters_may_be_a_selection_or_pairs_and_each_once() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    optimizer = torch.optim.Adam(model.parameters())
+    for given in (select(model), ((name, p) for name, p in model.named_parameters() if p.dim() > 1)):
+        admm = ADMM(optimizer, given, Unstructured(0.5), total_steps=2)
+        admm.finish()
+        assert kept(model[0].weight) == 64
+    with pytest.raises(UserError, match="p and q are one parameter"):
+        ADMM(optimizer, {"p": model[0].weight, "q": model[0].weight}, Unstructured(0.5), total_steps=2)
+    empty = nn.Parameter(torch.zeros(0, 4))
+    with pytest.raises(UserError, match=r"empty of shape \(0, 4\) has no entries"):
+        ADMM(torch.optim.Adam([empty]), {"empty": empty}, Unstructured(0.5), total_steps=2)
+
+
+def test_a_form_of_ones_own_serves_several_runs() -> None:
+    form, ends = make_form("linearized"), []
+    for _ in range(2):
+        p = matrix()
+        optimizer = torch.optim.Adam([p], lr=0.01)
+        ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=20, prox=form)
+        for number in range(20):
+            optimizer.zero_grad()
+            p.grad = torch.randn(16, 20, generator=torch.Generator().manual_seed(number))
+            optimizer.step()
+        ends.append(p.detach().clone())
+    assert torch.equal(*ends)
+
+
+def test_settings_may_be_numbers_of_numpy() -> None:
+    p = matrix()
+    optimizer = torch.optim.Adam([p], lr=0.01)
+    admm = ADMM(optimizer, {"p": p}, Unstructured(np.float64(0.5)), total_steps=np.int64(4))
+    step(optimizer, p)
+    kept_state = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict(), "admm": admm.state_dict()}, kept_state)
+    kept_state.seek(0)
+    saved = torch.load(kept_state, weights_only=True)
+    q = matrix()
+    other = torch.optim.Adam([q], lr=0.01)
+    resumed = ADMM(other, {"p": q}, Unstructured(0.5), total_steps=4)
+    other.load_state_dict(saved["optimizer"])
+    resumed.load_state_dict(saved["admm"])
+    assert resumed.step == 1
+
+
+def test_sparse_gradients_of_a_constrained_weight_are_refused_by_name() -> None:
+    table = nn.Embedding(16, 8, sparse=True)
+    optimizer = torch.optim.SGD(table.parameters(), lr=0.1)
+    ADMM(optimizer, {"table": table.weight}, Unstructured(0.5), total_steps=4, prox="published")
+    with pytest.raises(UserError, match="table has sparse gradients"):
+        for _ in range(2):
+            optimizer.zero_grad()
+            table(torch.arange(4)).square().sum().backward()
+            optimizer.step()
+
+
+class Rows(Tied):
+    """Half of the rows, of two matrices together."""
+
+    def ties(self, shapes: Any) -> list[Tie]:
+        rows = shapes["p"][0]
+        return [Tie(rows, rows // 2, (Member("p", axis=0), Member("late", axis=0)))]
+
+
+@pytest.mark.parametrize("first", [0, 3, 14, 30])
+@pytest.mark.parametrize("prox", ["linearized", "decoupled"])
+def test_units_wait_for_the_first_gradient_of_all_their_tensors(
+    first: int, prox: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    p, late = matrix(), matrix(seed=1)
+    optimizer = torch.optim.Adam([p, late], lr=0.001)
+    admm = ADMM(optimizer, {"p": p, "late": late}, Rows(), total_steps=20, prox=prox)
+    for number in range(20):
+        step(optimizer, p, *([late] if number >= first and number % 2 else []))
+    assert ("had no gradient so far" in caplog.text) == (first > 12)
+    admm.finish()
+    rows = p.detach().any(dim=1)
+    assert int(rows.sum()) == 8 and torch.equal(rows, late.detach().any(dim=1))
+    for _ in range(3):
+        step(optimizer, p, late)
+    assert torch.equal(p.detach().any(dim=1), late.detach().any(dim=1)) and int(p.detach().any(dim=1).sum()) == 8
+
+
+def test_a_compiled_step_is_not_compiled_anew_at_each_step_of_ours() -> None:
+    p, plain = matrix(), matrix()
+    optimizer, eager = torch.optim.Adam([p], lr=0.01), torch.optim.Adam([plain], lr=0.01)
+    ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=10)
+    ADMM(eager, {"p": plain}, Unstructured(0.5), total_steps=10)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(optimizer.step, backend="eager")
+    for _ in range(10):
+        for one, q, make in ((optimizer, p, compiled), (eager, plain, eager.step)):
+            one.zero_grad()
+            (q - 1).square().sum().backward()
+            make()
+    torch.testing.assert_close(p, plain)
+    assert kept(p) == 160
+    frames = torch._dynamo.utils.counters["frames"]["total"]
+    assert frames < 10  # some 300 where the hooks are traced

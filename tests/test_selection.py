@@ -395,3 +395,12 @@ def test_zeros_are_counted_over_the_constrained_weights() -> None:
     assert count_zeros(model) == (24 * 4, select(model).constrained)
     chosen = [model.get_input_embeddings().weight]  # type: ignore[operator]
     assert count_zeros(model, chosen) == (64 * 16, 64 * 16)
+
+
+def test_a_layer_that_normalises_its_weights_multiplies_all_the_same() -> None:
+    class NormedLinear(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, nn.functional.normalize(self.weight), self.bias)
+
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), NormedLinear(16, 8), nn.Linear(8, 4))
+    assert list(select(model, ["all-linear"]).parameters) == ["0.weight", "2.weight", "3.weight"]

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.lowbit import masked
+from elsa_lightning.optim.moments import rate_of
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.sets.base import Constraint
 from elsa_lightning.tensors import ConstrainedTensor
@@ -216,7 +217,7 @@ def relative_rates(optimizer: Optimizer, peaks: Sequence[float]) -> tuple[dict[n
         peaks: The largest of each group so far.
     """
     groups = optimizer.param_groups
-    rates = [float(group["lr"]) for group in groups]
+    rates = [rate_of(group) for group in groups]
     known = [_known_peak(group) for group in groups]
     former = [*peaks, *[0.0] * (len(groups) - len(peaks))]
     now = [max(found) for found in zip(rates, known, former, strict=True)]
@@ -227,7 +228,7 @@ def relative_rates(optimizer: Optimizer, peaks: Sequence[float]) -> tuple[dict[n
 def peak_rate(tensor: ConstrainedTensor) -> float:
     """Return the largest learning rate of a tensor, as far as its group says."""
     group = _group(tensor)
-    return max(float(group["lr"]), _known_peak(group))
+    return max(rate_of(group), _known_peak(group))
 
 
 def _group(tensor: ConstrainedTensor) -> dict[str, Any]:
@@ -235,4 +236,4 @@ def _group(tensor: ConstrainedTensor) -> dict[str, Any]:
 
 
 def _known_peak(group: dict[str, Any]) -> float:
-    return float(group.get("max_lr", group.get("initial_lr", 0.0)))
+    return float(group.get("max_lr", group.get("initial_lr")) or 0.0)

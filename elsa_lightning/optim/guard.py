@@ -75,6 +75,7 @@ class Guard:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         gradients = [local(p.grad) for p in parameters if p.grad is not None]
         gradients = [gradient for gradient in gradients if gradient.numel() and not gradient.is_sparse]
+        gradients = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
         broken = torch.zeros((), device=parameters[0].device)
         if gradients:
             if on_host(broken):  # where the norm takes 20 times as long

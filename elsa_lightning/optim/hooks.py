@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import types
 import weakref
 from collections.abc import Callable, Collection
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -32,7 +35,8 @@ class StepHooks:
         before: Called once the gradients of a step are final, with the loss where there is one. With a closure
             (Lightning's automatic optimisation) they are when it returns, after accumulation and clipping.
         after: Called after the step.
-        interrupted: Called before the step that follows one which raised.
+        interrupted: Called before the step that follows one which raised; with ``catches`` at once.
+        catches: Whether to wrap ``optimizer.step``, without which nothing sees a step raise while it does.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class StepHooks:
         before: Callable[[Any], None],
         after: Callable[[], None],
         interrupted: Callable[[], None],
+        catches: bool = False,
     ) -> None:
         self.keys, self.before, self.after, self.interrupted = keys, before, after, interrupted
         self._steps: list[FrameType] = []  # whose step is going on, outermost first
@@ -53,12 +58,14 @@ class StepHooks:
         if hasattr(optimizer, "non_castable_tensor_keys"):
             optimizer.non_castable_tensor_keys |= set(keys)
         self._optimizer = optimizer
+        untraced: Any = torch.compiler.disable  # a compiled step would be compiled anew at each of ours
         self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(untraced(self._before_step)),
+            optimizer.register_step_post_hook(untraced(self._after_step)),
             optimizer.register_load_state_dict_pre_hook(self._before_load),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
+        self._catching: Any = self._catch(optimizer) if catches else None
 
     @property
     def loaded(self) -> bool:
@@ -74,13 +81,35 @@ class StepHooks:
         """Take the hooks off the optimizer."""
         for handle in self._handles:
             handle.remove()
+        if self._catching is not None and vars(self._optimizer).get("step") is self._catching:
+            vars(self._optimizer).pop("step")  # where somebody wrapped it since it stays, and does nothing
+            if self._former is not None:
+                vars(self._optimizer)["step"] = self._former
+        self._catching = None
+
+    def _catch(self, optimizer: Optimizer) -> Any:
+        """Wrap the step of one optimizer, as learning-rate schedules do, and return what it is now."""
+        inner, self._former = optimizer.step, vars(optimizer).get("step")
+
+        @functools.wraps(inner)  # with the mark by which a schedule knows that it has wrapped it
+        def step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return inner(*args, **kwargs)
+            except BaseException:
+                if self._catching is not None:
+                    self.reset()
+                    self.interrupted()
+                raise
+
+        optimizer.step = method = types.MethodType(step, optimizer)  # type: ignore[method-assign]
+        return method
 
     def reset(self) -> None:
         """Forget a step that was interrupted."""
         self._steps.clear()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        caller = sys._getframe(1)
+        caller = _caller()
         if self._steps and not _is_inside(caller, self._steps[0]):  # that step raised, and its post-hook never came
             self.reset()
             self.interrupted()
@@ -89,8 +118,8 @@ class StepHooks:
             return None
         args = list(args)
         closure: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._prepare(None)
+        if not callable(closure):  # some take a loss
+            self._prepare(closure)
             return None
 
         def wrapped() -> Any:
@@ -141,6 +170,14 @@ class StepHooks:
 
 def _forget(optimizer: Optimizer) -> None:
     _KNOWN[optimizer] = False
+
+
+def _caller() -> FrameType:
+    """Return the frame that called a hook, which torch.compiler.disable has wrapped."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("torch._dynamo"):
+        frame = frame.f_back
+    return frame
 
 
 def _is_inside(frame: FrameType | None, outer: FrameType) -> bool:

@@ -15,7 +15,7 @@ from elsa_lightning.layout.sharded import local
 
 _ROTATED = {"GG", "Q", "QL", "QR"}  # SOAP and Shampoo: their moments are of the gradient in another basis
 # of torch's optimizers, those of bitsandbytes with two states, RMSprop and Adadelta, Adagrad, vectors of Adafactor
-_KEPT = ("exp_avg_sq", "state2", "square_avg", "sum", "variance")
+_KEPT = ("max_exp_avg_sq", "exp_avg_sq", "state2", "square_avg", "sum", "variance")
 _FACTORS = (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col"))  # torch's Adafactor; transformers'
 BNB_BLOCK = 256  # entries that share a scale in bitsandbytes
 
@@ -24,8 +24,9 @@ def second_moment(optimizer: Optimizer, p: nn.Parameter, rows: slice | None = No
     """Return the diagonal empirical Fisher estimate F̂ of this process's part of a parameter, or None.
 
     It is whatever the optimizer's own step divides by, squared: a running mean of squared gradients (the Adam family,
-    RMSprop, Adadelta), their sum (Adagrad), the product of their means over rows and columns (Adafactor, where nothing
-    is sharded) or the square of their running maximum (Adamax); in 8 or 4 bits with bitsandbytes and torchao.
+    RMSprop, Adadelta) or with amsgrad the largest so far, their sum (Adagrad), the product of their means over rows and
+    columns (Adafactor, where nothing is sharded) or the square of their running maximum (Adamax); in 8 or 4 bits with
+    bitsandbytes and torchao.
     A factor per tensor, such as the bias correction, changes no ranking within it. Moments of the gradient in another
     basis than the weights' (SOAP) say nothing about single weights.
 
@@ -43,16 +44,15 @@ def second_moment(optimizer: Optimizer, p: nn.Parameter, rows: slice | None = No
             if x.dim() == local(p).dim():
                 return _product(state[row], state[column], x, rows)
             whole = _product(state[row], state[column], local(p), None)  # of kernels factored over their last two axes
-            laid_out = None if whole is None else torch.empty_like(local(p), dtype=whole.dtype).copy_(whole)
-            return None if laid_out is None else _rows_of(rows_of(p, laid_out), x, rows)
+            return None if whole is None else _rows_of(rows_of(p, _laid_out(whole, p)), x, rows)
     if isinstance(largest := state.get("exp_inf"), Tensor):
-        return None if largest.shape != p.shape else _rows_of(rows_of(p, local(largest)), x, rows).square()
+        return None if largest.shape != p.shape else _rows_of(rows_of(p, _laid_out(largest, p)), x, rows).square()
     name = next((key for key in _KEPT if isinstance(state.get(key), Tensor)), None)
     if name is None and getattr(optimizer, "optimizer_name", None) in ("adagrad", "rmsprop"):  # bitsandbytes'
         name = "state1"
     if name is None or name not in state or (name == "sum" and not _has_stepped(state)):
         return None
-    moment = rows_of(p, local(state[name]))
+    moment = rows_of(p, _laid_out(state[name], p))
     if moment.shape[:-1] != x.shape[:-1] or moment.shape[-1] < x.shape[-1]:
         return None
     if hasattr(moment, "block_size"):
@@ -65,6 +65,14 @@ def second_moment(optimizer: Optimizer, p: nn.Parameter, rows: slice | None = No
         )
         return numbers[..., : numbers.shape[-1] if rows is not None and x.dim() == 1 else x.shape[-1]]
     return _rows_of(moment, x, rows)
+
+
+def _laid_out(moment: Tensor, p: nn.Parameter) -> Tensor:
+    """Return a moment with its entries in memory as those of the weights, copied where the format was changed."""
+    x, moment = local(p), local(moment)
+    if type(moment) is not Tensor or moment.shape != x.shape or moment.stride() == x.stride():
+        return moment
+    return torch.empty_like(x, dtype=moment.dtype).copy_(moment)
 
 
 def _has_stepped(state: dict[str, Any]) -> bool:
@@ -134,19 +142,27 @@ def lays_out_anew(optimizer: Optimizer) -> bool:
     return getattr(update, "__module__", "").startswith("bitsandbytes")
 
 
+def rate_of(group: dict[str, Any]) -> float:
+    """Return the learning rate of a parameter group; 1 where it has none of its own, as with relative steps."""
+    rate = group.get("lr")
+    return 1.0 if rate is None else float(rate)
+
+
 def set_up(optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> None:
     """Let an optimizer create its state of some parameters by a step on zero gradients that moves nothing."""
     if optimizer.state:
         return
     chosen = set(parameters)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if rate is not None:
+            group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
         for p in group["params"]:
             p.grad = torch.zeros_like(p) if p in chosen else None
     optimizer.step()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+        if rate is not None:
+            group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
 
 

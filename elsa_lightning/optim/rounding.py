@@ -24,9 +24,10 @@ def moves_alike_everywhere(optimizer: Optimizer) -> bool:
     """Say whether a step depends on the gradients alone and not on where the weights are.
 
     So it is for Adam and its kin without weight decay. Others are told by what they do: two small parameters, one at 0,
-    get the same gradients from an optimizer of the same kind and settings.
+    get the same gradients from an optimizer of the same kind and settings, and a third is set to 0 before each step, as
+    :class:`WeightRounding` does. Where that leaves another state, positions are in it (an average of the weights, say).
     """
-    groups = optimizer.param_groups
+    groups = [group for group in optimizer.param_groups if group["params"]]
     return not any(group.get("weight_decay") for group in groups) and all(_is_alike(optimizer, g) for g in groups)
 
 
@@ -37,19 +38,34 @@ def _is_alike(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     options = {key: value for key, value in {**optimizer.defaults, **group}.items() if key in known}
     numbers = torch.Generator().manual_seed(0)
     gradients = [torch.randn(4, 8, generator=numbers).to(device) for _ in range(3)]
-    steps = []
-    for start in (torch.zeros(4, 8, device=device), torch.linspace(-1, 2, 32, device=device).view(4, 8)):
+    found = []
+    zeros, apart = torch.zeros(4, 8, device=device), torch.linspace(-1, 2, 32, device=device).view(4, 8)
+    for start, from_zero in ((zeros, False), (apart, False), (apart, True)):
         p = nn.Parameter(start.clone())
         try:
             stepped = kind([p], **{**options, "lr": 0.01})
             for gradient in gradients:
                 p.grad = gradient.clone()
+                before = p.clone() if from_zero else zeros
+                p.sub_(before)
                 stepped.step()
+                p.add_(before)
         except Exception:  # anybody's code: what cannot be tried is not relied on
             return False
-        steps.append(p.detach() - start)
-    one, other = steps
-    return bool(one.isfinite().all()) and torch.allclose(one, other, rtol=1e-2, atol=float(one.abs().max()) / 100)
+        kept = {key: t for key, t in stepped.state.get(p, {}).items() if isinstance(t, Tensor) and t.shape == p.shape}
+        found.append({"step": p.detach() - start, **kept})
+    (at_zero, elsewhere, aside), names = found, found[1].keys()
+    return (
+        bool(at_zero["step"].isfinite().all())
+        and _is_close(at_zero["step"], elsewhere["step"])
+        and names == aside.keys()
+        and all(_is_close(elsewhere[name], aside[name]) for name in names)
+    )
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    one, other = one.float(), other.float()
+    return torch.allclose(one, other, rtol=1e-2, atol=float(one.abs().max()) / 100)
 
 
 def hazard(optimizer: Optimizer) -> str | None:

@@ -161,12 +161,15 @@ class Constraint(ABC):
         inertia: τ of a proximal term τ ‖z − z_before‖² in the projection: what was cut is chosen as if it were 1 + τ
             times smaller. For sets where an exchange costs much beside what it gains.
         stacks: Whether :meth:`support` yields masks of :meth:`Points.stacked`, not of the points in their order.
+        decides_at_once: Whether it decides about all its tensors or about none, so that a run waits until each of them
+            has had a gradient.
     """
 
     grain: tuple[int, int] = (1, 1)
     fixes_values: bool = False
     inertia: float = 0.0
     stacks: bool = False
+    decides_at_once: bool = False
 
     def check(self, shapes: Mapping[str, torch.Size], transposed: Collection[str] = ()) -> None:
         """Raise UserError, naming the tensor, if tensors of these names and shapes cannot be in the set.

@@ -58,6 +58,7 @@ class Tied(Constraint):
     """
 
     inertia = 1.0
+    decides_at_once = True
 
     @abstractmethod
     def ties(self, shapes: Mapping[str, torch.Size]) -> list[Tie]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from elsa_lightning import ADMM, Unstructured
+from elsa_lightning import ADMM, Unstructured, select
 from elsa_lightning.optim.hooks import innermost
 from elsa_lightning.tensors import MASK
 from tests.callbacks.tiny import assert_same
@@ -175,3 +175,42 @@ def test_what_is_no_optimizer_is_refused() -> None:
     p = weights()
     with pytest.raises(TypeError, match="optimizer must be a torch optimizer, or one that wraps it, got list"):
         attach([p], p)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.Conv2d(8, 16, 1, bias=False),
+        lambda: nn.Conv2d(4, 16, 1, bias=False),
+        lambda: nn.Conv1d(8, 16, 3, bias=False),
+        lambda: nn.Conv2d(2, 16, 3, bias=False),
+        lambda: nn.Conv2d(3, 16, 3, bias=False),
+        lambda: nn.Linear(1, 16, bias=False),
+        lambda: nn.Linear(8, 16, bias=False),
+    ],
+)
+@pytest.mark.parametrize("at", [7, 20], ids=["mask-moves", "mask-fixed"])
+def test_small_layers_are_resumed_from_state_that_was_loaded_first(layer: Any, at: int) -> None:
+    def begun() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        module = layer()
+        return module, torch.optim.Adam(module.parameters(), lr=0.01)
+
+    def attached(module: nn.Module, optimizer: torch.optim.Optimizer) -> ADMM:
+        return ADMM(optimizer, select(module).parameters, Unstructured(0.5), total_steps=STEPS)
+
+    module, optimizer = begun()
+    admm = attached(module, optimizer)
+    train(optimizer, module.weight, 0, at)
+    saved = copy.deepcopy((module.state_dict(), optimizer.state_dict(), admm.state_dict()))
+    train(optimizer, module.weight, at, STEPS)
+    admm.finish()
+    again, other = begun()
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    resumed = attached(again, other)
+    resumed.load_state_dict(saved[2])
+    train(other, again.weight, at, STEPS)
+    resumed.finish()
+    assert torch.equal(module.weight, again.weight)
+    assert int((again.weight == 0).sum()) == again.weight.numel() // 2

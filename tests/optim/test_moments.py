@@ -244,3 +244,31 @@ def test_a_run_prunes_with_any_of_them_and_blames_no_missing_moment(
     admm.finish()
     assert int((p != 0).sum()) == round(0.1 * p.numel())
     assert "second moment" not in caplog.text
+
+
+def test_amsgrad_divides_by_the_largest_so_far() -> None:
+    p, optimizer = stepped(torch.optim.Adam, amsgrad=True)
+    for _ in range(100):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+    state = optimizer.state[p]
+    assert (state["exp_avg_sq"] < 0.95 * state["max_exp_avg_sq"]).all()
+    assert torch.equal(second_moment(optimizer, p), state["max_exp_avg_sq"])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.Adamax])
+def test_a_moment_is_beside_its_weight_where_the_memory_format_changed_after_it(kind: type) -> None:
+    torch.manual_seed(0)
+    layer, before = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+    before.load_state_dict(layer.state_dict())
+    moments = []
+    for module, changes in ((layer, True), (before, False)):
+        optimizer = kind(module.parameters(), lr=1e-3)
+        module.weight.grad = torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(1))
+        optimizer.step()
+        if changes:
+            module.to(memory_format=torch.channels_last)
+            assert not module.weight.is_contiguous()
+        moments.append(second_moment(optimizer, module.weight))
+    last = moments[0].view(8, 3, 3, 8).movedim(-1, 1)
+    assert torch.equal(last, moments[1].view(8, 8, 3, 3))

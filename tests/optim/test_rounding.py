@@ -51,6 +51,18 @@ class SGD(ByNorm):
     """Of a name that would be trusted."""
 
 
+class Averaging(torch.optim.SGD):
+    """Keeps a mean of the weights in its state, whatever they are."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p, 0.1)
+        return loss
+
+
 class Unmakeable(torch.optim.SGD):
     """Asks for more than its settings say."""
 
@@ -76,6 +88,9 @@ class Unmakeable(torch.optim.SGD):
         (lambda p: ByNorm(p, lr=0.1), False),
         (lambda p: SGD(p, lr=0.1), False),
         (lambda p: Unmakeable(p, object(), lr=0.1), False),
+        (lambda p: torch.optim.ASGD(p, lr=0.1), False),  # its average would be of weights that were set to 0
+        (lambda p: Averaging(p, lr=0.1), False),
+        (lambda p: torch.optim.Adam([{"params": []}, {"params": p}]), True),
     ],
 )
 def test_an_optimizer_is_known_by_what_it_does(make: Any, alike: bool) -> None:
