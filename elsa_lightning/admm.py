@@ -152,10 +152,15 @@ class ADMM:
         )
         _ATTACHED.setdefault(optimizer, weakref.WeakSet()).add(self)
 
-    def detach(self) -> None:
-        """Take the hooks off the optimizer; its state stays."""
+    def detach(self, saves: bool = False) -> None:
+        """Take the hooks off the optimizer; its state stays.
+
+        Args:
+            saves: Whether flat slices (FSDP1) are yet to be saved, which goes through one.
+        """
         self._hooks.remove()
-        self.tensors.remove()
+        if not saves:
+            self.tensors.remove()
         _ATTACHED.get(self.optimizer, weakref.WeakSet()).discard(self)
 
     @property
@@ -167,6 +172,11 @@ class ADMM:
     def sharded(self) -> bool:
         """Whether other processes hold other entries of the parameters."""
         return bool(self.tensors.processes.groups)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the optimizer's state holds tensors of a run whose scalars were not loaded."""
+        return self._hooks.loaded
 
     @property
     def frozen(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,9 +77,9 @@ class KeptZeros(ADMM):
         if begin:
             self.begin()
 
-    def detach(self) -> None:
+    def detach(self, saves: bool = False) -> None:
         """Take the hooks off optimizer and parameters; the optimizer's state stays."""
-        super().detach()
+        super().detach(saves)
         for handle in self._gradients:
             handle.remove()
 
@@ -194,14 +195,17 @@ class KeptZeros(ADMM):
         return bool(tensor.state) or self.tensors.flat or (self.step > 0 and tensor.p.grad is not None)
 
     def _mask_when_there(self, tensor: ConstrainedTensor) -> Any:
+        keeper, name = weakref.ref(self), tensor.name  # so that it ends with its optimizer
+
         def mask(_: Tensor) -> None:
-            if self.paused:
+            here = keeper()
+            if here is None or here.paused:
                 return
-            if self.phase == "setting up":
-                if self.sharded:
+            if here.phase == "setting up":
+                if here.sharded:
                     raise UserError("the weights are sharded: call begin() before the first backward pass")
-                self.begin()
-            self._mask_gradient(tensor)
+                here.begin()
+            here._mask_gradient(here.tensors[name])
 
         return tensor.p.register_post_accumulate_grad_hook(mask)  # type: ignore[no-untyped-call]
 

@@ -92,13 +92,23 @@ def choose(optimizer: Optimizer, schedulers: list[Any], damage: Damage) -> float
             if key in group:
                 group[key] = group[key] * factor  # of a tensor too, whose copy capturable kernels read
     for scheduler in schedulers:
-        if getattr(scheduler, "optimizer", None) is not optimizer:
-            continue
-        if hasattr(scheduler, "base_lrs"):
-            scheduler.base_lrs = [base * factor for base in scheduler.base_lrs]
-        if hasattr(scheduler, "_last_lr"):
-            scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+        _scale(scheduler, optimizer, factor)
     return damage.rate
+
+
+def _scale(scheduler: Any, optimizer: Optimizer, factor: float) -> None:
+    """Scale all rates that a schedule over an optimizer keeps, and those of the schedules that it is made of."""
+    for part in getattr(scheduler, "_schedulers", ()):  # SequentialLR, ChainedScheduler
+        _scale(part, optimizer, factor)
+    if getattr(scheduler, "optimizer", None) is not optimizer:
+        return
+    for name in ("base_lrs", "max_lrs", "min_lrs"):  # of CyclicLR, of ReduceLROnPlateau
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, [rate * factor for rate in getattr(scheduler, name)])
+    if hasattr(scheduler, "eta_min"):
+        scheduler.eta_min *= factor
+    if hasattr(scheduler, "_last_lr"):
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def doubt(optimizer: Optimizer, damage: Damage) -> str | None:

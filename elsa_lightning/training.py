@@ -30,6 +30,7 @@ from elsa_lightning.lm.supported import check_tokens
 from elsa_lightning.options import OneLineParser
 from elsa_lightning.plan import Plan, plan
 
+_TOKENIZERS = ("--data.tokenizer", "--data.init_args.tokenizer")
 _KNOWN_CHECKPOINTS = ("last", "best", "hpc", "registry")  # which Lightning finds by itself
 
 
@@ -110,6 +111,15 @@ class ElsaCLI(LightningCLI):
             parser.set_defaults({"data": {"class_path": "elsa_lightning.CalibrationData"}})
         parser.link_arguments("model.name", "data.init_args.tokenizer" if self.subclass_mode_data else "data.tokenizer")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuse a tokenizer, which the link to the model's would replace without a word."""
+        given = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+        if any(str(argument).partition("=")[0].startswith(_TOKENIZERS) for argument in given):
+            raise UserError(
+                "data.tokenizer is the model's own here: save it into the model's folder, and give that to --model.name"
+            )
+        super().parse_arguments(parser, args)
+
     def _parse_ckpt_path(self) -> None:
         """Let the command line decide about the model of a resumed run, not the checkpoint."""
         if self.config.get("subcommand") != "fit":
@@ -174,12 +184,30 @@ class ElsaCLI(LightningCLI):
         if told := closing(self.trainer, logs, again, None if given.constraint else sparsity):
             print(f"\n{told}")
 
+    def _check_checkpoint(self, given: str | None) -> None:
+        if not given or given in _KNOWN_CHECKPOINTS or "://" in given:
+            return
+        path = Path(given).expanduser()
+        if not path.exists():
+            raise UserError(f"ckpt_path {given!r} does not exist; give a .ckpt of an earlier run")
+        if path.is_dir() and not (path / ".metadata").is_file():  # as a distributed checkpoint has
+            raise UserError(
+                f"ckpt_path {given!r} is a folder, and no checkpoint: give a .ckpt in the folder checkpoints of a run; "
+                f"a Hugging Face folder goes to model.name"
+            )
+        if path.suffix in (".yaml", ".yml", ".json", ".safetensors", ".bin"):
+            raise UserError(f"ckpt_path {given!r} is no checkpoint: give a .ckpt of an earlier run")
+
+    def before_validate(self) -> None:
+        """Look at the checkpoint before anything is loaded."""
+        self._check_checkpoint(self.config[self.subcommand].ckpt_path)
+
+    before_test = before_predict = before_validate
+
     def before_fit(self) -> None:
         """Plan the memory of the run; a model or optimizer that cannot be tried beforehand runs all the same."""
         assert isinstance(self.trainer, ElsaTrainer)
-        resumed = self.config.fit.ckpt_path
-        if resumed and resumed not in _KNOWN_CHECKPOINTS and ":" not in resumed and not Path(resumed).exists():
-            raise UserError(f"ckpt_path {resumed!r} does not exist; give a .ckpt of an earlier run")
+        self._check_checkpoint(self.config.fit.ckpt_path)
         if self.model.pretrained and self.trainer.elsa is None:
             rank_zero_warn("nothing is pruned: give --elsa.sparsity 0.9, or --config configs/elsa.yaml, which has it")
         guide = Guide(self.model.name)

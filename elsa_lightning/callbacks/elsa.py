@@ -14,7 +14,15 @@ from torch.utils.hooks import RemovableHandle
 
 from elsa_lightning import rate
 from elsa_lightning.admm import ADMM
-from elsa_lightning.callbacks.ends import is_early, is_last_step, is_stopping, total_steps, trains_nothing, unfinished
+from elsa_lightning.callbacks.ends import (
+    attached,
+    is_early,
+    is_last_step,
+    is_stopping,
+    total_steps,
+    trains_nothing,
+    unfinished,
+)
 from elsa_lightning.callbacks.figures import Figures, log_settings
 from elsa_lightning.callbacks.journal import Journal
 from elsa_lightning.callbacks.monitors import Monitors
@@ -71,6 +79,8 @@ class ElsaCallback(Callback):
             adapters and depthwise convolutions), or regular expressions of parameter names, or both.
         ignore: Regular expressions of parameter names that stay dense.
         optimizer_index: Which optimizer's parameters, for a module with several; those of the others stay dense.
+        total_steps: Optimizer steps of the whole run, where they are not those that Lightning counts: manual
+            optimisation that does not step at every batch, several optimizers that step unequally. None asks Lightning.
         learning_rate: ``auto`` scales the rates of an Adam, and of its schedule, to a peak that suits what the set
             takes from the weights and how wide and deep the model is; see :mod:`elsa_lightning.rate`. None keeps the
             optimizer's rate, and says when it is far from that one.
@@ -94,7 +104,11 @@ class ElsaCallback(Callback):
         ignore: list[str] | None = None,
         optimizer_index: int | None = None,
         learning_rate: Literal["auto"] | None = None,
+        total_steps: int | None = None,
     ) -> None:
+        if total_steps is not None and total_steps < 1:
+            raise UserError(f"total_steps must be 1 or more optimizer steps, or None, got {total_steps}")
+        self.total_steps = total_steps
         if learning_rate not in ("auto", None):
             raise UserError(
                 f"learning_rate is 'auto' or None, got {learning_rate!r}: a number belongs to the optimizer (in YAML "
@@ -167,6 +181,8 @@ class ElsaCallback(Callback):
         constraint = self.constraint.fitted(pl_module)
         selection = self._choose(trainer, pl_module, trained).within(constraint)
         self._take_hooks_off()
+        if self.admm is not None:
+            self.admm.detach()
         self._running = False  # a learning-rate finder may train before the run begins
         # before ADMM's, so that it knows
         self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._mind_the_tuner(trainer)))
@@ -219,19 +235,25 @@ class ElsaCallback(Callback):
         assert self.admm is not None
         loaded, self._loaded = self._loaded, None
         self._first_step = loaded["first_step"] if loaded else trainer.global_step // len(trainer.optimizers)
-        self.admm.total_steps = max(1, total_steps(trainer) - self._first_step)
+        self.admm.total_steps = max(1, (self.total_steps or total_steps(trainer)) - self._first_step)
         self._running, self.admm.paused = True, False
-        if loaded:
+        if began := loaded is not None and loaded["admm"]["step"] > 0:  # else a tuner went back to the start
             self.admm.load_state_dict(loaded["admm"])
+        if loaded:
             # at the end of an epoch load_state_dict has done it, before the loader drew the order of the next one
             if not trainer.is_last_batch:
                 restore_random_states(loaded["rng"])
         elif self._first_step > 0:
+            if self.admm.loaded:
+                raise UserError(
+                    "the checkpoint's optimizer holds the masks of another callback or optimizer_index: resume with "
+                    "that of the saved run, or start a new run from its weights without ckpt_path"
+                )
             rank_zero_warn(
                 f"training goes on from step {self._first_step} without a state of ElsaCallback, so pruning begins "
                 f"here and has the remaining {self.admm.total_steps} optimizer steps"
             )
-        if not loaded:
+        if not began:
             self._mind_the_rate(trainer, pl_module)
         self._monitors.begin(trainer, count=self.admm.frozen)
         self._begin_journal(trainer)
@@ -280,18 +302,19 @@ class ElsaCallback(Callback):
         self._finish_if_last(trainer)
         self._suspend_if_stopping(trainer)
         self._journal.note(trainer, pl_module, outputs)
-        if self.admm.frozen and not self._monitors.count:
+        if not self._monitors.count and all(admm.frozen for admm in attached(trainer)):
             self._monitors.open(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate what a run that is about to end will leave."""
-        self._suspend_if_stopping(trainer)
+        if self._fits:
+            self._suspend_if_stopping(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Validate the zeros, whatever the module swapped in."""
-        if batch_idx == 0 and self.admm is not None and not trainer.sanity_checking:
+        """Validate the zeros of a run, whatever the module swapped in; without a fit the weights are as they are."""
+        if batch_idx == 0 and self._fits and self.admm is not None and not trainer.sanity_checking:
             self._hold(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -351,6 +374,11 @@ class ElsaCallback(Callback):
             self._finish(trainer, resumable=False)
         if self._writes(trainer):
             self._journal.end(trainer, pl_module)
+        if not (self._running or self._loaded or trains_nothing(trainer) or trainer.global_step):
+            raise UserError(
+                "no batch of training data was seen, so nothing was pruned: there are none (limit_train_batches=0), or "
+                "all together are shorter than a batch that may not be smaller (drop_last)"
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure of the zeros, whatever ended the run, and say how it ended."""
@@ -389,6 +417,7 @@ class ElsaCallback(Callback):
         self._journal.end(trainer, pl_module, exception)
         self._monitors.put_back(trainer)
         self._take_hooks_off()
+        self.admm.detach(saves=True)  # no teardown comes, and a checkpoint may still be saved
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look at the zeros for the last time, after every other hook, and take ours off."""

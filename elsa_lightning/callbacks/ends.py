@@ -80,7 +80,7 @@ def unfinished(admm: ADMM, planned: bool) -> str:
     )
     if planned:
         message += (
-            " It ends here as planned, in fewer than Lightning counts (manual optimization, several optimizers, data "
-            "that ends): set max_steps to what it makes."
+            f" It ends here as planned, in fewer than Lightning counts (manual optimization, several optimizers, data "
+            f"that ends): give ElsaCallback(total_steps={admm.step}), which is what it makes."
         )
     return message

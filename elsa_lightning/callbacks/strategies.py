@@ -104,7 +104,7 @@ def choose_optimizer(optimizers: list[Optimizer], index: int | None) -> Optimize
         UserError: There is none, or none of that index, or several and no index.
     """
     names = ", ".join(f"{i}: {type(o).__name__}" for i, o in enumerate(optimizers))
-    if not optimizers:
+    if not any(group["params"] for optimizer in optimizers for group in optimizer.param_groups):  # Lightning's mock
         raise UserError("the module has no optimizer (configure_optimizers returns none): nothing trains its weights")
     if index is None and len(optimizers) > 1:
         raise UserError(

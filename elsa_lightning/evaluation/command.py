@@ -74,16 +74,26 @@ def main(arguments: Sequence[str]) -> None:
     from elsa_lightning.evaluation.compare import table, to_dict
     from elsa_lightning.evaluation.models import Loaded, load
     from elsa_lightning.export.record import command, versions
+    from elsa_lightning.lm.text import Source
 
     def measured(model: Loaded) -> list[Score]:
         return _measure(model, tasks, texts, given)
 
+    for text in texts:  # what is no text is said before hours of work
+        Source(text, hold_out=False, argument="--perplexity").part("test")
+    against = given.against and Path(given.against).expanduser()
+    if against and given.against.startswith((".", "/", "~")) and not against.exists():
+        raise UserError(f"--against {given.against!r} does not exist: give a folder, a checkpoint or a name on the hub")
     sparse = load(given.model, given.base, given.dtype, given.device)
     dense_name = given.against or sparse.base_at_hand
     found = measured(sparse)
     name, dtype, known = sparse.name, sparse.dtype, sparse.base
     del sparse  # one model at a time in memory
-    dense = [] if dense_name is None else measured(load(dense_name, None, given.dtype or dtype, given.device))
+    dense, failed = [], None
+    try:
+        dense = [] if dense_name is None else measured(load(dense_name, None, given.dtype or dtype, given.device))
+    except Exception as error:  # what was measured is not lost with it
+        failed = error
     print(f"{name}" + (f" beside {dense_name}" if dense else ""))
     print(table(found, dense))
     if dense_name is None:
@@ -95,6 +105,8 @@ def main(arguments: Sequence[str]) -> None:
         }  # fmt: skip
         write_json(output, report)
         print(f"written: {output}")
+    if failed is not None:
+        raise failed
 
 
 def write_json(file: Path, report: dict[str, Any]) -> None:

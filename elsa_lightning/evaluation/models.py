@@ -12,6 +12,7 @@ from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.export import reload
 from elsa_lightning.export.record import read
 from elsa_lightning.export.source import find, open_source
+from elsa_lightning.layout.precise import precise_buffers
 from elsa_lightning.lm import model_path
 from elsa_lightning.lm.text import load_tokenizer
 from elsa_lightning.optim.moments import dtype_name
@@ -90,7 +91,8 @@ def _of_disk(path: Path, name: str, base: str | None, dtype: str | None) -> Load
     except (OSError, ValueError) as error:
         raise UnavailableError(f"model {name!r} could not be loaded: {error}") from error
     if dtype is not None:
-        model.to(getattr(torch, dtype))
+        with precise_buffers(model):
+            model.to(getattr(torch, dtype))
     record = read(place)
     return Loaded(name, model, load_tokenizer(str(place)), None if record is None else record.base_model)
 

@@ -111,7 +111,7 @@ def _losses(model: Any, packed: PackedTokens, text: str) -> dict[Hashable, float
 
 
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase, length: int, bos: Bos) -> np.ndarray:
-    source = Source(text, hold_out=False)
+    source = Source(text, hold_out=False, argument="text")
     plain = bos != "stream"
     if not source.is_local and not plain:
         return token_stream(source, "test", tokenizer.name_or_path, seq_len=length)

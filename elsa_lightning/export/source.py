@@ -18,6 +18,7 @@ from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.export.folders import ADAPTER
 from elsa_lightning.export.project import project
 from elsa_lightning.export.record import Record, read, settings_of, versions
+from elsa_lightning.layout.precise import precise_buffers
 from elsa_lightning.layout.sharded import clean
 from elsa_lightning.lm import model_path
 from elsa_lightning.optim.moments import dtype_name
@@ -107,7 +108,8 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
     for name, p in model.named_parameters():
         if p.is_floating_point() and bool((p.isfinite() & ~p.to(dtype).isfinite()).any()):
             raise UserError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}: give --dtype float32")
-    model.to(dtype)
+    with precise_buffers(model):
+        model.to(dtype)
     model.config.dtype = dtype
 
 

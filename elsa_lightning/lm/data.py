@@ -84,7 +84,9 @@ class CalibrationData(LightningDataModule):
             raise UserError("streaming needs train_sequences: how many sequences to download text for")
         self.source = self.eval_source = Source(name, streaming, text_column)
         if eval_name is not None and Path(eval_name).expanduser().resolve() != self.source.path.resolve():
-            self.eval_source = Source(eval_name, streaming, text_column, hold_out=False)
+            self.eval_source = Source(
+                eval_name, streaming, text_column, hold_out=False, argument="data.eval_name"
+            )  # fmt: skip
             evaluated = [*self.eval_source.part("validation"), *self.eval_source.part("test")]
             without = frozenset(file.resolve() for file in evaluated)
             self.source = replace(self.source, hold_out=False, without=without)

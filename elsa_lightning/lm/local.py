@@ -85,17 +85,25 @@ def rows(files: list[Path]) -> Iterator[Row]:
     Raises:
         UserError: A file cannot be read, or there is nothing in them.
     """
-    first = files[0]
     try:
         read = chain.from_iterable(_read(files))
         start = next(read)
     except (Exception, StopIteration) as error:  # of the reader of each format
         reason = " ".join(str(error.__cause__ or error).split()) or "there is nothing in it"
+        broken = files[0] if len(files) == 1 else next((file for file in files if not _is_readable(file)), files[0])
         raise UserError(
-            f"{str(first)!r} is no readable {first.suffix}: {reason.rstrip('.')}. Of .txt and .md UTF-8 is read, of "
+            f"{str(broken)!r} is no readable {broken.suffix}: {reason.rstrip('.')}. Of .txt and .md UTF-8 is read, of "
             f".json and .jsonl an object a line, of .parquet a table"
         ) from error
     return chain([start], read)
+
+
+def _is_readable(file: Path) -> bool:
+    try:
+        next(iter(chain.from_iterable(_read([file]))))
+    except (Exception, StopIteration):
+        return False
+    return True
 
 
 def _read(files: list[Path]) -> list[Iterable[Row]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 
 from elsa_lightning.callbacks.ends import attached, trains_nothing
 from elsa_lightning.errors import UnavailableError, UserError
+from elsa_lightning.layout.precise import precise_buffers
 from elsa_lightning.layout.sharded import match_names
 from elsa_lightning.lm import EMBEDDED_MODEL, model_path
 from elsa_lightning.lm.distill import Distillation
@@ -140,6 +142,7 @@ class CausalLM(LightningModule):
         self.final_perplexity: float | None = None
         self.protocol: str | None = None  # of both, once they were measured
         self._start: Zeros | None = None  # of the model before the first step
+        self._measured_by: dict[str, Any] | None = None  # how a checkpoint's run measured perplexity
         self._table: str | None = None
         self.register_load_state_dict_pre_hook(match_names)  # type: ignore[no-untyped-call]
 
@@ -251,6 +254,11 @@ class CausalLM(LightningModule):
         """Whether the dense model is learnt from."""
         return self.distillation > 0 or self.feature_distillation > 0
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast the module, all but float32 numbers that a model computes with, as transformers loads it."""
+        with precise_buffers(self):
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
     def forward(self, batch: Batch) -> tuple[Any, Tensor]:
         """Return the model's output (``loss``, ``logits``) and the labels of a batch; padding is not scored.
 
@@ -322,11 +330,17 @@ class CausalLM(LightningModule):
 
         assert self.model is not None
         optimizer = self.optimizer(p for p in self.model.parameters() if p.requires_grad)
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps) and self.lr_schedule not in ("constant", "constant_with_warmup"):
+            raise UserError(
+                f"lr_schedule {self.lr_schedule!r} needs to know how long the run is, and max_time or max_epochs=-1 do "
+                f"not say it: set trainer.max_steps too, or model.lr_schedule=constant"
+            )
         schedule = get_scheduler(
             "constant_with_warmup" if self.lr_schedule == "constant" else self.lr_schedule,
             optimizer,
             num_warmup_steps=self.warmup_steps,
-            num_training_steps=int(self.trainer.estimated_stepping_batches),
+            num_training_steps=int(steps) if math.isfinite(steps) else None,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -368,6 +382,17 @@ class CausalLM(LightningModule):
                 names = ["val/perplexity", "val/dense_perplexity"]
                 logger.experiment.add_custom_scalars({"elsa": {"perplexity": ["Multiline", names]}})
         self._log_dense()
+
+    def on_validation_start(self) -> None:
+        """Forget the dense perplexity of a run that measured on other text than this one, which resumes it."""
+        before, self._measured_by = self._measured_by, None
+        now = self.evaluation() if before and self.trainer.state.fn == TrainerFn.FITTING else {}
+        if now and before and (changed := sorted(k for k in {*now, *before} if now.get(k) != before.get(k))):
+            self.dense_perplexity = None
+            rank_zero_warn(
+                f"the resumed run measures perplexity on other text than its checkpoint did ({', '.join(changed)} "
+                f"changed), so the dense model's perplexity is left out: it was of the former"
+            )
 
     def _log_dense(self) -> None:
         """Log the dense perplexity beside every measurement, so that it is a line."""
@@ -474,6 +499,7 @@ class CausalLM(LightningModule):
             ValueError: A run is to go on from weights alone.
         """
         self.dense_perplexity = checkpoint.get("dense_perplexity")
+        self._measured_by = checkpoint.get("evaluation")
         zeros = checkpoint.get("start_zeros")
         self._start = zeros and Zeros(*zeros)
         if self._trainer is None or not self.trainer.training:

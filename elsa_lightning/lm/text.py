@@ -7,7 +7,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -41,6 +41,7 @@ class Source:
         text_column: Column of a local text; None finds ``text``, ``messages``, or ``prompt`` and ``completion``.
         hold_out: Whether the last tenth of a local text without splits of its own is kept from training.
         without: Files of a local text that are not read.
+        argument: What named it, for errors.
 
     Raises:
         UserError: ``name`` is none of these.
@@ -51,20 +52,23 @@ class Source:
     text_column: str | None = None
     hold_out: bool = True
     without: frozenset[Path] = frozenset()
+    argument: str = field(default="data.name", compare=False)
 
     def __post_init__(self) -> None:
         if not self.is_local:
             return
         if not self.path.exists():
             raise UserError(
-                f"data.name {self.name!r} is not 'pydocs', 'c4' or 'wikitext2', and no file or folder of that "
+                f"{self.argument} {self.name!r} is not 'pydocs', 'c4' or 'wikitext2', and no file or folder of that "
                 f"name exists; give one of these names or an existing path"
             )
         if not local.find(self.path):
-            raise UserError(f"data.name {self.name!r} holds no file that ends in {local.KINDS}")
+            raise UserError(f"{self.argument} {self.name!r} holds no file that ends in {local.KINDS}")
         for part in self.parts.values():
             if len({local.loader(file) for file in part}) > 1:
-                raise UserError(f"data.name {self.name!r} mixes file types; give a folder with one of {local.KINDS}")
+                raise UserError(
+                    f"{self.argument} {self.name!r} mixes file types; give a folder with one of {local.KINDS}"
+                )
 
     @property
     def path(self) -> Path:
@@ -98,7 +102,7 @@ class Source:
         if part is None:
             named = f"what it holds is named {', '.join(map(str, self.parts))}"
             reason = named if self.parts else "all of it is what data.eval_name evaluates on"
-            raise UserError(f"data.name {self.name!r} has no {split} text, {reason}: give another, or more files")
+            raise UserError(f"{self.argument} {self.name!r} has no {split} text, {reason}: give another, or more files")
         return part
 
     def summary(self) -> str:
@@ -225,8 +229,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         reason = f" ({error})"
     # for some models transformers makes an empty one up, where there is none
     raise UnavailableError(
-        f"{path!r} has no tokenizer that knows any text: save the model's into its folder too, or give "
-        f"CalibrationData another{reason}"
+        f"{path!r} has no tokenizer that knows any text: save the model's into its folder too (in "
+        f"Python, CalibrationData takes another){reason}"
     )
 
 

@@ -1,0 +1,29 @@
+"""What of a model stays float32 when its weights are cast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def precise_buffers(model: nn.Module) -> Iterator[None]:
+    """Keep float32 buffers that are not saved, such as frequencies of rotary embeddings, through a cast of a model.
+
+    transformers loads weights in 16 bits and computes these anew in float32; ``model.to(torch.bfloat16)`` rounds them,
+    and the model is another one than its saved folder.
+    """
+    held = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name in module._non_persistent_buffers_set and buffer.dtype == torch.float32
+    ]
+    yield
+    for module, name, buffer in held:
+        now = module._buffers[name]
+        if now is not None and now.is_floating_point() and now.dtype.itemsize < buffer.dtype.itemsize:
+            module._buffers[name] = buffer.to(now.device)
