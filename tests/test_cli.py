@@ -114,7 +114,14 @@ def test_shipped_configurations_are_found_from_anywhere(
             "sparsity must be a fraction of zeros in [0, 1), got 90.0; for 90 %",
         ),
         ("--ckpt_path=./no.ckpt", "ckpt_path './no.ckpt' does not exist; give a .ckpt of an earlier run"),
+        (
+            "--ckpt_path=elsa_lightning/models/pydocs-2m",
+            "ckpt_path 'elsa_lightning/models/pydocs-2m' is a folder, and no",
+        ),
+        ("--ckpt_path=configs/elsa.yaml", "ckpt_path 'configs/elsa.yaml' is no checkpoint: give a .ckpt"),
         ("--data.name=./nowhere", "data.name './nowhere' is not 'pydocs'"),
+        ("--data.eval_name=./nowhere", "data.eval_name './nowhere' is not 'pydocs'"),
+        ("--data.tokenizer=./tokenizer", "data.tokenizer is the model's own here"),
         ("--model.name=./nowhere", "model name './nowhere' is a path that does not exist"),
         ("--data.seq_len=4096", "the data has sequences of 4096 tokens, and 'pydocs-2m' takes at most 512"),
         ("--elsa.ignore=[mpl]", "ignore: 'mpl' matches no parameter"),
@@ -148,6 +155,34 @@ def test_the_command_line_decides_about_a_resumed_model_and_the_difference_is_to
     again = [f"--model.name={moved}", "--trainer.max_steps=3", f"--ckpt_path={next(tmp_path.rglob('last.ckpt'))}"]
     with pytest.warns(UserWarning, match=r"other settings of the model .*name: .*moved here"):
         main([*run, *again])
+
+
+def test_a_resumed_run_that_measures_on_other_text_does_not_compare_with_the_former_dense_model(
+    tiny_llama: str, token_cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run(tiny_llama, token_cache, tmp_path)
+    main(run)
+    again = ["--trainer.max_steps=3", f"--ckpt_path={next(tmp_path.rglob('last.ckpt'))}"]
+    main([*run, *again])
+    assert "×" in capsys.readouterr().out.partition("dense")[2]
+    with pytest.warns(UserWarning, match=r"perplexity on other text .*eval_segments changed"):
+        main([*run, *again, "--data.eval_segments=6"])
+    assert "×" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["--model.lr_schedule=constant"]])
+def test_a_run_that_ends_by_the_clock_needs_a_constant_rate(
+    options: list[str], tiny_llama: str, token_cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = [*small_run(tiny_llama, token_cache, tmp_path)[:-1], "--elsa.sparsity=null", "--trainer.max_steps=-1",
+           "--trainer.max_time=00:00:00:03", "--trainer.callbacks=null", f"--trainer.default_root_dir={tmp_path}",
+           "--trainer.limit_val_batches=0", "--trainer.val_check_interval=null", *options]  # fmt: skip
+    if options:
+        main(run)
+        return
+    with pytest.raises(SystemExit):
+        main(run)
+    assert "lr_schedule 'linear' needs to know how long the run is" in capsys.readouterr().err
 
 
 def test_a_model_without_a_tokenizer_is_refused(

@@ -339,7 +339,7 @@ def plot(rows: list[dict[str, Any]], models: list[str], steps: int, path: Path) 
                 xs = sorted({r["sparsity"] for r in mine})
                 if len(xs) < LINE:
                     continue
-                colors.setdefault(method, f"C{len(colors)}")
+                colors.setdefault(method, "black" if method == "elsa" else f"C{len(colors)}")
                 axis.plot(
                     [100 * x for x in xs],
                     [statistics.mean(r["perplexity"] for r in mine if r["sparsity"] == x) for x in xs],

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
 from elsa_lightning.cli import main
 from elsa_lightning.evaluation import perplexity
+from elsa_lightning.evaluation.models import load
 from elsa_lightning.export.cpu_sparse import save_cpu_sparse, to_cpu_sparse
 
 
@@ -75,7 +76,9 @@ def test_an_export_is_measured_as_it_computes(tiny_llama: str, text_file: Path, 
     [
         (["nobody/nothing"], "model 'nobody/nothing' is no folder, and could not be had from the hub"),
         (["./nowhere"], "model name './nowhere' is a path that does not exist"),
-        (["pydocs-2m", "--perplexity", "./nowhere"], "text './nowhere' is not 'pydocs', 'c4' or 'wikitext2'"),
+        (["pydocs-2m", "--perplexity", "./nowhere"], "--perplexity './nowhere' is not 'pydocs', 'c4' or 'wikitext2'"),
+        (["pydocs-2m", "--perplexity", "pydocs,./nowhere"], "--perplexity './nowhere' is not 'pydocs', 'c4'"),
+        (["pydocs-2m", "--against", "./nowhere"], "--against './nowhere' does not exist"),
         (["pydocs-2m", "--perplexity", "wikitext2"], "downloading Salesforce/wikitext (wikitext2) failed"),
         (["pydocs-2m", "--seq-len", "4096"], "seq_len must be from 2 to the 512 tokens"),
     ],
@@ -88,3 +91,30 @@ def test_a_mistake_is_told_in_one_line(
         main(["evaluate", *arguments, *texts, "--device", "cpu"])
     printed = capsys.readouterr().err
     assert end.value.code == 1 and f"elsa: error: {told}" in printed and "data.name" not in printed
+
+
+def test_what_was_measured_is_written_although_the_dense_model_fails(
+    tiny_llama: str, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        evaluated(tmp_path / "e.json", tiny_llama, "--against", str(broken), "--perplexity", str(text_file))
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert [row["value"] > 1 for row in report["figures"]] == [True]
+
+
+def test_a_cast_leaves_the_frequencies_of_rotary_embeddings_as_a_saved_model_has_them(tmp_path: Path) -> None:
+    module = CausalLM("pydocs-2m")
+    module.configure_model()
+    module.to(torch.bfloat16)
+    module.model.save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(module.path).save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    asked = load(str(tmp_path / "saved"), None, "bfloat16", "cpu").model
+    ids = torch.randint(2000, (1, 500), generator=torch.Generator().manual_seed(0))
+    for model in (module.model, asked):
+        found = {name: b for name, b in model.named_buffers() if name.endswith("inv_freq")}
+        assert found and all(buffer.dtype == torch.float32 for buffer in found.values())
+        assert torch.equal(model(ids).logits, loaded(ids).logits)

@@ -264,3 +264,12 @@ def test_only_what_a_command_needs_is_read(token_cache: str) -> None:
     module = Scored()
     Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).test(module, data)
     assert len(torch.cat(module.seen)) == 4
+
+
+def test_of_several_files_the_broken_one_is_named(tmp_path: Path, token_cache: str) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a text " * 200)
+    (folder / "b.txt").write_bytes("Ünlesbär ".encode("latin-1") * 200)
+    with pytest.raises(ValueError, match=r"b\.txt' is no readable \.txt"):
+        prepared(token_cache, name=str(folder))
