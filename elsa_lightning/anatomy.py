@@ -142,7 +142,10 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _is_transposed(module: nn.Module) -> bool:
     """Say whether weights are stored (in, out)."""
-    return _is_conv1d(module) or (isinstance(module, nn.modules.conv._ConvNd) and module.transposed)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return module.transposed
+    experts = type(module).__name__ == "Llama4TextExperts" or getattr(module, "is_transposed", False) is True
+    return _is_conv1d(module) or (experts and bool(_EXPERTS.search(type(module).__name__)))
 
 
 def _adapters(module: nn.Module, prefix: str, parameters: dict[str, nn.Parameter]) -> Iterator[str]:

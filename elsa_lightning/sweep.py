@@ -116,6 +116,8 @@ def main(arguments: Sequence[str]) -> None:
     folder = Path(given.output).expanduser()
     check_packages()
     check_output(folder / "report.html")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {given.output!r} is a file: give a folder")
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [
         Job(sparsity, seed, folder / f"sparsity-{sparsity}-seed-{seed}")
@@ -156,7 +158,7 @@ def _sparsities(given: str) -> list[str]:
         fits = False
     if not words or not fits:
         raise argparse.ArgumentTypeError(f"fractions of zeros in [0, 1) with commas between, got {given!r}")
-    return list({f"{float(word):g}": None for word in words})
+    return list({repr(float(word)).removesuffix(".0"): None for word in words})
 
 
 def _count(given: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from dataclasses import asdict, replace
@@ -21,6 +20,7 @@ from elsa_lightning.callbacks.record import run_record
 from elsa_lightning.callbacks.samples import Samples
 from elsa_lightning.callbacks.versions import unused
 from elsa_lightning.export.folders import write
+from elsa_lightning.report import finite
 from elsa_lightning.watch import figures
 
 JOURNAL = "elsa_run.json"
@@ -139,7 +139,7 @@ class Journal:
             "tensors": self._tensors,
             "notes": self._notes,
         }
-        write(self.place, json.dumps(_finite(told), default=str) + "\n")
+        write(self.place, json.dumps(finite(told), default=str) + "\n")
 
 
 def _beside_checkpoints(trainer: Trainer) -> str:
@@ -187,12 +187,3 @@ def _scores(methods: list[ADMM]) -> dict[str, Any] | None:
         return None
     kept, cut = (torch.stack([one[index] for one in each]).sum(dim=0).long().tolist() for index in (0, 1))
     return {"kept": kept, "cut": cut}
-
-
-def _finite(value: Any) -> Any:
-    """Return the value with None for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

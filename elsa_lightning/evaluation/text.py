@@ -59,7 +59,7 @@ def perplexity(
     if bos not in get_args(Bos):
         raise UserError(f"bos must be one of {get_args(Bos)}, got {bos!r}")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length = seq_len or min(_USUAL_LENGTH, longest or _USUAL_LENGTH)
+    length = min(_USUAL_LENGTH, longest or _USUAL_LENGTH) if seq_len is None else seq_len
     if length < 2 or (longest is not None and length > longest):
         raise UserError(f"seq_len must be from 2 to the {longest} tokens that the model can take, got {length}")
     if segments is not None and segments < 1:

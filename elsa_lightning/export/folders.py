@@ -30,7 +30,8 @@ CARD = "README.md"
 
 _WRITTEN = re.compile(  # what save_pretrained of models and tokenizers leaves, and the exports
     r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab|preprocessor_config|elsa)\.json"
-    r"|merges\.txt|.*\.(safetensors|safetensors\.index\.json|model|jinja|spm|gguf)"
+    r"|merges\.txt|(model|cpu_sparse)(-\d+-of-\d+)?\.(safetensors|safetensors\.index\.json|gguf)"
+    r"|(tokenizer|spiece|sentencepiece[\w.]*)\.model|.*\.(jinja|spm)"
 )
 _WRITTEN_ADAPTER = re.compile(r"adapter_(config\.json|model\.safetensors)|README\.md")
 
@@ -65,6 +66,11 @@ def check_replaceable(folder: Path, argument: str) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK):
         why = "lets nobody write" if place.is_dir() else "is a file"
         raise UserError(f"{argument} {str(folder)!r} cannot be made, for {str(place)!r} {why}: give another folder")
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"{argument} {str(folder)!r} is a link to a place that is not there: give another folder")
+    if folder.exists() and (os.path.ismount(folder) or folder.resolve() == Path.cwd()):
+        what = "a mount point" if os.path.ismount(folder) else "the current folder"
+        raise UserError(f"{argument} {str(folder)!r} is {what}, which cannot be replaced: give one inside it")
     if (other := what_else(folder)) is not None:
         raise UserError(
             f"{argument} {str(folder)!r} exists and holds {other!r}, which is no part of a saved model and would be "
@@ -187,9 +193,15 @@ def save_tokenizer(path: str, folder: Path) -> str | None:
     from transformers import AutoTokenizer
 
     try:
-        AutoTokenizer.from_pretrained(path).save_pretrained(folder)
-    except (OSError, ValueError) as error:  # the model is worth more than its tokenizer
-        return f"{path} has no tokenizer to save beside the model: {error}"
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if not tokenizer("a text", add_special_tokens=False)["input_ids"]:  # which transformers makes up
+            return f"{path} has no tokenizer to save beside the model"
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the model is worth more than its tokenizer, whatever is wrong with that
+        return f"{path} has no tokenizer to save beside the model: {type(error).__name__}: {error}"
+    for name in ("tokenizer.model", "spiece.model"):  # which transformers reads and does not save, and others want
+        if (Path(path) / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(Path(path) / name, folder / name)
     return None
 
 

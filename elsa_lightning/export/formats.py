@@ -14,7 +14,7 @@ from elsa_lightning.export.project import read_set
 from elsa_lightning.export.quantized import BITS, check_groups
 from elsa_lightning.export.record import Record
 from elsa_lightning.families import find
-from elsa_lightning.sets import NM, ByPattern, Constraint, Quantized, Unstructured
+from elsa_lightning.sets import NM, ByPattern, Constraint, Experts, Quantized, Unstructured
 from elsa_lightning.sets.structured import is_structured
 
 FORMATS = ("hf", "shrunk", "quantized", "cpu-sparse", "gguf")
@@ -26,7 +26,7 @@ class Options:
     """What an export may be told.
 
     Attributes:
-        bits: Of ``quantized``: 4 or 8; None takes those of the grid that the model was trained on, else 4.
+        bits: Of ``quantized``: 4 or 8; None takes those that hold the grid that the model was trained on, else 4.
         group_size: Of ``quantized``; 0 is one scale a row; None takes that of the grid, else 128.
         break_even: Least share of zeros of a layer that ``cpu-sparse`` swaps.
         gguf_type: Numbers of ``gguf``: ``f32``, ``f16``, ``bf16``, ``q8_0`` or ``q4_0``, which keep zeros.
@@ -41,8 +41,10 @@ class Options:
 
     def on_grid(self, constraint: object) -> Options:
         """Return the options with what is not given taken from the grid of a set, if it has one."""
-        grid = constraint if isinstance(constraint, Quantized) and constraint.bits in BITS else None
-        bits = self.bits or (grid.bits if grid else _BITS)
+        members = (constraint, *getattr(constraint, "sets", {}).values())
+        grids = {(m.bits, m.group_size): m for m in members if isinstance(m, Quantized)}
+        grid = next(iter(grids.values())) if len(grids) == 1 else None
+        bits = self.bits or (_BITS if grid is None else next(b for b in sorted(BITS) if b >= grid.bits))
         size = self.group_size
         if size is None:
             size = _GROUP if grid is None else grid.group_size or 0
@@ -84,6 +86,12 @@ def check_run(
         sets: That the run constrains its weights to; None where that is not known beforehand.
         tokenizer: Where the model's is, if that is known.
     """
+    its_experts = [member for given in sets or () for member in (given, *getattr(given, "sets", {}).values())]
+    if to != "shrunk" and any(isinstance(member, Experts) for member in its_experts):
+        raise UserError(
+            f"{to} would have experts that are zero, which this run's routers pass over and plain software chooses: "
+            f"take shrunk, and export that folder to {to} afterwards"
+        )
     if to == "shrunk":
         find(model)
         if sets is not None and not any(map(is_structured, sets)):

@@ -50,7 +50,7 @@ def project(model: nn.Module, state: dict[str, Any], optimizer_state: dict[str, 
     admm = ADMM(
         optimizer,
         order,
-        read_set(settings["constraint"]),
+        read_set(settings["constraint"]).fitted(module),
         total_steps=state["total_steps"],
         schedule=Schedule(**shape),
         prox=settings["prox"],

@@ -15,6 +15,7 @@ from typing import Any
 
 import elsa_lightning
 from elsa_lightning.export.folders import RECORD
+from elsa_lightning.report import finite
 
 _HUB_DATA = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext"}
 
@@ -101,7 +102,7 @@ class Record:
         if size:
             known["sparse_matrices"] = {"zeros": zeros, "entries": size}
         known["sparsity"] = {name: {"zeros": z, "entries": n} for name, (z, n) in self.sparsity.items()}
-        return json.dumps(known, indent=2, default=str) + "\n"
+        return json.dumps(finite(known), indent=2, default=str) + "\n"
 
 
 def read(folder: Path) -> Record | None:
@@ -111,7 +112,7 @@ def read(folder: Path) -> Record | None:
         known["sparsity"] = {name: (s["zeros"], s["entries"]) for name, s in known.get("sparsity", {}).items()}
         names = {f.name for f in dataclasses.fields(Record)}
         return Record(**{name: value for name, value in known.items() if name in names})
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 

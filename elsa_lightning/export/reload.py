@@ -135,7 +135,11 @@ def perplexity(model: Any, segments: torch.Tensor, labels: torch.Tensor, precisi
         labels: The same, -100 where nothing is scored.
         precision: Of the weights, or of autocast around them, as Lightning names them.
     """
+    each = [(module, name, b) for module in model.modules() for name, b in module._buffers.items() if b is not None]
     model.to(_WEIGHTS.get(precision, torch.float32))
+    for module, name, buffer in each:
+        if name in module._non_persistent_buffers_set:  # frequencies of rotary embeddings, which no folder has rounded
+            module._buffers[name] = buffer
     narrow = _AUTOCAST.get(precision)
     total, count = 0.0, 0
     with torch.autocast("cpu", narrow or torch.bfloat16, enabled=narrow is not None):

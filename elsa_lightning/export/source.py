@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from elsa_lightning.checkpoints import WRITTEN_LAST, check_whole
@@ -22,6 +23,7 @@ from elsa_lightning.layout.precise import precise_buffers
 from elsa_lightning.layout.sharded import clean
 from elsa_lightning.lm import model_path
 from elsa_lightning.optim.moments import dtype_name
+from elsa_lightning.report import some
 from elsa_lightning.tensors import MASK
 
 _EXACT = ("frozen", "finished", "suspended")  # phases whose checkpoints have exact zeros
@@ -116,15 +118,24 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
 def _of_folder(folder: Path) -> Source:
     from transformers import AutoModelForCausalLM
 
-    config = json.loads((folder / "config.json").read_text())
+    try:
+        config = dict(json.loads((folder / "config.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--from {str(folder)!r} has a config.json that cannot be read: {error}") from error
     if config.get("quantization_config") is not None:
         raise UserError(f"--from {str(folder)!r} is quantized already: give the folder that it was made of")
     if not [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")] or list(folder.glob("cpu_sparse*")):
         raise UserError(f"--from {str(folder)!r} has no weights that transformers loads: give the folder of the run")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    except ValueError as error:  # of a kind of model that transformers does not have
+        build: Any = AutoModelForCausalLM.from_pretrained
+        model, found = build(folder, dtype="auto", output_loading_info=True)
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:  # of an unknown kind, cut off, of other sizes
         raise UserError(f"--from {str(folder)!r} could not be loaded: {error}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers puts random numbers in their place
+        raise UserError(
+            f"--from {str(folder)!r} has no weights for {some(missing)}: it is incomplete, or of another task than "
+            f"causal language modelling"
+        )
     record = read(folder)
     notes = []
     if (folder / ADAPTER).is_dir():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from elsa_lightning.report import finite
 from elsa_lightning.reports.runs import Run
 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
@@ -197,7 +198,7 @@ def plotly(traces: list[dict[str, Any]], layout: dict[str, Any]) -> str:
 
     made = go.Figure(data=traces, layout={**layout, "template": "none"}).to_plotly_json()
     made["layout"].pop("template", None)  # colours are the page's
-    return json.dumps(made, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(finite(made), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _some(points: Points, most: int) -> Iterable[tuple[float, float]]:

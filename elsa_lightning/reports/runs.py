@@ -175,28 +175,35 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     return runs
 
 
-def _below(folder: Path) -> Iterator[Run]:
-    """Yield the runs in a folder, or else in those below it."""
+def _below(folder: Path, after: frozenset[str] = frozenset()) -> Iterator[Run]:
+    """Yield the runs in a folder, or else in those below it.
+
+    Args:
+        folder: Where to look.
+        after: Runs that are read already, each of which went on from the next: a run may resume into its own folder.
+    """
     if _is_run(folder) or (folder / RECORD).is_file():
         journals: list[Path | None] = [*sorted(folder.glob(JOURNALS))] or [None]
         for journal in journals:
-            yield _read(folder, journal, alone=len(journals) == 1)
+            if str(journal) not in after:
+                yield _read(folder, journal, len(journals) == 1, after)
         return
     for inner in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        yield from _below(inner)
+        yield from _below(inner, after)
 
 
 def _is_run(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) is not None for pattern in (JOURNALS, EVENTS, TABLE))
 
 
-def _read(folder: Path, journal: Path | None, alone: bool) -> Run:
+def _read(folder: Path, journal: Path | None, alone: bool, after: frozenset[str] = frozenset()) -> Run:
     """Return a run.
 
     Args:
         folder: Of the run.
         journal: Its journal.
         alone: Whether no other run shares the folder, so that what else is there is of this one.
+        after: Journals of the runs that went on from it.
     """
     run = Run(str(folder), folder, source=journal)
     if journal is not None:
@@ -215,19 +222,19 @@ def _read(folder: Path, journal: Path | None, alone: bool) -> Run:
         run.evaluations += [row for row in _json(file).get("figures", []) if isinstance(row, dict)]
     for name, values in noted(run.notes).items():
         run.series.setdefault(name, values)
-    _go_back(run)
+    _go_back(run, after | {str(journal)})
     _say_what_is_missing(run, journal)
     return run
 
 
-def _go_back(run: Run) -> None:
+def _go_back(run: Run, after: frozenset[str]) -> None:
     """Put what a run went on from before it."""
     resumed = run.journal.get("resumed_from")
     if not resumed:
         return
     start = int(run.journal.get("first_step", 0))
     former = next((p for p in list(Path(resumed).parents)[:_LEVELS] if p.is_dir() and _is_run(p)), None)
-    runs = [] if former is None else [r for r in _below(former) if r.place != run.place]
+    runs = [] if former is None else [r for r in _below(former, after) if r.place != run.place]
     runs = [r for r in runs if r.journal.get("started", "") <= run.journal.get("started", "")]
     if not runs:
         run.missing.append(f"The run went on from {resumed}, which is not there: its figures begin at step {start}.")

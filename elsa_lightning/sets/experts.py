@@ -56,11 +56,18 @@ class Experts(Share):
     def fitted(self, model: nn.Module) -> Self:
         """Return the set with the ties of the model's tensors, and have its routers pass over experts that are zero."""
         new = super().fitted(model)
-        known = find(model)
-        for router, experts in filter(None, map(known.experts, range(known.blocks))):
-            if not any(isinstance(hook, _PassOver) for hook in router._forward_hooks.values()):
-                router.register_forward_hook(_PassOver(experts))
+        pass_over(model)
         return new
+
+
+def pass_over(model: nn.Module) -> bool:
+    """Have a model's routers choose among the experts that are not zero; say whether some are."""
+    known, zero = find(model), False
+    for router, experts in filter(None, map(known.experts, range(known.blocks))):
+        zero = zero or bool((~experts.down_proj.any(dim=(1, 2))).any())  # type: ignore[operator]
+        if not any(isinstance(hook, _PassOver) for hook in router._forward_hooks.values()):
+            router.register_forward_hook(_PassOver(experts))
+    return zero
 
 
 class _PassOver:

@@ -122,7 +122,7 @@ def test_what_cannot_be_made_is_refused_before_training(
         (Quantized(8, 32, NM(2, 4)), Options(), (8, 32)),
         (Quantized(4), Options(), (4, 0)),
         (Quantized(4, 16), Options(bits=8), (8, 16)),
-        (Quantized(2, 16), Options(), (4, 128)),  # which is no format of files
+        (Quantized(2, 16), Options(), (4, 16)),  # there is no format of 2 bits
         (Unstructured(0.9), Options(group_size=0), (4, 0)),
         (None, Options(), (4, 128)),
     ],

@@ -114,3 +114,11 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         read_runs([tmp_path / "empty"])
     with pytest.raises(UnavailableError, match="does not exist: give the folder of a run"):
         read_runs([tmp_path / "nowhere"])
+
+
+def test_a_run_may_be_resumed_into_its_own_folder(tmp_path: Path) -> None:
+    run(tmp_path, logger=False)
+    shutil.copy(next((tmp_path / "checkpoints").glob("*.ckpt")), tmp_path / "checkpoints/first.ckpt")
+    again = run(tmp_path, logger=False, ckpt_path=str(tmp_path / "checkpoints/first.ckpt"), weights_only=True)
+    found = read_runs([again])
+    assert len(found) == 2 and sum(bool(one.journal.get("resumed_from")) for one in found) == 1
