@@ -82,6 +82,8 @@ def verdict(last: Update | None, measured: Stationarity | None) -> str:
     """Return in words whether a run had converged when its mask was fixed."""
     if last is None:
         return "no update was made in this run, so nothing is known of its convergence"
+    if last.step == 1:
+        return "the only update of this run made its mask, so nothing is known of its convergence"
     done, exchanged, residual = settled(last)
     figures = f"the last update exchanged {exchanged:.2%} of what is kept and moved the weights by {residual:.2%}"
     if measured is not None:

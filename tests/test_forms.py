@@ -3,6 +3,7 @@
 import itertools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -162,6 +163,8 @@ def test_a_longer_run_is_nearer_to_a_stationary_point_and_says_so() -> None:
     assert verdict(long.last_update, long.last_stationarity).startswith("converged")
     assert verdict(short.last_update, short.last_stationarity).startswith("not converged")
     assert "nothing is known" in verdict(None, None)
+    assert long.last_update is not None
+    assert "made its mask, so nothing is known" in verdict(replace(long.last_update, step=1), None)
 
 
 def test_a_form_of_ones_own_needs_nothing_else() -> None:

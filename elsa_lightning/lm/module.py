@@ -384,10 +384,17 @@ class CausalLM(LightningModule):
         self._log_dense()
 
     def on_validation_start(self) -> None:
-        """Forget the dense perplexity of a run that measured on other text than this one, which resumes it."""
-        before, self._measured_by = self._measured_by, None
-        now = self.evaluation() if before and self.trainer.state.fn == TrainerFn.FITTING else {}
-        if now and before and (changed := sorted(k for k in {*now, *before} if now.get(k) != before.get(k))):
+        """See whether a resumed run measures on what its checkpoint did."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._forget_other_text()
+
+    def _forget_other_text(self) -> None:
+        """Leave the dense perplexity out if it is of other text than this run's, which went on from a checkpoint."""
+        before = self._measured_by
+        if not before or not (now := self.evaluation()):  # not known, or not yet
+            return
+        self._measured_by = None
+        if changed := sorted(key for key in {*now, *before} if now.get(key) != before.get(key)):
             self.dense_perplexity = None
             rank_zero_warn(
                 f"the resumed run measures perplexity on other text than its checkpoint did ({', '.join(changed)} "
@@ -410,6 +417,7 @@ class CausalLM(LightningModule):
         self.final_perplexity = self._measure("final perplexity")
         if self.final_perplexity is None:
             return
+        self._forget_other_text()
         self._log_dense()
         for logger in self.trainer.loggers:
             hp_metric = {"hp_metric": self.final_perplexity} if isinstance(logger, TensorBoardLogger) else {}
