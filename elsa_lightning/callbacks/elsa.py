@@ -317,6 +317,11 @@ class ElsaCallback(Callback):
         if batch_idx == 0 and self._fits and self.admm is not None and not trainer.sanity_checking:
             self._hold(trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See whether early stopping, which waits, will find its metric."""
+        if self._fits and not trainer.sanity_checking:
+            self._monitors.look(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the zeros exact if the last epoch was cut short by ``on_train_batch_start``."""
         self._finish_if_last(trainer)

@@ -55,6 +55,17 @@ class Monitors:
                 "the model can recover; use a schedule of fixed length"
             )
 
+    def look(self, trainer: Trainer) -> None:
+        """Raise UserError if early stopping will find no metric of validation of its name, which has just ended."""
+        metrics = trainer.callback_metrics
+        for stopper in self._away:
+            assert isinstance(stopper, EarlyStopping)
+            if stopper.strict and str(stopper.monitor).startswith("val") and stopper.monitor not in metrics:
+                raise UserError(
+                    f"{type(stopper).__name__} monitors {stopper.monitor!r}, and nothing logs that; there are "
+                    f"{', '.join(sorted(metrics)) or 'no metrics'}"
+                )
+
     def open(self, trainer: Trainer) -> None:
         """Let them count, with nothing remembered of before; its checkpoints are the first to be replaced."""
         self.count = True

@@ -108,12 +108,16 @@ class CalibrationData(LightningDataModule):
     def prepare_data(self) -> None:
         """Download and tokenize what is not cached yet, in one process a machine."""
         stage = "fit" if self.trainer is None or self.trainer.state.fn is None else self.trainer.state.fn.value
-        for split in _SPLITS.get(stage, ("test",)):
+        for split in self._splits(stage):
             self._tokens(split)
+
+    def _splits(self, stage: str) -> list[Split]:
+        unused = self.trainer is not None and stage == "fit" and self.trainer.limit_val_batches == 0
+        return [split for split in _SPLITS.get(stage, ("test",)) if not (unused and split == "validation")]
 
     def setup(self, stage: str) -> None:
         """Open the token files of the splits that ``stage`` needs."""
-        for split in _SPLITS.get(stage, ("test",)):
+        for split in self._splits(stage):
             self._sets[split] = self._packed(split)
         for source in {self.source, self.eval_source}:
             if stage == "fit" and source.parts.keys() - {None}:

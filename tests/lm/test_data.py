@@ -273,3 +273,17 @@ def test_of_several_files_the_broken_one_is_named(tmp_path: Path, token_cache: s
     (folder / "b.txt").write_bytes("Ünlesbär ".encode("latin-1") * 200)
     with pytest.raises(ValueError, match=r"b\.txt' is no readable \.txt"):
         prepared(token_cache, name=str(folder))
+
+
+def test_without_validation_no_validation_text_is_needed(tmp_path: Path, token_cache: str) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "train.txt").write_text("a text to train on, and more of it " * 200)
+    (folder / "test.txt").write_text("short")
+    data = CalibrationData(str(folder), seq_len=32, batch_size=2, cache_dir=token_cache)
+    options = {"max_steps": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    with pytest.raises(ValueError, match="the validation text of"):
+        Trainer(**options).fit(Recorder(), data)
+    recorder = Recorder()
+    Trainer(**options, limit_val_batches=0).fit(recorder, data)
+    assert len(recorder.seen) == 1
