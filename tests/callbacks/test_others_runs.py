@@ -243,8 +243,6 @@ def test_a_module_that_trains_nothing_is_told_so(tmp_path: Path) -> None:
 
 def test_a_monitor_that_nothing_logs_is_told_long_before_the_mask_is_fixed(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, ElsaCallback(0.9), EarlyStopping("val_los"), max_epochs=20)
-    with pytest.raises(
-        UserError, match=r"EarlyStopping monitors 'val_los', and nothing logs that;.*val_loss"
-    ):
+    with pytest.raises(UserError, match=r"EarlyStopping monitors 'val_los', and nothing logs that;.*val_loss"):
         trainer.fit(Net(), loader(), loader(shuffle=False))
     assert trainer.current_epoch < 2
