@@ -198,3 +198,13 @@ def test_lines_that_are_older_than_a_setting_have_its_default(tmp_path: Path) ->
     results = run.Results(tmp_path / "lines.jsonl")
     assert results.of(case, lambda: pytest.fail("runs again"))["perplexity"] == 1.0
     assert results.of(replace(case, features=1.0), lambda: {"perplexity": 2.0})["perplexity"] == 2.0
+
+
+def test_the_table_of_trials_is_of_trained_methods_alone() -> None:
+    case = run.Case("m", "elsa", 0.9, 1000, 10, 8, 2, 0.0, 0.001, None, "validation")
+    rows = [
+        {**vars(case), "perplexity": 3.0},
+        {**vars(replace(case, lr=0.002)), "perplexity": 2.0},
+        {**vars(replace(case, method="dense", sparsity=0.0, steps=0, lr=0.0)), "perplexity": 1.0},
+    ]
+    assert run.trials(rows, ["m"]).splitlines()[2:] == ["| m | 10, 0 | 90% | elsa | 3.00 | **2.00** |"]

@@ -298,7 +298,7 @@ def table(rows: list[dict[str, Any]], model: str, steps: int, distillation: floa
 
 def trials(rows: list[dict[str, Any]], models: list[str]) -> str:
     """Return the validation perplexity at every learning rate that was tried as Markdown, the best in bold."""
-    here = [r for r in rows if r["split"] == "validation" and r["model"] in models]
+    here = [r for r in rows if r["split"] == "validation" and r["model"] in models and r["method"] in TRAINED]
     rates = sorted({r["lr"] for r in here})
     lines = [
         "| model | steps, distillation | zeros | method | " + " | ".join(f"{lr:g}" for lr in rates) + " |",
