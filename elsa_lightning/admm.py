@@ -264,8 +264,9 @@ class ADMM:
         self._calls += 1
         graded, self._graded = self._graded or self._has_gradients(), False
         self._weights.put_back(self.tensors.parts, lambda layout, rows, p: self._noise(layout, rows, p, self._calls))
-        if self._guard.skipped or not graded or bool(getattr(self.optimizer, "found_inf", None) or False):
-            return  # an overflow fires the hooks too
+        overflow = getattr(self.optimizer, "found_inf", None)  # which fires the hooks too
+        if self._guard.skipped or not graded or (overflow is not None and bool(overflow)):
+            return
         if self._only_sets_up():
             for tensor in self.tensors.values():
                 if tensor.state:
@@ -440,8 +441,8 @@ class ADMM:
                 f"Elsa: the mask is fixed, and {some([tensor.name for tensor in self._waiting])} had no gradient so "
                 f"far, or share units with one that had none: dense until then, they are cut when they get one."
             )
-        self._masked = len(self.tensors.holding(MASK))
-        self._copies = updates.weight_copies(self.tensors.holding(MASK), self.tensors.processes)
+        masked = self.tensors.holding(MASK)
+        self._masked, self._copies = len(masked), updates.weight_copies(masked, self.tensors.processes)
 
     def _without_mask(self) -> list[ConstrainedTensor]:
         masked = self.tensors.masked()

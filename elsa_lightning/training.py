@@ -184,30 +184,16 @@ class ElsaCLI(LightningCLI):
         if told := closing(self.trainer, logs, again, None if given.constraint else sparsity):
             print(f"\n{told}")
 
-    def _check_checkpoint(self, given: str | None) -> None:
-        if not given or given in _KNOWN_CHECKPOINTS or "://" in given:
-            return
-        path = Path(given).expanduser()
-        if not path.exists():
-            raise UserError(f"ckpt_path {given!r} does not exist; give a .ckpt of an earlier run")
-        if path.is_dir() and not (path / ".metadata").is_file():  # as a distributed checkpoint has
-            raise UserError(
-                f"ckpt_path {given!r} is a folder, and no checkpoint: give a .ckpt in the folder checkpoints of a run; "
-                f"a Hugging Face folder goes to model.name"
-            )
-        if path.suffix in (".yaml", ".yml", ".json", ".safetensors", ".bin"):
-            raise UserError(f"ckpt_path {given!r} is no checkpoint: give a .ckpt of an earlier run")
-
     def before_validate(self) -> None:
         """Look at the checkpoint before anything is loaded."""
-        self._check_checkpoint(self.config[self.subcommand].ckpt_path)
+        check_checkpoint(self.config[self.subcommand].ckpt_path)
 
     before_test = before_predict = before_validate
 
     def before_fit(self) -> None:
         """Plan the memory of the run; a model or optimizer that cannot be tried beforehand runs all the same."""
         assert isinstance(self.trainer, ElsaTrainer)
-        self._check_checkpoint(self.config.fit.ckpt_path)
+        check_checkpoint(self.config.fit.ckpt_path)
         if self.model.pretrained and self.trainer.elsa is None:
             rank_zero_warn("nothing is pruned: give --elsa.sparsity 0.9, or --config configs/elsa.yaml, which has it")
         guide = Guide(self.model.name)
@@ -222,6 +208,22 @@ class ElsaCLI(LightningCLI):
             guide.sizes = (planned.constrained, planned.parameters)
             shards = self.trainer.world_size if isinstance(self.trainer.strategy, SHARDING) else 1
             guide.memory = planned.total(shards) / 2**30
+
+
+def check_checkpoint(given: str | None) -> None:
+    """Raise UserError if what was given as ckpt_path is none."""
+    if not given or given in _KNOWN_CHECKPOINTS or ":" in given:  # registry:...
+        return
+    path = Path(given).expanduser()
+    if not path.exists():
+        raise UserError(f"ckpt_path {given!r} does not exist; give a .ckpt of an earlier run")
+    if path.is_dir() and not (path / ".metadata").is_file():  # as a distributed checkpoint has
+        raise UserError(
+            f"ckpt_path {given!r} is a folder, and no checkpoint: give a .ckpt in the folder checkpoints of a run; "
+            f"a Hugging Face folder goes to model.name"
+        )
+    if path.suffix in (".yaml", ".yml", ".json", ".safetensors", ".bin"):
+        raise UserError(f"ckpt_path {given!r} is no checkpoint: give a .ckpt of an earlier run")
 
 
 def run(arguments: Sequence[str], from_shell: bool) -> None:

@@ -31,7 +31,7 @@ from elsa_lightning.callbacks.progress import LineProgress
 from elsa_lightning.cli import main
 from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.selection import select
-from elsa_lightning.training import ElsaCLI
+from elsa_lightning.training import ElsaCLI, check_checkpoint
 
 
 def test_fit_prunes_and_writes_a_model_that_every_command_takes(
@@ -522,3 +522,8 @@ def test_every_error_that_the_package_raises_on_purpose_is_made_for_users() -> N
     assert raised <= {"UserError", "UnavailableError"} | of_python
     error = pickle.loads(pickle.dumps(UnavailableError("gone")))  # as another process hands it over
     assert isinstance(error, (ValueError, OSError)) and str(error) == "gone"
+
+
+@pytest.mark.parametrize("given", [None, "last", "registry:model:version:1"])
+def test_checkpoints_that_lightning_finds_by_itself_are_left_to_it(given: str | None) -> None:
+    check_checkpoint(given)

@@ -11,9 +11,9 @@ import bitsandbytes
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OPTConfig
 
-from elsa_lightning import ADMM, CausalLM, Heads, Neurons, Unstructured
+from elsa_lightning import ADMM, CausalLM, Experts, Heads, Neurons, Unstructured
 from elsa_lightning.cli import main
 from elsa_lightning.errors import UserError
 from elsa_lightning.optim.adam8bit import Adam8bit
@@ -157,6 +157,16 @@ def test_a_set_of_units_takes_state_for_their_output_weights_alone() -> None:
     assert planned.constrained == 2 * 256 * 768
     with pytest.raises(UserError, match=r"possible fractions are 0, 0\.5, 0\.75"):
         plan(model, OPTIMIZERS["Adam"], constraint=Heads(0.25))
+
+
+def test_a_mixture_is_planned_without_weights() -> None:
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert plan(model, OPTIMIZERS["Adam"], constraint=Experts(0.5)).constrained == 2 * 4 * 32 * 48
 
 
 def test_the_command_loads_no_weights_and_says_whether_it_fits(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elsa_lightning.commands import CommandParser
-from elsa_lightning.errors import UserError
+from elsa_lightning.errors import UnavailableError, UserError
 
 if TYPE_CHECKING:
     from elsa_lightning.evaluation.compare import Score
@@ -74,6 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     from elsa_lightning.evaluation.compare import table, to_dict
     from elsa_lightning.evaluation.models import Loaded, load
     from elsa_lightning.export.record import command, versions
+    from elsa_lightning.lm import model_path
     from elsa_lightning.lm.text import Source
 
     def measured(model: Loaded) -> list[Score]:
@@ -81,9 +82,12 @@ def main(arguments: Sequence[str]) -> None:
 
     for text in texts:  # what is no text is said before hours of work
         Source(text, hold_out=False, argument="--perplexity").part("test")
-    against = given.against and Path(given.against).expanduser()
-    if against and given.against.startswith((".", "/", "~")) and not against.exists():
-        raise UserError(f"--against {given.against!r} does not exist: give a folder, a checkpoint or a name on the hub")
+    try:
+        model_path(given.against or "")
+    except UnavailableError as error:
+        raise UserError(
+            f"--against {given.against!r} does not exist: give a folder, a checkpoint or a name on the hub"
+        ) from error
     sparse = load(given.model, given.base, given.dtype, given.device)
     dense_name = given.against or sparse.base_at_hand
     found = measured(sparse)

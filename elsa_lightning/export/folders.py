@@ -190,13 +190,10 @@ def write(file: Path, text: str) -> None:
 
 def save_tokenizer(path: str, folder: Path) -> str | None:
     """Save the tokenizer of a model, with its chat template; return why there is none, or None."""
-    from transformers import AutoTokenizer
+    from elsa_lightning.lm.text import load_tokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        if not tokenizer("a text", add_special_tokens=False)["input_ids"]:  # which transformers makes up
-            return f"{path} has no tokenizer to save beside the model"
-        tokenizer.save_pretrained(folder)
+        load_tokenizer(path).save_pretrained(folder)
     except Exception as error:  # the model is worth more than its tokenizer, whatever is wrong with that
         return f"{path} has no tokenizer to save beside the model: {type(error).__name__}: {error}"
     for name in ("tokenizer.model", "spiece.model"):  # which transformers reads and does not save, and others want

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from elsa_lightning.export.quantized import BITS, check_groups
 from elsa_lightning.export.record import Record
 from elsa_lightning.families import find
 from elsa_lightning.sets import NM, ByPattern, Constraint, Experts, Quantized, Unstructured
+from elsa_lightning.sets.base import parts
 from elsa_lightning.sets.structured import is_structured
 
 FORMATS = ("hf", "shrunk", "quantized", "cpu-sparse", "gguf")
@@ -41,8 +42,7 @@ class Options:
 
     def on_grid(self, constraint: object) -> Options:
         """Return the options with what is not given taken from the grid of a set, if it has one."""
-        members = (constraint, *getattr(constraint, "sets", {}).values())
-        grids = {(m.bits, m.group_size): m for m in members if isinstance(m, Quantized)}
+        grids = {(each.bits, each.group_size): each for each in parts(constraint) if isinstance(each, Quantized)}
         grid = next(iter(grids.values())) if len(grids) == 1 else None
         bits = self.bits or (_BITS if grid is None else next(b for b in sorted(BITS) if b >= grid.bits))
         size = self.group_size
@@ -66,6 +66,11 @@ def sets_of(record: Record) -> list[Constraint]:
     return found
 
 
+def has_experts(sets: Iterable[Constraint]) -> bool:
+    """Say whether one of some sets, or of those they are made of, removes experts."""
+    return any(isinstance(each, Experts) for given in sets for each in parts(given))
+
+
 def check_format(to: str, options: Options) -> None:
     """Raise UserError if a format is none, or what it needs is not installed."""
     if to not in FORMATS:
@@ -86,8 +91,7 @@ def check_run(
         sets: That the run constrains its weights to; None where that is not known beforehand.
         tokenizer: Where the model's is, if that is known.
     """
-    its_experts = [member for given in sets or () for member in (given, *getattr(given, "sets", {}).values())]
-    if to != "shrunk" and any(isinstance(member, Experts) for member in its_experts):
+    if to != "shrunk" and has_experts(sets or ()):
         raise UserError(
             f"{to} would have experts that are zero, which this run's routers pass over and plain software chooses: "
             f"take shrunk, and export that folder to {to} afterwards"

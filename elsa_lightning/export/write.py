@@ -14,7 +14,7 @@ from elsa_lightning.export import cpu_sparse
 from elsa_lightning.export.archive import check_archive, write_archive
 from elsa_lightning.export.card import write_card
 from elsa_lightning.export.folders import archive_of, check_replaceable, new_folder, save_tokenizer, zeros_of
-from elsa_lightning.export.formats import Options, check_format, sets_of
+from elsa_lightning.export.formats import Options, check_format, has_experts, sets_of
 from elsa_lightning.export.gguf import check_gguf, write_gguf
 from elsa_lightning.export.measure import Measured, check_measurable, judge, prepare, timed
 from elsa_lightning.export.quantized import check_groups, write_quantized
@@ -23,7 +23,7 @@ from elsa_lightning.export.source import Source, find, open_source
 from elsa_lightning.export.verify import Made, difference, made_of, probe, verify
 from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.report import some
-from elsa_lightning.sets.experts import Experts, pass_over
+from elsa_lightning.sets.experts import pass_over, zero_experts
 from elsa_lightning.slicing import shrink
 
 Say = Callable[[str], None]
@@ -81,7 +81,8 @@ def export(
         say(f"Exporting {found}.")
     for note in loaded.record.notes:
         say(note)
-    if _passes_over(loaded) and to != "shrunk":
+    experts = pass_over(loaded.model) if has_experts(sets_of(loaded.record)) else []  # as in the run
+    if to != "shrunk" and any(bool(zero_experts(each).any()) for each in experts):
         raise UserError(
             f"the run removed experts, which its routers pass over while they are zero; plain software would choose "
             f"them, so --to {to} would be another model: export --to shrunk first, and that folder --to {to}"
@@ -114,12 +115,6 @@ def export(
     if found != Path(source).expanduser():
         say(f"Beside its run: elsa report {source} {folder}")
     return folder
-
-
-def _passes_over(source: Source) -> bool:
-    """Let the routers of a mixture that was trained under Experts do as in its run; say whether any expert is zero."""
-    sets = [member for given in sets_of(source.record) for member in (given, *getattr(given, "sets", {}).values())]
-    return any(isinstance(member, Experts) for member in sets) and pass_over(source.model)
 
 
 def _checked(

@@ -259,6 +259,14 @@ class Constraint(ABC):
         return None
 
 
+def parts(constraint: object) -> Iterator[object]:
+    """Yield a set and those that it is made of by pattern, and theirs."""
+    yield constraint
+    inner = getattr(constraint, "sets", None)
+    for each in inner.values() if isinstance(inner, Mapping) else ():
+        yield from parts(each)
+
+
 def check_set(value: object, name: str) -> None:
     """Raise UserError unless a value is a set.
 

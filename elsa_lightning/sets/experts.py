@@ -60,14 +60,19 @@ class Experts(Share):
         return new
 
 
-def pass_over(model: nn.Module) -> bool:
-    """Have a model's routers choose among the experts that are not zero; say whether some are."""
-    known, zero = find(model), False
-    for router, experts in filter(None, map(known.experts, range(known.blocks))):
-        zero = zero or bool((~experts.down_proj.any(dim=(1, 2))).any())  # type: ignore[operator]
+def pass_over(model: nn.Module) -> list[nn.Module]:
+    """Have a model's routers choose among the experts that are not zero; return the modules with the stacks."""
+    known = find(model)
+    pairs = list(filter(None, map(known.experts, range(known.blocks))))
+    for router, experts in pairs:
         if not any(isinstance(hook, _PassOver) for hook in router._forward_hooks.values()):
             router.register_forward_hook(_PassOver(experts))
-    return zero
+    return [experts for _, experts in pairs]
+
+
+def zero_experts(experts: nn.Module) -> Tensor:
+    """Return which experts of a stack are zero, ``(experts,)``."""
+    return ~experts.down_proj.any(dim=(1, 2))  # type: ignore[operator]
 
 
 class _PassOver:
@@ -82,7 +87,7 @@ class _PassOver:
 
     def __call__(self, router: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         logits, scores, _ = output
-        zero = ~self.experts.down_proj.any(dim=(1, 2))  # type: ignore[operator]
+        zero = zero_experts(self.experts)
         logits = logits.masked_fill(zero & ~zero.all(), -math.inf)
         scores_, indices = logits.softmax(dim=-1, dtype=torch.float32).topk(router.top_k, dim=-1)
         if getattr(router, "norm_topk_prob", True):

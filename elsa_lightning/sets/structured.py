@@ -18,6 +18,7 @@ from elsa_lightning.anatomy import shape_of
 from elsa_lightning.errors import UserError
 from elsa_lightning.families import Known, find, immovable, possible_groups
 from elsa_lightning.layout.sharded import clean
+from elsa_lightning.sets.base import parts
 from elsa_lightning.sets.checks import check_budget, check_fraction, entries_of
 from elsa_lightning.sets.tied import Member, Tie, Tied
 
@@ -108,9 +109,7 @@ class Share(Structured):
 
 def is_structured(constraint: object) -> bool:
     """Say whether a set, or one of those it is made of, has units that ``shrink`` removes."""
-    inner = getattr(constraint, "sets", None)
-    several = inner.values() if isinstance(inner, Mapping) else ()
-    return isinstance(constraint, Structured) or any(is_structured(each) for each in several)
+    return any(isinstance(each, Structured) for each in parts(constraint))
 
 
 # ---------------------------------------------------------------------- neurons
