@@ -130,6 +130,16 @@ def journal(folder: Path, _: str) -> Found:
     return {**kept, "perplexity": perplexity, "metrics": metrics}, cases
 
 
+def scale(_: Path, printed: str) -> Found:
+    """Return times at scale beside those on paper."""
+    row = json.loads(printed.splitlines()[-1])
+    cases = [("size", f"{row['parameters']:,} parameters, {row['pieces']} pieces, peak {row['peak'] / GIB:.1f} GiB")]
+    for phase in ("training", "optimizer", "step", "update", "frozen"):
+        took, *paper = row[phase]
+        cases.append((phase, f"{1e3 * took:.1f} ms, on paper {' to '.join(f'{1e3 * one:.1f}' for one in paper)}"))
+    return row, cases
+
+
 def kernels(_: Path, printed: str) -> Found:
     """Return times of products."""
     rows = json.loads(printed.splitlines()[-1])
@@ -154,6 +164,7 @@ def parts() -> list[Part]:
     step = (here, f"{overhead}/run.py", "--uncounted", "--rounds", "3", "--results", RESULT)
     sizes = tuple(map(str, (1 << 20, 1 << 22, 1 << 24, 1 << 26)))
     of_step = ("--steps", "4", "--batch-size", "1", "--seq-len", "512")
+    paper = (here, "benchmarks/sharding/scale.py", "--measure", "--run")
     found = [
         Part("tests", tests, junit, 240, ("pytest",)),
         Part("embedded model, Elsa", (*fit, "configs/elsa.yaml", *short), journal, 90),
@@ -163,6 +174,8 @@ def parts() -> list[Part]:
         Part("projection", (here, f"{overhead}/projection.py", "--entries", *sizes, "--results", RESULT), projections,
              60),
         Part("2:4 kernels", (here, "benchmarks/semi_structured.py"), kernels, 60, capability=(8, 0)),
+        Part("scale, 2 B, Elsa", (*paper, "Elsa", "--blocks", "8"), scale, 60, memory=50 * GIB),
+        Part("scale, 7 B, Elsa-L", (*paper, "Elsa-L"), scale, 90, ("bitsandbytes",), 70 * GIB),
     ]  # fmt: skip
     for size, full, little in (("45M", 2 * GIB, 2 * GIB), ("1B", 30 * GIB, 15 * GIB)):
         for mode in ("Adam", "Elsa", "Adam8bit, bf16", "Elsa-L, bf16 state", "Elsa-L, fp8 state"):

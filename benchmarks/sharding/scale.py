@@ -1,17 +1,24 @@
 """Time and memory of the method's part of a training step at 7, 27 and 70 billion parameters, on paper.
 
     python benchmarks/sharding/scale.py
+    python benchmarks/sharding/scale.py --measure
 
-Nothing of it was run: bytes and launches are those that ``benchmarks/step_overhead`` counted from the operations of
-small tensors, pieces are those of the models' shapes on a GPU, and the rest are the assumptions of ``Gpu``. A time is
-between two: at least what crosses once between memory and a cache that holds a piece, launches hidden behind it or the
-other way round; at most all that the operations read and write, as if there was no cache, and then all launches.
+Nothing of the first was run: bytes and launches are those that ``benchmarks/step_overhead`` counted from the operations
+of small tensors, pieces are those of the models' shapes on a GPU, and the rest are the assumptions of ``Gpu``. A time
+is between two: at least what crosses once between memory and a cache that holds a piece, launches hidden behind it or
+the other way round; at most all that the operations read and write, as if there was no cache, and then all launches.
+``--measure`` runs the first model, whole or some of its blocks, on the GPU that is here, and prints as JSON what it
+took beside what the paper says of as many weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import statistics
+import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +27,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from elsa_lightning import CausalLM
+from elsa_lightning import ADMM, CausalLM, Unstructured
 from elsa_lightning.layout.lowbit import StateDtype
 from elsa_lightning.layout.rows import Rows
 from elsa_lightning.layout.sharded import whole
 from elsa_lightning.plan import plan
+from elsa_lightning.schedule import Schedule
 from elsa_lightning.selection import select
 
 HERE = Path(__file__).parents[1]
@@ -129,6 +137,67 @@ def row(model: nn.Module, name: str, gpus: int, run: Run, gpu: Gpu, tokens: int,
     }  # fmt: skip
 
 
+def measure(folder: str, blocks: int | None, run: Run, gpu: Gpu, tokens: int) -> dict[str, Any]:
+    """Return seconds on the GPU that is here, of the method without its optimizer, beside those on paper.
+
+    Args:
+        folder: With a config.json; weights are random.
+        blocks: The first so many; None for all.
+        run: Which.
+        gpu: What the paper assumes.
+        tokens: Of one sequence that is trained on.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    config.num_hidden_layers = blocks or config.num_hidden_layers
+    build: Any = AutoModelForCausalLM.from_config
+    with torch.device("cuda"):
+        model = build(config, dtype=run.dtype)
+        batch = torch.randint(config.vocab_size, (1, tokens))
+    chosen, training = select(model, quiet=True).parameters, []
+    for _ in range(4):  # the first is the warm-up
+        model.zero_grad()
+        training.append(seconds_of(lambda: model(input_ids=batch, labels=batch, use_cache=False).loss.backward()))
+    make, many, interval = make_optimizer(run), 10**6, 4
+    found: dict[str, list[float]] = defaultdict(list)
+    for phase, frozen in (("optimizer", None), ("step", 0.0), ("frozen", 1 - 1 / many)):
+        optimizer = make(model.parameters())
+        schedule = Schedule(interval=interval, ramp=0.0, frozen=frozen or 0.0)
+        if frozen is not None:
+            ADMM(optimizer, chosen, Unstructured(0.9), total_steps=many, schedule=schedule, state_dtype=run.state)
+        for step in range(1, 4 * interval + 1):
+            took = seconds_of(optimizer.step)
+            if step > interval:  # a first step takes memory, and a first update has no thresholds to begin with
+                found["update" if phase == "step" and step % interval == 0 else phase].append(took)
+        optimizer.state.clear()
+        del optimizer
+        gc.collect()
+    own = {one["phase"]: one for one in json.loads(COUNTS.read_text())["counts"]
+           if one["form"] == run.form and one["state"] == run.state}  # fmt: skip
+    weights = sum(p.numel() for p in chosen.values())
+    pieces = sum(pieces_of(p.shape, 1) for p in chosen.values())
+    alone = statistics.median(found["optimizer"])
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "model": Path(folder).name, "blocks": config.num_hidden_layers, "run": run.name, "tokens": tokens,
+        "parameters": parameters, "weights": weights, "pieces": pieces, "peak": torch.cuda.max_memory_allocated(),
+        "training": [statistics.median(training[1:]), 6 * parameters * tokens / (gpu.flops * gpu.used)],
+        "optimizer": [alone, gpu.moving(run.optimizer * parameters)],
+        **{phase: [statistics.median(found[phase]) - alone, *gpu.span(own[phase], weights, pieces)]
+           for phase in PHASES},
+    }  # fmt: skip
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Return how long the GPU takes for some work that is given to it when it is idle."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def cells(line: dict[str, Any]) -> list[str]:
     """Return a line as the table says it: GiB, milliseconds, percent."""
 
@@ -150,7 +219,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="on a GPU and step (default: %(default)s)")
     parser.add_argument("--interval", type=int, default=32, help="steps between updates (default: %(default)s)")
     parser.add_argument("--results", type=Path, help="where to write a JSON")
+    parser.add_argument("--measure", action="store_true", help="run the first model on the GPU that is here")
+    parser.add_argument("--blocks", type=int, help="with --measure: only so many blocks (default: all)")
+    parser.add_argument(
+        "--run", choices=[run.name for run in RUNS], default="Elsa-L", help="with --measure (%(default)s)"
+    )
     arguments = parser.parse_args()
+    if arguments.measure:
+        if not torch.cuda.is_available():
+            parser.error("--measure needs a CUDA device, and torch sees none")
+        (run,) = (run for run in RUNS if run.name == arguments.run)
+        print(json.dumps(measure(arguments.models[0], arguments.blocks, run, Gpu(), min(arguments.tokens, 2048))))
+        return
     if len(arguments.gpus) != len(arguments.models):
         parser.error(f"--gpus has {len(arguments.gpus)} numbers for {len(arguments.models)} models: give one for each")
     gpu, lines = Gpu(), []
