@@ -37,7 +37,6 @@ from elsa_lightning.errors import UserError
 from elsa_lightning.forms import Form, Prox, Step, make_form
 from elsa_lightning.forms.base import Forgets, Importance
 from elsa_lightning.layout.lowbit import StateDtype, check_state_dtype
-from elsa_lightning.layout.rows import Rows
 from elsa_lightning.layout.sharded import Processes, clean, local
 from elsa_lightning.optim.guard import Guard
 from elsa_lightning.optim.hooks import StepHooks, innermost
@@ -253,8 +252,9 @@ class ADMM:
             if scale is None:
                 self._measure_stationarity()
             self.form.before_step(self.tensors.holding(SPLIT), self.penalty, scale)
+        call = self._calls + 1
         warning = self._weights.set_aside(
-            self.optimizer, self.tensors.parts, lambda layout, rows, p: self._noise(layout, rows, p, self._calls + 1)
+            self.optimizer, self.tensors.parts, lambda p: self.tensors.seed(call, p, _OF_WEIGHTS)
         )
         if warning is not None:
             self._warn_once(warning)
@@ -263,7 +263,7 @@ class ADMM:
     def _after_step(self) -> None:
         self._calls += 1
         graded, self._graded = self._graded or self._has_gradients(), False
-        self._weights.put_back(self.tensors.parts, lambda layout, rows, p: self._noise(layout, rows, p, self._calls))
+        self._weights.put_back(self.tensors.parts, self._seeds_of(_OF_WEIGHTS))
         overflow = getattr(self.optimizer, "found_inf", None)  # which fires the hooks too
         if self._guard.skipped or not graded or (overflow is not None and bool(overflow)):
             return
@@ -327,9 +327,6 @@ class ADMM:
     ) -> None:  # fmt: skip
         masked = self.tensors.holding(MASK)
         updates.hold(self.constraint, masked, self.tensors.places, self._copies, seed, forgets, importance)
-
-    def _noise(self, layout: Rows, rows: slice, p: nn.Parameter, call: int) -> Tensor:
-        return layout.noise(rows, self.tensors.seed(call, p, _OF_WEIGHTS))
 
     def _has_gradients(self) -> bool:
         """Say whether there are gradients to step by: a skipped batch fires the hooks too."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elsa_lightning.errors import UserError
+from elsa_lightning.layout import fused
 from elsa_lightning.layout.fsdp1 import FlatSlice
 from elsa_lightning.layout.kernels import channels_last, is_transposed, lies_in_rows
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype, as_integers, decode, encode, pack, unpack, unpack_wide
@@ -174,9 +175,37 @@ class ConstrainedTensor:
         bits = self._wide(rows, values.dtype, kept, packed)
         return bits.bitwise_and_(as_integers(values)).view(values.dtype)
 
+    def line(self, t: Tensor, slow: Tensor | None = None, seed: Any = None) -> fused.Line | None:
+        """Return what a kernel needs to go over all rows at once; None where operations have to.
+
+        Args:
+            t: The weights, or what lies as they do.
+            slow: What a step is divided by before the split takes it; None where there is none to take.
+            seed: Of the rounding of the split.
+        """
+        layout, everything = self.layout, slice(None)
+        if not fused.usable(layout.device) or type(layout) is not Rows or layout.kernel:
+            return None
+        line = fused.Line(layout.take(t, everything), layout.groups(self.packed, everything, 8))
+        tensors = [line.x, line.packed]
+        if slow is not None:
+            if (places := layout.places(everything, seed)) is None:
+                return None
+            scale = layout.groups(self.state[SCALE], everything, BLOCK) if self.has(SCALE) else None
+            line = line._replace(
+                split=layout.take(self.state[SPLIT], everything), scale=scale, slow=slow, places=places
+            )
+            tensors += [line.split, *([] if scale is None else [scale])]  # type: ignore[list-item]
+        return line if fused.takes(*tensors) else None
+
     def take_off(self, rows: slice) -> Tensor:
         """Zero rows of the weights off the mask; return what was there, 0 on the mask."""
-        off, bits = self._wide(rows, self.p.dtype, kept=False), as_integers(self.x(rows))
+        if not on_host(x := self.x(rows)):
+            off = ~self.mask(rows)
+            d = torch.where(off, x, 0)
+            x.masked_fill_(off, 0)
+            return d
+        off, bits = self._wide(rows, self.p.dtype, kept=False), as_integers(x)
         bits ^= off.bitwise_and_(bits)
         return off.view(self.p.dtype)
 

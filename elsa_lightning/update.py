@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from elsa_lightning.forms import Form, Sums
 from elsa_lightning.forms.base import Forgets, Importance
 from elsa_lightning.forms.on_set import on_values
+from elsa_lightning.layout.fused import zero_off
 from elsa_lightning.layout.lowbit import masked, ones
 from elsa_lightning.layout.rows import Piece
 from elsa_lightning.layout.sharded import Processes, exact_dtype, local, sent
@@ -356,7 +357,16 @@ def hold(
                 on_values(constraint, place, tensor, piece, split)
             if seed is not None and remembers:
                 tensor.set_split(piece.rows, split, seed(tensor.p))
-    for _, tensor in together(enumerate(tensors), stacks=not copies):
+    lines, by_pieces = [], []
+    for tensor in tensors:
+        of = [tensor.p.detach(), *(tensor.state[key] for key in copies if _is_like_weights(tensor, key))]
+        found = [line for t in of if (line := tensor.line(t)) is not None]
+        if len(found) == len(of):
+            lines += found
+        else:
+            by_pieces.append(tensor)
+    zero_off(lines)
+    for _, tensor in together(enumerate(by_pieces), stacks=not copies):
         others = [local(tensor.state[key]) for key in copies if _is_like_weights(tensor, key)]
         for rows, *_ in tensor.pieces():
             tensor.x(rows)  # looks whether it lies as before

@@ -78,7 +78,7 @@ def off_by(one: Tensor, other: Tensor) -> float:
 def assert_alike(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], exact: bool) -> None:
     """Allow for other rounding of float32, or for twice as much as 8-bit Adam is off Adam itself."""
     (mask, split, x), (mask_, split_, x_) = found, wanted
-    sides, near, states = (0.001, 1e-3, 0.02) if exact else (0.02, 0.015, 0.4)
+    sides, near, states = (0.001, 1e-3, 0.1) if exact else (0.02, 0.015, 0.4)
     assert x.count_nonzero() == x_.count_nonzero()
     assert float((mask != mask_).float().mean()) <= sides
     assert float(((x != 0) != (x_ != 0)).float().mean()) <= sides

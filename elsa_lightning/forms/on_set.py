@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.forms.base import Forgets, Form, Importance, Step, Sums, relative_rates
+from elsa_lightning.layout.fused import step_off_mask
 from elsa_lightning.layout.lowbit import chosen, masked
 from elsa_lightning.layout.rows import Piece
 from elsa_lightning.layout.sharded import exact_dtype, sent
@@ -40,7 +41,8 @@ class OnSet(Form):
     def after_step(self, step: Step) -> None:
         """u ← u + d/ρ and x ← 0 off the mask."""
         fixes_values = step.constraint.fixes_values
-        for places, tensor in together(step.tensors.items(), stacks=not fixes_values):
+        others = step.tensors if step.updates or fixes_values else self._in_one_pass(step)
+        for places, tensor in together(others.items(), stacks=not fixes_values):
             seed, slow = tensor.seed(step.seed), self.slowness(places, step.penalty)
             for piece in tensor.pieces():
                 rows = piece.rows
@@ -59,6 +61,19 @@ class OnSet(Form):
                     split = on_values(step.constraint, places[0], tensor, piece, split)
                 tensor.set_split(rows, split, seed)
             tensor.write(SPLIT, SCALE)
+
+    def _in_one_pass(self, step: Step) -> dict[int, ConstrainedTensor]:
+        """Do it where a kernel can for all rows at once; return the other tensors."""
+        lines, others = [], {}
+        for place, tensor in step.tensors.items():
+            slow = self.slowness((place,), step.penalty)
+            line = tensor.line(tensor.p.detach(), slow, tensor.seed(step.seed)) if isinstance(slow, Tensor) else None
+            if line is None:
+                others[place] = tensor
+            else:
+                lines.append(line)
+        step_off_mask(lines)
+        return others
 
     def _inner_step(self, step: Step, index: int, tensor: ConstrainedTensor, piece: Piece) -> Tensor | None:
         """Return the step on the mask where the set fixes values: all that is not a value is of this step."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from elsa_lightning.errors import UserError
+from elsa_lightning.layout.rows import on_host
 
 StateDtype = Literal["float32", "bfloat16", "float8_e4m3fn"]
 
@@ -43,6 +44,9 @@ def pack(mask: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, n: int) -> Tensor:
     """Return the bool mask ``(..., n)`` that :func:`pack` packed."""
+    if not on_host(packed):  # where looking up is slow
+        bits = (packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)).bitwise_and_(1)
+        return bits.view(torch.bool).flatten(-2)[..., :n]
     eight = _table(packed.device, torch.bool).index_select(0, packed.flatten().int())
     return eight.view(torch.bool).view(*packed.shape[:-1], 8 * packed.shape[-1])[..., :n]
 
@@ -112,7 +116,10 @@ def encode(values: Tensor, dtype: StateDtype, noise: Callable[[], Tensor]) -> tu
 def decode(stored: Tensor, exponents: Tensor | None) -> Tensor:
     """Return what :func:`encode` stored, in at least float32."""
     if exponents is not None:
-        values = _float8(stored.device).index_select(0, stored.flatten().int()).view(stored.shape)
+        if on_host(stored):
+            values = _float8(stored.device).index_select(0, stored.flatten().int()).view(stored.shape)
+        else:
+            values = stored.view(torch.float8_e4m3fn).float()
         blocks = _split(values, BLOCK)
         return (blocks * _power_of_two(exponents[..., None])).flatten(-2)[..., : stored.shape[-1]]
     return stored.float() if stored.dtype == torch.bfloat16 else stored
@@ -155,7 +162,7 @@ def _round_to_float8(values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _float8(device: torch.device) -> Tensor:
-    """Return what each byte of float8_e4m3fn stands for: looking them up is faster than torch's conversion."""
+    """Return what each byte of float8_e4m3fn stands for: on a CPU looking them up is faster than torch's conversion."""
     return torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).float()
 
 

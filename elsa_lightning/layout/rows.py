@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from elsa_lightning.layout.kernels import as_kernel, as_matrix
-from elsa_lightning.layout.sharded import Part, local
+from elsa_lightning.layout.sharded import Part, Places, local
 
 PIECE = 1 << 24  # entries worked on at once: enough to keep a device busy
 PIECE_ON_CPU = 1 << 18  # what its cache holds
@@ -113,6 +113,10 @@ class Rows:
     def noise(self, rows: slice, seed: int) -> Tensor:
         """Return random int32 for rows, by their place in the whole."""
         return self.part.noise(self.shape, rows, seed, self.device)
+
+    def places(self, rows: slice, seed: int) -> Places | None:
+        """Return where :meth:`noise` begins in its tables; None where its rows do not follow these."""
+        return self.part.places(self.shape, rows, seed)
 
     def index(self, rows: slice, axis: int) -> Tensor:
         """Return where entries lie in the whole along an axis, broadcastable to ``(rows, n)``.

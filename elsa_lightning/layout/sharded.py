@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,14 @@ _WITHOUT_FLOAT64 = {"mps"}
 _MIX = (0x85EBCA6B - (1 << 32), 0xC2B2AE35 - (1 << 32))  # MurmurHash3's finalizer, as int32
 _TABLE = 1 << 16  # random numbers that there are; with as many of rows as of columns, 2³² of entries
 _SPREAD = 0x9E3779B1 - (1 << 32)  # 2³² over the golden ratio: a product's high bits depend on all bits
+
+
+class Places(NamedTuple):
+    """Where random numbers of rows and columns begin in their tables, and what the former are combined with."""
+
+    row: int
+    column: int
+    flips: int
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,8 @@ class Part:
             by_row, by_column = _hashed(place // n, seed, 0), _hashed(place % n, seed, 1)
             return by_row.bitwise_xor_(by_column).mul_(_SPREAD)[None]
         by_column = _hashed(slice(self.offsets[-1], self.offsets[-1] + local[-1]), seed, 1, device)
-        if local[1:-1] == self.shape[1:-1]:  # rows without gaps
-            first = int(rows.start) + (self.offsets[0] * math.prod(self.shape[1:-1]) if len(local) > 1 else 0)
-            by_row = _hashed(slice(first, first + int(rows.stop) - int(rows.start)), seed, 0, device)
+        if (first := self._first_row(local)) is not None:
+            by_row = _hashed(slice(first + int(rows.start), first + int(rows.stop)), seed, 0, device)
             return (by_row[:, None] ^ by_column).mul_(_SPREAD)
         row = torch.arange(rows.start, rows.stop, device=device)
         above, stride = torch.zeros_like(row), 1
@@ -84,6 +91,26 @@ class Part:
             above += (row % size + offset) * stride
             row, stride = row // max(1, size), stride * whole_size
         return (_hashed(above, seed, 0)[:, None] ^ by_column).mul_(_SPREAD)
+
+    def _first_row(self, local: torch.Size) -> int | None:
+        """Return which row of the whole the part's first is, None where there are gaps between its rows."""
+        if local[1:-1] != self.shape[1:-1]:
+            return None
+        return self.offsets[0] * math.prod(self.shape[1:-1]) if len(local) > 1 else 0
+
+    def places(self, local: torch.Size, rows: slice, seed: int) -> Places | None:
+        """Return where :meth:`noise` begins in its tables of random numbers; None where its rows do not follow it.
+
+        Args:
+            local: Shape of the part.
+            rows: Which of its rows.
+            seed: Any integer.
+        """
+        first = None if self.start is not None else self._first_row(local)
+        if first is None:
+            return None
+        row, column = (first + int(rows.start or 0) + _start(seed, 0), self.offsets[-1] + _start(seed, 1))
+        return Places(row % _TABLE, column % _TABLE, _mixed(~seed))
 
     def noises(self, local: torch.Size, seeds: Sequence[int], device: torch.device) -> Tensor:
         """Return what :meth:`noise` returns of all rows of a matrix with each of some seeds, below each other.
@@ -96,7 +123,7 @@ class Part:
         numbers = [(_start(seed, 0), _start(seed, 1), _mixed(~seed)) for seed in seeds]
         by_row, by_column, flips = sent(numbers, device)[..., None].unbind(1)
         row, column = (torch.arange(n, device=device) + at for n, at in zip(local, self.offsets, strict=True))
-        tables = _random_bits(device)
+        tables = random_bits(device)
         above = tables[0][(row + by_row) % _TABLE].bitwise_xor_(flips.int())
         return (above[..., None] ^ tables[1][(column + by_column) % _TABLE][:, None]).mul_(_SPREAD).flatten(0, 1)
 
@@ -124,16 +151,16 @@ def _hashed(places: Tensor | slice, seed: int, of: int, device: torch.device | N
     start, flips = _start(seed, of), _mixed(~seed)
     if isinstance(places, slice):
         first, count = (places.start + start) % _TABLE, places.stop - places.start
-        table = _random_bits(torch.device("cpu") if device is None else device)[of]
+        table = random_bits(torch.device("cpu") if device is None else device)[of]
         if count <= _TABLE:
             return table[first : first + count] ^ flips if of == 0 else table[first : first + count]
         places = torch.arange(places.start, places.stop, device=device)
-    found = _random_bits(places.device)[of][(places + start) % _TABLE]
+    found = random_bits(places.device)[of][(places + start) % _TABLE]
     return found.bitwise_xor_(flips) if of == 0 else found
 
 
 @cache
-def _random_bits(device: torch.device) -> Tensor:
+def random_bits(device: torch.device) -> Tensor:
     """Return two tables of random int32, each twice in a row so that a range never leaves it, the same on any device.
 
     They are hashes of places, which take a dozen operations: too many for every step.

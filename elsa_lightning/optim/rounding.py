@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from elsa_lightning.layout import fused
 from elsa_lightning.layout.fsdp1 import FlatSlice
 from elsa_lightning.layout.lowbit import round_to_bfloat16
 from elsa_lightning.layout.rows import Rows
 from elsa_lightning.layout.sharded import Part, local
 from elsa_lightning.optim.moments import dtype_name
 
-Noise = Callable[[Rows, slice, nn.Parameter], Tensor]
+Seed = Callable[[nn.Parameter], int]
 
 
 def moves_alike_everywhere(optimizer: Optimizer) -> bool:
@@ -96,11 +97,11 @@ class Around:
 
     Args:
         parts: Which part of each parameter this process holds.
-        noise: Makes random int32 for some rows of a layout.
+        seed: Makes the seed of the rounding of a parameter.
     """
 
-    def __init__(self, parts: Mapping[nn.Parameter, Part], noise: Noise) -> None:
-        self.parts, self.noise = parts, noise
+    def __init__(self, parts: Mapping[nn.Parameter, Part], seed: Seed) -> None:
+        self.parts, self.seed = parts, seed
 
     def takes(self, p: nn.Parameter) -> bool:
         """Say whether the rows of a parameter are rounded, and lie below each other in memory."""
@@ -124,7 +125,7 @@ class Around:
         except BaseException:
             now.copy_(former)
             raise
-        now.copy_(round_to_bfloat16(former.float() + now, self.noise(layout, rows, p)))
+        _add_rounded(layout, now, former, rows, self.seed(p))
 
 
 class WeightRounding:
@@ -143,13 +144,13 @@ class WeightRounding:
         self._stepping: Any = None  # an optimizer that rounds by itself
 
     @torch.no_grad()
-    def set_aside(self, optimizer: Optimizer, parts: Mapping[nn.Parameter, Part], noise: Noise) -> str | None:
+    def set_aside(self, optimizer: Optimizer, parts: Mapping[nn.Parameter, Part], seed: Seed) -> str | None:
         """Zero the bfloat16 weights about to be stepped; return what to warn of where that cannot be done.
 
         Args:
             optimizer: Which steps.
             parts: Which part of each parameter this process holds.
-            noise: Makes random int32 for some rows of a layout, for weights that are stepped by pieces.
+            seed: Makes the seed of the rounding of a parameter, for weights that are stepped by pieces.
         """
         half = (torch.bfloat16, torch.float16)
         low = [p for group in optimizer.param_groups for p in group["params"] if p.dtype in half]
@@ -162,7 +163,7 @@ class WeightRounding:
                 f"keep float32 weights (precision bf16-mixed)."
                 + (f" {warning}." if (warning := hazard(optimizer)) else "")
             )
-        by_rows, around = steps_rows(optimizer), Around(parts, noise)
+        by_rows, around = steps_rows(optimizer), Around(parts, seed)
         if by_rows is not None:
             self._stepping = optimizer
             self._stepping.around = around
@@ -180,25 +181,25 @@ class WeightRounding:
         return self._alike[key]
 
     @torch.no_grad()
-    def put_back(self, parts: Mapping[nn.Parameter, Part], noise: Noise) -> None:
+    def put_back(self, parts: Mapping[nn.Parameter, Part], seed: Seed) -> None:
         """Add the steps to the weights, some rows at a time.
 
         Args:
             parts: Which part of each parameter this process holds.
-            noise: Makes random int32 for some rows of a layout.
+            seed: Makes the seed of the rounding of a parameter.
         """
         for p, before in self._before.items():
             x = local(p)
             flat = parts[p].start is not None
             if not flat and (x.dim() < 2 or not x.is_contiguous()):  # small, or rows that are not below each other
                 rows = Rows(parts[p], x if x.dim() else x[None])
-                bits = noise(rows, slice(0, rows.count), p).view(x.shape)
+                bits = rows.noise(slice(0, rows.count), seed(p)).view(x.shape)
                 x.copy_(round_to_bfloat16(before.float() + x, bits))
                 continue
             layout = (FlatSlice if flat else Rows)(parts[p], x)
             for piece in layout.pieces():
                 now, former = (layout.take(t, piece.rows) for t in (x, before))
-                now.copy_(round_to_bfloat16(former.float() + now, noise(layout, piece.rows, p)))
+                _add_rounded(layout, now, former, piece.rows, seed(p))
         self._end()
 
     @torch.no_grad()
@@ -212,3 +213,12 @@ class WeightRounding:
         if self._stepping is not None:
             self._stepping.around = None
         self._before, self._stepping = {}, None
+
+
+def _add_rounded(layout: Rows, now: Tensor, former: Tensor, rows: slice, seed: int) -> None:
+    """Write the sum of both to ``now``, rows of a layout in bfloat16, rounded up or down at random."""
+    places = layout.places(rows, seed)
+    if places is not None and fused.takes(now, former):
+        fused.add_rounded(now, former, places)
+    else:
+        now.copy_(round_to_bfloat16(former.float() + now, layout.noise(rows, seed)))

@@ -1,0 +1,193 @@
+"""What happens to every weight at every step on a GPU, in one pass over it, by Triton: a launch for all tensors.
+
+The same is done operation by operation elsewhere, with the same result to the bit, where there is no Triton, no GPU, or
+where a layout is not rows below each other. There a step of float8 state takes some forty launches for each tensor and
+moves ten times the bytes.
+
+Kernels work on groups of 32 entries of a row, the blocks of float8. What tensors there are they read from a table of
+addresses, a line for each.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from elsa_lightning.layout.lowbit import BLOCK
+from elsa_lightning.layout.sharded import Places, random_bits, sent
+
+try:
+    from elsa_lightning.layout import triton_kernels as kernels
+except ImportError:  # a build of torch for CPUs comes without Triton
+    kernels = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+
+_GROUPS = 64  # that a program works on
+_ENTRIES = 2048  # that a program counts at once
+_PROGRAMS = 1024  # that count
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # how a split is kept
+_NOWHERE = Places(0, 0, 0)
+
+
+class Line(NamedTuple):
+    """Rows of weights that lie below each other in memory, and what goes with them.
+
+    Attributes:
+        x: The weights ``(rows, n)``.
+        packed: Their mask, ``(rows, ⌈n/8⌉)``.
+        split: Their split ``(rows, n)``, where it takes the step.
+        scale: Exponents of its blocks ``(rows, ⌈n/32⌉)``, where it is float8.
+        slow: What a step is divided by before the split takes it, one number.
+        places: Of the random numbers.
+    """
+
+    x: Tensor
+    packed: Tensor
+    split: Tensor | None = None
+    scale: Tensor | None = None
+    slow: Tensor | None = None
+    places: Places = _NOWHERE
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Say whether kernels can work on these: matrices whose rows are whole, on a GPU that Triton compiles for."""
+    return (
+        all(t.dim() == 2 and t.stride(-1) == 1 and t.stride(0) == t.shape[1] for t in tensors)
+        and all(t.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int8) for t in tensors)
+        and usable(tensors[0].device)
+    )
+
+
+@cache
+def usable(device: torch.device) -> bool:
+    """Say whether Triton compiles for a device and gives what the operations give, which is tried once."""
+    if kernels is None or not (device.type == "cuda" or _interpreted()):
+        return False
+    try:
+        x = torch.arange(96.0, device=device).view(2, 48)
+        zero_off([Line(x, torch.full((2, 6), 0b1010, dtype=torch.uint8, device=device))])
+        if x.view(torch.int32).count_nonzero() != 24:
+            raise RuntimeError("a kernel that was tried gave something else")
+    except Exception as error:  # it needs a C compiler and headers of Python, among others
+        log.warning(
+            "Triton does not work here (%s: %s): steps take many more launches, with the same result. It needs a C "
+            "compiler and Python's headers.", type(error).__name__, str(error).splitlines()[0] if str(error) else "",
+        )  # fmt: skip
+        return False
+    return True
+
+
+def step_off_mask(lines: Sequence[Line]) -> None:
+    """u ← u + d/ρ and x ← 0 off the masks: what stands there is the optimizer's step d, and the split is −u.
+
+    Args:
+        lines: Any, each with a split.
+    """
+    for alike in _alike(lines):
+        split, slow = alike[0].split, alike[0].slow
+        assert split is not None and slow is not None
+        _launch(kernels.step_off_mask, alike, kind=_KINDS[split.dtype], wide=slow.dtype == torch.float64)
+
+
+def zero_off(lines: Sequence[Line]) -> None:
+    """x ← 0 off the masks, NaN too.
+
+    Args:
+        lines: Any.
+    """
+    for alike in _alike(lines):
+        _launch(kernels.zero_off, alike)
+
+
+def add_rounded(now: Tensor, former: Tensor, places: Places) -> None:
+    """Write bfloat16 ``former + now``, rounded up or down at random, to ``now``.
+
+    Args:
+        now: bfloat16 ``(rows, n)``.
+        former: Likewise.
+        places: Of the random numbers.
+    """
+    groups = now.shape[0] * -(-now.shape[1] // BLOCK)
+    with _on(now.device):
+        kernels.add_rounded[(-(-groups // _GROUPS),)](
+            now,
+            former,
+            random_bits(now.device),
+            *places,
+            *now.shape,
+            aligned=now.shape[1] % BLOCK == 0,
+            groups=_GROUPS,
+        )
+
+
+def histogram(bits: Tensor, among: Tensor | None, base: Tensor | None, shift: int, width: int) -> Tensor:
+    """Count the entries of each row by their bits from ``shift`` on: 2^width bins from ``base``, and those above.
+
+    Args:
+        bits: int32 ``(rows, n)`` from 0 on.
+        among: Which of them take part, bool ``(rows, n)``; None for all.
+        base: The lowest bin of each row, int32 ``(rows,)``; None for 0.
+        shift: Lowest bit that counts.
+        width: Logarithm of the number of bins.
+
+    Returns:
+        int32 ``(rows, 2^width + 1)``.
+    """
+    (rows, n), device = bits.shape, bits.device
+    counts = torch.zeros(rows, (1 << width) + 1, dtype=torch.int32, device=device)
+    blocks = -(-n // _ENTRIES)
+    most = max(1, blocks * rows // _PROGRAMS)  # a program adds all its counts to those of the row in the end
+    each = min(1 << (most.bit_length() - 1), 1 << (blocks - 1).bit_length())  # of few kinds, as each is compiled
+    unused = counts  # a kernel takes no None
+    with _on(device):
+        kernels.histogram[(rows, -(-blocks // each))](
+            bits, unused if among is None else among.view(torch.int8), unused if base is None else base, counts, n,
+            each=each, shift=shift, bins=1 << width, some=among is not None, based=base is not None, size=_ENTRIES,
+        )  # fmt: skip
+    return counts
+
+
+def _alike(lines: Sequence[Line]) -> Iterable[list[Line]]:
+    """Return lines by what they are compiled for."""
+    kinds: dict[Any, list[Line]] = {}
+    for line in lines:
+        kinds.setdefault((line.x.device, line.x.dtype, line.split is not None and line.split.dtype), []).append(line)
+    return kinds.values()
+
+
+def _launch(kernel: Any, lines: Sequence[Line], **options: Any) -> None:
+    """Run a kernel on all groups of all lines."""
+    table, blocks, aligned = [], 0, True
+    for line in lines:
+        rows, n = line.x.shape
+        others = [0 if t is None else t.data_ptr() for t in (line.split, line.scale, line.slow)]
+        addresses = [line.x.data_ptr(), line.packed.data_ptr(), *others]
+        aligned = aligned and n % BLOCK == 0 and not any(address % 16 for address in addresses[:3])
+        table.append([blocks, rows, n, *addresses, *line.places])
+        blocks += -(-rows * -(-n // BLOCK) // _GROUPS)
+    if blocks == 0:
+        return
+    device, dtype = lines[0].x.device, lines[0].x.dtype
+    with _on(device):
+        kernel[(blocks,)](
+            sent(table, device), random_bits(device), len(table), steps=max(1, len(table) - 1).bit_length(),
+            dtype=kernels.NAMES[dtype], aligned=aligned, groups=_GROUPS, **options,
+        )  # fmt: skip
+
+
+def _on(device: torch.device) -> Any:
+    """Return what makes a device the one that kernels are started on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _interpreted() -> bool:
+    """Say whether Triton runs kernels on a CPU, as its tests do."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
