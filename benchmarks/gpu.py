@@ -145,8 +145,8 @@ def kernels(_: Path, printed: str) -> Found:
     rows = json.loads(printed.splitlines()[-1])
     cases = [
         (f"{row['outputs']} × {row['inputs']}, {row['rows']} rows, {row['kernels']}",
-         f"dense {row['dense_us']:.0f} µs, of it work {row['dense_works_us']:.0f}; 2:4 {row['sparse_us']:.0f}, work {row['sparse_works_us']:.0f}; "
-         f"differ by {row['error']:.1e}")
+         f"dense {row['dense_us']:.0f} µs, of it work {row['dense_works_us']:.0f}; 2:4 {row['sparse_us']:.0f}, "
+         f"work {row['sparse_works_us']:.0f}; differ by {row['error']:.1e}")
         for row in rows
     ]  # fmt: skip
     return rows, cases
