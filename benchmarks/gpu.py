@@ -144,9 +144,8 @@ def kernels(_: Path, printed: str) -> Found:
     """Return times of products."""
     rows = json.loads(printed.splitlines()[-1])
     cases = [
-        (f"{row['outputs']} × {row['inputs']}, {row['rows']} rows, {row['kernels']}",
-         f"dense {row['dense_us']:.0f} µs, of it work {row['dense_works_us']:.0f}; 2:4 {row['sparse_us']:.0f}, "
-         f"work {row['sparse_works_us']:.0f}; differ by {row['error']:.1e}")
+        (f"{row['outputs']} × {row['inputs']}, {row['rows']} rows", f"dense {row['dense_us']:.0f} µs, 2:4 "
+         f"{row['sparse_us']:.0f}; × {row['dense_us'] / row['sparse_us']:.2f}; differ by {row['error']:.1e}")
         for row in rows
     ]  # fmt: skip
     return rows, cases
@@ -207,7 +206,10 @@ def run(part: Part, card: Card, left: float) -> dict[str, Any]:
         card: On which.
         left: Seconds left of all.
     """
-    told: dict[str, Any] = {"part": part.name, "status": "not run", "seconds": 0.0, "found": None, "cases": []}
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    told: dict[str, Any] = {
+        "part": part.name, "status": "not run", "date": date, "seconds": 0.0, "found": None, "cases": [],
+    }  # fmt: skip
     if (reason := why_not(part, card, left)) is not None:
         return {**told, "why": reason}
     start, limit = time.monotonic(), min(part.seconds, left)
@@ -253,8 +255,9 @@ def _reason(said: str, status: int | None, limit: float) -> str:
 def markdown(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """Return all of it as one table."""
     packages = ", ".join(f"{name} {number}" for name, number in about["packages"].items())
-    lines = [f"{about['card']}, {about['memory'] / GIB:.0f} GiB; {about['date']}; Python {about['python']}, {packages}",
-             "", "| part | seconds | case | found |", "|---|---|---|---|"]  # fmt: skip
+    days = sorted({row["date"][:10] for row in rows})
+    of = f"{about['card']}, {about['memory'] / GIB:.0f} GiB; {', '.join(days)}; Python {about['python']}, {packages}"
+    lines = [of, "", "| part | seconds | case | found |", "|---|---|---|---|"]  # fmt: skip
     for row in rows:
         told = [*([("", f"**{row['status']}**: {row['why']}")] if row["why"] else []), *row["cases"]]
         for case, what in told:
@@ -263,22 +266,31 @@ def markdown(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def file_of(folder: Path, card: str, ending: str) -> Path:
+    """Return where the results of a card are."""
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}{ending}"
+
+
+def earlier(folder: Path, card: str) -> list[dict[str, Any]]:
+    """Return what parts found that were run before."""
+    file = file_of(folder, card, ".json")
+    return list(json.loads(file.read_text(encoding="utf-8"))["parts"]) if file.is_file() else []
+
+
 def write(folder: Path, about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[Path]:
     """Write the JSON and the table, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", about["card"].lower()).strip("-")
-    told = [{key: value for key, value in row.items() if key != "cases"} for row in rows]
-    texts = {".json": json.dumps({**about, "parts": told}, indent=1) + "\n", ".md": markdown(about, rows)}
+    texts = {".json": json.dumps({**about, "parts": rows}, indent=1) + "\n", ".md": markdown(about, rows)}
     written = []
     for ending, text in texts.items():
-        part = folder / f"{name}.part"
+        part = file_of(folder, about["card"], ".part")
         part.write_text(text, encoding="utf-8")
-        written.append(part.replace(folder / f"{name}{ending}"))
+        written.append(part.replace(file_of(folder, about["card"], ending)))
     return written
 
 
 def run_all(all_parts: Sequence[Part], card: Card, folder: Path, budget: float = BUDGET) -> int:
-    """Run all parts, write what came of them, and return the exit status."""
+    """Run all parts, write what came of them beside what others found before, and return the exit status."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -287,15 +299,16 @@ def run_all(all_parts: Sequence[Part], card: Card, folder: Path, budget: float =
             versions[package] = "missing"
     about = {
         "card": card.name, "memory": card.memory, "capability": list(card.capability), "packages": versions,
-        "python": platform.python_version(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
     }  # fmt: skip
-    end, rows = time.monotonic() + budget, []
+    end, rows, found = time.monotonic() + budget, [], {row["part"]: row for row in earlier(folder, card.name)}
     for part in all_parts:
         rows.append(row := run(part, card, end - time.monotonic()))
+        found[part.name] = row
         print(
             f"{part.name}: {row['status']}, {row['seconds']} s" + (f": {row['why']}" if row["why"] else ""), flush=True
         )
-        files = write(folder, about, rows)  # each time, so that an interrupted run leaves what it has
+        files = write(folder, about, list(found.values()))  # each time, so that an interrupted run leaves what it has
     print(*files)
     return int(any(row["status"] == "failed" for row in rows))
 

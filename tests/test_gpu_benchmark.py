@@ -55,9 +55,14 @@ def test_a_part_that_fails_stops_no_other(gpu: Any, tmp_path: Path) -> None:
     (table,) = (file.read_text() for file in (tmp_path / "new").glob("*.md"))
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 1 + len(parts) and all(line.count("|") == 5 for line in lines)
-    assert told["date"] in table and sorted(p.name for p in (tmp_path / "new").iterdir()) == [
+    assert found["good"]["date"][:10] in table and sorted(p.name for p in (tmp_path / "new").iterdir()) == [
         "a-card-with-a-bar.json", "a-card-with-a-bar.md",
     ]  # fmt: skip
+    assert gpu.run_all([part(gpu, "good", "print(8)")], card, tmp_path / "new") == 0  # the others' results are kept
+    again = json.loads((tmp_path / "new" / "a-card-with-a-bar.json").read_text())["parts"]
+    assert (
+        [row["part"] for row in again] == list(found) and again[-1]["found"] == 8 and again[:-1] == told["parts"][:-1]
+    )
 
 
 def test_what_only_cannot_run_is_no_failure_and_the_time_of_all_is_kept(gpu: Any, tmp_path: Path) -> None:

@@ -31,8 +31,6 @@ except ImportError:  # a build of torch for CPUs comes without Triton
 log = logging.getLogger(__name__)
 
 _GROUPS = 64  # that a program works on
-_ENTRIES = 2048  # that a program counts at once
-_PROGRAMS = 1024  # that count
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # how a split is kept
 _NOWHERE = Places(0, 0, 0)
 
@@ -126,33 +124,6 @@ def add_rounded(now: Tensor, former: Tensor, places: Places) -> None:
             aligned=now.shape[1] % BLOCK == 0,
             groups=_GROUPS,
         )
-
-
-def histogram(bits: Tensor, among: Tensor | None, base: Tensor | None, shift: int, width: int) -> Tensor:
-    """Count the entries of each row by their bits from ``shift`` on: 2^width bins from ``base``, and those above.
-
-    Args:
-        bits: int32 ``(rows, n)`` from 0 on.
-        among: Which of them take part, bool ``(rows, n)``; None for all.
-        base: The lowest bin of each row, int32 ``(rows,)``; None for 0.
-        shift: Lowest bit that counts.
-        width: Logarithm of the number of bins.
-
-    Returns:
-        int32 ``(rows, 2^width + 1)``.
-    """
-    (rows, n), device = bits.shape, bits.device
-    counts = torch.zeros(rows, (1 << width) + 1, dtype=torch.int32, device=device)
-    blocks = -(-n // _ENTRIES)
-    most = max(1, blocks * rows // _PROGRAMS)  # a program adds all its counts to those of the row in the end
-    each = min(1 << (most.bit_length() - 1), 1 << (blocks - 1).bit_length())  # of few kinds, as each is compiled
-    unused = counts  # a kernel takes no None
-    with _on(device):
-        kernels.histogram[(rows, -(-blocks // each))](
-            bits, unused if among is None else among.view(torch.int8), unused if base is None else base, counts, n,
-            each=each, shift=shift, bins=1 << width, some=among is not None, based=base is not None, size=_ENTRIES,
-        )  # fmt: skip
-    return counts
 
 
 def _alike(lines: Sequence[Line]) -> Iterable[list[Line]]:

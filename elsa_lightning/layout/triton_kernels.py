@@ -166,26 +166,3 @@ def add_rounded(
     value += tl.load(now + at, mask=there, other=0.0).to(tl.float32)
     rounded = _to_bfloat16(value, _noise(bits, row, column, row_start, column_start, flips))
     tl.store(now + at, rounded, mask=there)
-
-
-@triton.jit
-def histogram(
-    bits, among, base, counts, n, each: tl.constexpr, shift: tl.constexpr, bins: tl.constexpr, some: tl.constexpr,
-    based: tl.constexpr, size: tl.constexpr,
-):  # fmt: skip
-    """Add to ``counts`` how many entries of a row are in each bin, and in the last how many are above all."""
-    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) * each
-    found, above = tl.zeros((bins,), tl.int32), tl.zeros((size,), tl.int32)
-    start = tl.load(base + row) if based else 0
-    for i in range(each):
-        at = (first + i) * size + tl.arange(0, size)
-        there = at < n
-        place = (tl.load(bits + row * n + at, mask=there, other=0) >> shift) - start
-        if some:
-            there = there & (tl.load(among + row * n + at, mask=there, other=0) != 0)
-        inside = there & (place >= 0) & (place < bins)
-        found += tl.histogram(tl.where(inside, place, 0), bins, mask=inside)
-        above += (there & (place >= bins)).to(tl.int32)
-    own = counts + row * (bins + 1)
-    tl.atomic_add(own + tl.arange(0, bins), found, mask=found > 0)
-    tl.atomic_add(own + bins, tl.sum(above))

@@ -20,7 +20,6 @@ import numpy
 import torch
 from torch import Tensor
 
-from elsa_lightning.layout import fused
 from elsa_lightning.layout.lowbit import masked
 from elsa_lightning.layout.rows import on_host
 
@@ -324,7 +323,7 @@ def _narrow_down(
             if s.counts:
                 mine = pools[s.rows]
                 found = _histogram(bits, among, None if base is None else base[mine, None], shift, width)
-                counts.index_add_(0, mine, found)
+                counts.index_add_(0, mine, found[:, 1:])
         from_top = add(counts).flip(1).cumsum(1)
         place = (from_top >= k[:, None]).to(torch.uint8).argmax(dim=1, keepdim=True)
         if index == 0 and first is not None and bool((place == 0).any()):
@@ -339,14 +338,11 @@ def _narrow_down(
 
 
 def _histogram(bits: Tensor, among: Tensor | None, base: Tensor | None, shift: int, width: int) -> Tensor:
-    """Count the entries of each row by their bits from ``shift`` on: 2^width bins from ``base``, and those above.
+    """Count the entries of each row by their bits from ``shift`` on: those below ``base``, 2^width bins, those above.
 
     What does not take part is counted below, so that there is nothing to select, which a GPU's host would wait for.
     ``bits`` are used up.
     """
-    if fused.usable(bits.device) and bits.is_contiguous():
-        starts = None if base is None else base.flatten()
-        return fused.histogram(bits, among, starts, shift, width).to(torch.int64)
     rows, bins = len(bits), 1 << width
     found = bits.bitwise_right_shift_(shift) if shift else bits
     found = found.add_(1) if base is None else found.sub_(base - 1).clamp_(0, bins + 1)
@@ -355,5 +351,5 @@ def _histogram(bits: Tensor, among: Tensor | None, base: Tensor | None, shift: i
         found += torch.arange(rows, dtype=torch.int32, device=bits.device)[:, None] * (bins + 2)
     size = rows * (bins + 2)
     if bits.is_cuda and not torch.are_deterministic_algorithms_enabled():  # bincount waits for least and largest
-        return torch.histc(found, bins=size, min=0, max=size).view(rows, -1)[:, 1:].to(torch.int64)
-    return torch.bincount(found.flatten(), minlength=size).view(rows, -1)[:, 1:]
+        return torch.histc(found, bins=size, min=0, max=size).view(rows, -1).to(torch.int64)
+    return torch.bincount(found.flatten(), minlength=size).view(rows, -1)

@@ -84,19 +84,6 @@ def test_a_sum_is_rounded_as_by_operations(device: str, shape: tuple[int, int]) 
     assert torch.equal(now.cpu().nan_to_num(7.0), wanted.nan_to_num(7.0))
 
 
-@pytest.mark.parametrize(("rows", "n", "shift", "width"), [(1, 100_003, 20, 11), (3, 5000, 10, 10), (300, 257, 0, 12)])
-def test_entries_are_counted(device: str, rows: int, n: int, shift: int, width: int) -> None:
-    bits = torch.randint(1 << 30, (rows, n), dtype=torch.int32)
-    for among in (None, torch.rand(rows, n) < 0.5):
-        for base in (None, (bits[:, 5] >> shift) - 40):
-            found = fused.histogram(*(t if t is None else t.to(device) for t in (bits, among, base)), shift, width)
-            for row in range(rows):
-                place = (bits[row] >> shift) - (0 if base is None else base[row])
-                place = place if among is None else place[among[row]]
-                place = place[place >= 0].clamp_max(1 << width)
-                assert found[row].cpu().tolist() == place.bincount(minlength=(1 << width) + 1).tolist()
-
-
 @pytest.mark.parametrize("state", get_args(StateDtype))
 def test_a_run_is_that_of_operations(device: str, state: StateDtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it: steps with and without an update, and on the fixed mask."""
