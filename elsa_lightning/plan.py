@@ -24,6 +24,12 @@ _LARGE = 1 << 16  # entries from which an optimizer's state is taken to grow in 
 _PROJECTION = 42  # bytes an entry of a piece: v, z, what was before, score, their bits, bins, masks
 _STACKED = 12  # bytes an entry of a stack of small tensors: copies of weights, split and moment
 _ROUNDING = 28  # bytes an entry of a piece: random numbers, the sum in float32 and its bits, what was before
+_ROOTS = {
+    "exp_avg_sq",
+    "square_avg",
+    "sum",
+    "exp_inf",
+}  # second moments, whose roots torch's optimizers make of all at once
 _ACTIVATIONS_ERROR = 0.4
 
 
@@ -37,6 +43,8 @@ class Plan:
         exact: Bytes by name of what is known: weights, gradients, optimizer state, Elsa's state.
         largest_block: Bytes of weights and gradients of the largest block, which sharding gathers.
         transient: Bytes that come and go at each step and projection, estimated.
+        copies: Bytes that the optimizer makes of all weights at once while it steps.
+        casts: Bytes of weights that autocast keeps in bfloat16.
         activations: Bytes of activations and logits, estimated.
         warning: That less of the model is constrained than one may think, or None.
     """
@@ -46,13 +54,24 @@ class Plan:
     exact: dict[str, int]
     largest_block: int
     transient: int
+    copies: int
+    casts: int
     activations: int
     warning: str | None = None
 
     def total(self, shards: int = 1) -> int:
-        """Return the bytes on each device, with everything but activations sharded over so many."""
+        """Return the bytes on each device, with everything but activations sharded over so many.
+
+        Activations are gone when the optimizer steps, so the larger of both counts.
+        """
         gathered = self.largest_block if shards > 1 else 0
-        return (sum(self.exact.values()) + self.transient) // shards + gathered + self.activations
+        passes = self.casts // shards + self.activations
+        return sum(self.exact.values()) // shards + gathered + max(self.stepping // shards, passes)
+
+    @property
+    def stepping(self) -> int:
+        """Return the bytes that come and go while the optimizer steps and Elsa projects."""
+        return max(self.transient, self.copies)
 
     def table(self, devices: int = 1, memory: float | None = None) -> str:
         """Return the plan as a table.
@@ -69,11 +88,13 @@ class Plan:
             head,
         ]
         estimates = {
-            "while stepping and projecting, about": self.transient,
-            f"activations, ± {_ACTIVATIONS_ERROR:.0%}": self.activations,
+            "while stepping, less if fused: true"
+            if self.copies > self.transient
+            else "while stepping and projecting, about": (self.stepping),
+            f"or activations, ± {_ACTIVATIONS_ERROR:.0%}": self.activations + self.casts,
         }
         for name, size in {**self.exact, **estimates}.items():
-            each = size // devices if size is not self.activations else size
+            each = self.casts // devices + self.activations if name.startswith("or ") else size // devices
             lines.append(_row(name, size / max(1, self.parameters), [size, each] if sharded else [size]))
         if sharded:
             lines.append(_row("one block, gathered", 0, [0, self.largest_block]))
@@ -102,6 +123,7 @@ def plan(
     teacher: bool | nn.Module = False,
     tokens: int = 0,
     checkpointing: bool = False,
+    device: str = "cuda",
 ) -> Plan:
     """Plan the memory of pruning a model.
 
@@ -117,6 +139,7 @@ def plan(
         teacher: Whether a bfloat16 copy of the dense model is kept for distillation, or which other model is.
         tokens: Tokens a batch on a device.
         checkpointing: Whether activations are recomputed.
+        device: Where it will run; on a CPU torch's optimizers step one tensor after the other.
     """
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
@@ -166,16 +189,38 @@ def plan(
     projecting = _PROJECTION * at_once + _STACKED * stacked + sum(-(-size // 8) for size in sizes)  # masks
     by_rows = steps_rows(make_optimizer([nn.Parameter(torch.zeros(1, dtype=dtype))]))
     copied = sum(p.numel() for p in parameters if by_rows is None or not by_rows(p))  # while the optimizer steps
+    copies = _copies(make_optimizer, dtype) * total if device != "cpu" else 0
     rounding = 2 * copied + _ROUNDING * min(max(p.numel() for p in parameters), PIECE)
     return Plan(
         parameters=total,
         constrained=sum(p.numel() for p in chosen),
         exact=exact,
         largest_block=_largest_block(model) * 2 * width,
-        transient=max(rounding * (dtype == torch.bfloat16), projecting) + 2 * total * autocast,
+        transient=max(rounding * (dtype == torch.bfloat16), projecting),
+        copies=copies + 2 * copied * (copies > 0 and dtype == torch.bfloat16),
+        casts=2 * total * autocast,
         activations=_activations(model, tokens, 2 if autocast else width, checkpointing, bool(teacher)),
         warning=None if selection is None else selection.warning(),
     )
+
+
+def _copies(make_optimizer: Callable[[list[nn.Parameter]], Optimizer], dtype: torch.dtype) -> int:
+    """Return the bytes a parameter that one of torch's optimizers takes on a GPU for all of them at once.
+
+    There it steps all tensors together unless it is told otherwise, and what it makes in between is as large as they
+    are: the roots of second moments, and gradients with weight decay. ``fused=True`` makes none.
+    """
+    p = nn.Parameter(torch.zeros(2, 2, dtype=dtype))
+    optimizer = make_optimizer([p])
+    options = {**optimizer.defaults, **optimizer.param_groups[0]}
+    if not type(optimizer).__module__.startswith("torch.optim") or options.get("foreach", False) is False:
+        return 0
+    if options.get("fused"):
+        return 0
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    decays = bool(options.get("weight_decay")) and not options.get("decoupled_weight_decay")
+    return dtype.itemsize * (bool(_ROOTS & optimizer.state[p].keys()) + decays)
 
 
 def elsa_bytes(shape: torch.Size, state_dtype: StateDtype) -> int:

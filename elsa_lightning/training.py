@@ -66,8 +66,8 @@ class ElsaTrainer(Trainer):
             print(planned.warning)
         print(planned.table(devices, gpu_memory))
 
-    def memory(self, model: CausalLM, datamodule: LightningDataModule) -> Plan:
-        """Return the memory plan of this Trainer's run."""
+    def memory(self, model: CausalLM, datamodule: LightningDataModule, device: str = "cuda") -> Plan:
+        """Return the memory plan of this Trainer's run on a kind of device."""
         precision = str(self.precision)
         elsa = None if isinstance(self.elsa, KeepMask) else self.elsa  # which keeps one bit a weight
         meta = model.on_meta()
@@ -89,6 +89,7 @@ class ElsaTrainer(Trainer):
             teacher=model.on_meta(model.teacher) if model.teacher is not None else model.distils,
             tokens=tokens,
             checkpointing=model.gradient_checkpointing,
+            device=device,
         )
 
 
@@ -199,7 +200,7 @@ class ElsaCLI(LightningCLI):
         guide = Guide(self.model.name)
         self.trainer.callbacks.append(guide)  # type: ignore[attr-defined]
         try:
-            planned = self.trainer.memory(self.model, self.datamodule)
+            planned = self.trainer.memory(self.model, self.datamodule, self.trainer.strategy.root_device.type)
         except Exception as error:
             if for_users(error) is not None:
                 raise

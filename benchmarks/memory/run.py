@@ -65,7 +65,7 @@ def measure(size: str, mode: str, steps: int, batch_size: int, seq_len: int) -> 
     build: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):
         meta = build(config, dtype=dtype)
-    planned = plan(meta, make, dtype=dtype, state_dtype=state_dtype, tokens=batch_size * seq_len)
+    planned = plan(meta, make, dtype=dtype, state_dtype=state_dtype, tokens=batch_size * seq_len, device=device)
     before = peak(device)
     with torch.device(device):
         model = build(config, dtype=dtype)
