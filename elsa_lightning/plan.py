@@ -19,9 +19,12 @@ from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.optim.rounding import steps_rows
 from elsa_lightning.selection import ALL_LINEAR, select
 from elsa_lightning.sets import Constraint
+from elsa_lightning.sets.threshold import HELD
 
 _LARGE = 1 << 16  # entries from which an optimizer's state is taken to grow in proportion
 _PROJECTION = 42  # bytes an entry of a piece: v, z, what was before, score, their bits, bins, masks
+_KEPT = 8  # bytes an entry of a matrix whose pieces are held on one GPU: score and magnitude
+_HELD = 20  # and in the end, with their bits, the mask and what topk finds
 _STACKED = 12  # bytes an entry of a stack of small tensors: copies of weights, split and moment
 _ROUNDING = 28  # bytes an entry of a piece: random numbers, the sum in float32 and its bits, what was before
 _ROOTS = {
@@ -186,7 +189,9 @@ def plan(
     sizes = [p.numel() for p in chosen]
     stacked = min(STACK, sum(size for size in sizes if size <= SMALL))  # small tensors are worked on together, as one
     at_once = min(max([stacked, *sizes], default=0), PIECE)
-    projecting = _PROJECTION * at_once + _STACKED * stacked + sum(-(-size // 8) for size in sizes)  # masks
+    held = max((size for size in sizes if size <= HELD), default=0) if device != "cpu" else 0
+    masks = sum(-(-size // 8) for size in sizes)
+    projecting = max(_PROJECTION * at_once + _KEPT * max(0, held - PIECE), _HELD * held) + _STACKED * stacked + masks
     by_rows = steps_rows(make_optimizer([nn.Parameter(torch.zeros(1, dtype=dtype))]))
     copied = sum(p.numel() for p in parameters if by_rows is None or not by_rows(p))  # while the optimizer steps
     copies = _copies(make_optimizer, dtype) * total if device != "cpu" else 0

@@ -88,7 +88,7 @@ def test_a_step_takes_no_more_than_planned(dtype: torch.dtype, monkeypatch: pyte
     ADMM(optimizer, {"p": p}, Unstructured(0.9), total_steps=40, schedule=Schedule(interval=1))
     for _ in range(2):
         step(optimizer, p)
-    planned = plan(model, lambda params: torch.optim.SGD(params, lr=0.01), dtype=dtype)
+    planned = plan(model, lambda params: torch.optim.SGD(params, lr=0.01), dtype=dtype, device="cpu")
     p.grad = torch.ones_like(p)
     measured = peak(optimizer.step)
     assert 0.2 * planned.transient < measured <= planned.transient, (measured, planned.transient)
@@ -159,6 +159,7 @@ def test_the_counts_that_are_told_are_those_that_are_shipped() -> None:
     for label, form, phase, what, digits in [
         ("`linearized`, a step", "linearized", "step", "bytes", 1),
         ("`linearized`, the update, moved by its operations", "linearized", "update", "moved", 0),
+        ("the same over several processes", "linearized", "update, sharded", "moved", 0),
         ("`decoupled`, a step", "decoupled", "step", "bytes", 1),
         ("frozen phase", "linearized", "frozen", "bytes", 1),
     ]:

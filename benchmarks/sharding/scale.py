@@ -110,10 +110,11 @@ FUSED = {
 }  # fmt: skip
 
 
-def counted(run: Run) -> dict[str, dict[str, Any]]:
-    """Return bytes and launches of each phase."""
+def counted(run: Run, gpus: int) -> dict[str, dict[str, Any]]:
+    """Return bytes and launches of each phase; scores of whole matrices are only on one GPU."""
     counts = json.loads(COUNTS.read_text())["counts"]
     own = {one["phase"]: one for one in counts if one["form"] == run.form and one["state"] == run.state}
+    own["update"] = own["update" if gpus == 1 else "update, sharded"]
     for phase, (size, launches) in ((phase, FUSED[run.name, phase]) for phase in PHASES if (run.name, phase) in FUSED):
         own[phase] = {"bytes": size, "moved": size, "kernels_a_piece": launches, "kernels": own[phase]["kernels"] + 1}
     return own
@@ -136,7 +137,7 @@ def pieces_of(shape: torch.Size, gpus: int) -> int:
 
 def row(model: nn.Module, name: str, gpus: int, run: Run, gpu: Gpu, tokens: int, interval: int) -> dict[str, Any]:
     """Return one line of the table; seconds, bytes and shares as numbers."""
-    own = counted(run)
+    own = counted(run, gpus)
     planned = plan(model, make_optimizer(run), dtype=run.dtype, state_dtype=run.state)
     shapes = [p.shape for p in select(model, quiet=True).parameters.values()]
     weights, pieces = -(-planned.constrained // gpus), sum(pieces_of(shape, gpus) for shape in shapes)
@@ -189,7 +190,7 @@ def measure(folder: str, blocks: int | None, run: Run, gpu: Gpu, tokens: int) ->
         optimizer.state.clear()
         del optimizer
         gc.collect()
-    own = counted(run)
+    own = counted(run, 1)
     weights = sum(p.numel() for p in chosen.values())
     pieces = sum(pieces_of(p.shape, 1) for p in chosen.values())
     alone = statistics.median(found["optimizer"])

@@ -20,6 +20,7 @@ from elsa_lightning import ADMM, Unstructured
 from elsa_lightning.layout import rows
 from elsa_lightning.optim.rounding import Around
 from elsa_lightning.schedule import Schedule
+from elsa_lightning.sets import threshold
 
 _NOTHING_READ = ("copy_", "fill_", "zero_")  # of what they write
 _EMPTY = ("empty", "empty_strided", "empty_like", "new_empty")
@@ -215,6 +216,16 @@ def _count(
             with counted_by(admm, found.setdefault(wanted[step], Counts())) if step in wanted else nullcontext():
                 optimizer.step()
     return found
+
+
+@contextmanager
+def as_sharded() -> Iterator[None]:
+    """Find thresholds as over several processes, where no process holds the scores of a whole matrix."""
+    held, threshold.HELD = threshold.HELD, 0
+    try:
+        yield
+    finally:
+        threshold.HELD = held
 
 
 def table_row(form: str, state_dtype: str, phase: str, **options: Any) -> dict[str, Any]:

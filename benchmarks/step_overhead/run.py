@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from counts import table_row
+from counts import as_sharded, table_row
 
 from elsa_lightning import ADMM, CausalLM, Unstructured
 from elsa_lightning.layout.lowbit import StateDtype
@@ -49,11 +49,16 @@ def counted() -> list[dict[str, Any]]:
     for form in FORMS:
         for state in get_args(StateDtype):
             rows += [table_row(form, state, phase) for phase in ("step", "update")]
+            with as_sharded():
+                rows.append({**table_row(form, state, "update"), "phase": "update, sharded"})
     rows.append(table_row("linearized", "float32", "frozen"))
     little = {"weights": torch.bfloat16, "make": lambda p: adam8bit(p, lr=1e-3)}
     for phase in ("step", "update", "frozen"):
         row = table_row("linearized", "float8_e4m3fn", phase, **little)
         rows.append({**row, "form": "linearized, bfloat16 weights"})
+    with as_sharded():
+        row = table_row("linearized", "float8_e4m3fn", "update", **little)
+    rows.append({**row, "form": "linearized, bfloat16 weights", "phase": "update, sharded"})
     return rows
 
 

@@ -25,9 +25,14 @@ STACK = 1 << 22  # entries of a stack at most: more save few launches, and are c
 HOSTS = {"cpu"}  # kinds of devices on which operations branch, and whose results a host has without waiting
 
 
+def is_host(device: torch.device) -> bool:
+    """Say whether the host computes there: what is fast then can be slow on a GPU, and the reverse."""
+    return device.type in HOSTS
+
+
 def on_host(t: Tensor) -> bool:
-    """Say whether a tensor is where the host computes: what is fast there can be slow on a GPU, and the reverse."""
-    return t.device.type in HOSTS
+    """Say whether a tensor is where the host computes."""
+    return is_host(t.device)
 
 
 class Piece(NamedTuple):

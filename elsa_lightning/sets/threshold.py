@@ -7,13 +7,16 @@ updates. Where entries equal the threshold, the larger magnitude and then the fi
 over these tensors alone. On a CPU the first pass, or the foretold threshold instead, leads to one that does all the
 rest: it stores a bit for each entry that is certainly kept, and the few entries that may be the threshold.
 
+On one GPU none of this is needed: the scores of one matrix at a time are made once and held, and ``torch.topk`` finds
+its threshold.
+
 Processes add their counts: what they exchange grows with the number of bins, not with the tensors. The result is the
 same for any sharding by rows and for any guess.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy
@@ -34,6 +37,7 @@ _CLOSE = 21  # logarithm of the integers around a guess, from 7/8 to 9/8 of it a
 _INSIDE = ((10, 11), (0, 10))  # of which these are the rounds
 _INSIDE_NARROW = ((14, 7), (7, 7), (0, 7))
 _ABOVE_ALL = 0x7FFFFFFF  # as an integer, of no number that arithmetic makes
+HELD = 1 << 26  # entries of the largest matrix whose scores a GPU holds at once
 _FEW, _FEW_ENOUGH = 1 / 4, 1 << 16  # of entries that may be kept from a pass
 
 
@@ -147,6 +151,48 @@ def _largest_of_equals(
             | (last & (order <= free[s.rows, s.order, None]))
         )
         given[s.rows] += last.sum(dim=1)
+
+
+def largest_of_each(scores: Making, kept: Tensor) -> Iterator[Tensor]:
+    """Yield what :func:`largest` does where each matrix is a pool of its own and one process holds all of it.
+
+    Entries are made once, and those of one matrix are held at a time, or of those that come together.
+
+    Args:
+        scores: As of :func:`largest`.
+        kept: Entries that survive in each matrix, int64 ``(matrices,)``, on the host.
+    """
+    held: list[Scores] = []
+    for s in scores(None):
+        if held and not (isinstance(s.first, int) and s.first == held[0].first):
+            yield from _of_one(held, kept)
+            held = []
+        if isinstance(s.first, int) and len(s.score) == 1:  # maybe not all of it
+            held.append(s)
+            continue
+        pools, ranks = torch.arange(len(s.score)), kept[s.rows.cpu() if isinstance(s.rows, Tensor) else s.rows]
+        alone, device = s._replace(first=0), s.score.device
+        yield from largest(lambda _, alone=alone: [alone], pools.to(device), ranks.to(device))  # type: ignore[misc]
+    if held:
+        yield from _of_one(held, kept)
+
+
+def _of_one(pieces: Sequence[Scores], kept: Tensor) -> Iterator[Tensor]:
+    """Yield the masks of all pieces of one matrix."""
+    assert isinstance(pieces[0].first, int)
+    bits, k = torch.cat([order_bits(s.score)[0] for s in pieces]), int(kept[pieces[0].first])
+    n = len(bits)
+    if 2 * k <= n:
+        threshold = bits.topk(k, sorted=False).values.min()
+    else:  # the least of the k largest is the largest of the others and itself
+        threshold = bits.topk(n - k + 1, largest=False, sorted=False).values.max()
+    mask = bits > threshold
+    equals, places = (bits == threshold).nonzero().squeeze(1), k - int(mask.sum())
+    if places < len(equals):
+        ties = order_bits(torch.cat([s.tiebreak[0] for s in pieces])[equals])
+        equals = equals[ties.argsort(descending=True, stable=True)[:places]]
+    mask[equals] = True
+    yield from (part[None] for part in torch.split(mask, [s.score.shape[1] for s in pieces]))
 
 
 def largest_of_rows(score: Tensor, tiebreak: Tensor, kept: int) -> Tensor:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from elsa_lightning.errors import UserError
+from elsa_lightning.layout.rows import is_host
 from elsa_lightning.layout.sharded import exact_dtype, sent
+from elsa_lightning.sets import threshold
 from elsa_lightning.sets.base import Constraint, Point, Points, check_set, distance, weighted
 from elsa_lightning.sets.checks import check_budget, check_fraction, entries_of, is_number
-from elsa_lightning.sets.threshold import Scores, largest, largest_of_rows
+from elsa_lightning.sets.threshold import Scores, largest, largest_of_each, largest_of_rows
 
 AT_ONCE = 0.7  # sparsity that a ramp begins with: so much is cut by the first projection, and may return
 
@@ -159,7 +161,11 @@ class Unstructured(Constraint):
         each = list(range(len(sizes)))
         if scales is None:
             kept = self._by_depth(points.names, stacks, sizes) if self.depth else [self.kept(size) for size in sizes]
-            yield from keep(each, kept)
+            few = is_host(points.device) or points.device.type == "mps"  # whose topk finds few entries
+            if points.parts == 1 and not few and max(sizes) <= threshold.HELD:
+                yield from largest_of_each(scores, torch.tensor(kept))
+            else:
+                yield from keep(each, kept)
         elif self.floor > 0 or self.ceiling < 1:
             yield from keep(each, self._bounded(points, starts, sizes, keep([0] * len(sizes), [self.kept(sum(sizes))])))
         else:

@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from elsa_lightning import ADMM, Unstructured
+from elsa_lightning.layout import rows
 from elsa_lightning.layout.sharded import Part
-from elsa_lightning.sets.threshold import Scores, largest
+from elsa_lightning.schedule import Schedule
+from elsa_lightning.sets.threshold import Scores, largest, largest_of_each
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "step_overhead"))
 
@@ -134,6 +137,53 @@ def test_former_thresholds_save_passes_where_they_foretell_the_next_and_change_n
             find(guesses, factor)
         assert torch.equal(find(guesses), expected)
     assert made == ((3 if foretold else 5) if on_a_gpu else 1 if foretold else 3)  # a GPU keeps nothing from a pass
+
+
+def test_what_is_held_a_matrix_at_a_time_is_what_is_found_in_passes() -> None:
+    """With ties, of matrices in several pieces and of stacks of which each has another number to keep."""
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(100):
+        pieces, kept = [], []
+        for matrix in range(4):
+            sizes = [int(n) for n in torch.randint(1, 40, (1 + trial % 3,), generator=generator)]
+            for n in sizes:
+                score = torch.randn(1, n, generator=generator)
+                score = score.round() if trial % 2 else score
+                pieces.append(Scores(score, torch.randint(-3, 4, (1, n), generator=generator).float(), matrix))
+            kept.append(int(torch.randint(1, sum(sizes) + 1, (), generator=generator)))
+        stack = torch.randint(3, (3, 20), generator=generator).float()
+        pieces.append(Scores(stack, stack.flip(1), torch.tensor([6, 4, 5]) if trial % 2 else 4))
+        ranks = torch.tensor([*kept, 3, 10, 20])
+
+        def scores(_: object, pieces: list[Scores] = pieces) -> Iterator[Scores]:
+            yield from (s._replace(score=s.score.clone(), tiebreak=s.tiebreak.clone()) for s in pieces)
+
+        with as_on_a_gpu():
+            found = list(largest_of_each(scores, ranks))
+        wanted = list(largest(scores, torch.arange(7), ranks))
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("constraint", [Unstructured(0.7), Unstructured(0.3), Unstructured(0.7, depth=0.2)])
+def test_a_set_supports_the_same_on_a_gpu(constraint: Unstructured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "PIECE_ON_CPU", 500)  # so that matrices come in pieces
+    generator = torch.Generator().manual_seed(0)
+    names = [f"layers.{i}.weight" for i in range(4)]
+    start = {name: torch.randn(40, 30, generator=generator) for name in names}
+
+    def zeros() -> list[torch.Tensor]:
+        parameters = {name: torch.nn.Parameter(start[name].clone()) for name in names}
+        optimizer = torch.optim.Adam(parameters.values(), lr=0.01)
+        ADMM(optimizer, parameters, constraint, total_steps=8, schedule=Schedule(interval=2))
+        for _ in range(8):
+            for p in parameters.values():
+                p.grad = p.detach() + 0.1
+            optimizer.step()
+        return [p == 0 for p in parameters.values()]
+
+    wanted = zeros()
+    with as_on_a_gpu():
+        assert all(torch.equal(one, other) for one, other in zip(zeros(), wanted, strict=True))
 
 
 def test_a_host_waits_for_the_device_once_and_not_for_each_piece() -> None:
