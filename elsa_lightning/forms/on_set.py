@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.forms.base import Forgets, Form, Importance, Step, Sums, relative_rates
-from elsa_lightning.layout.fused import step_off_mask
+from elsa_lightning.layout.fused import step_off_mask, usable
 from elsa_lightning.layout.lowbit import chosen, masked
 from elsa_lightning.layout.rows import Piece
 from elsa_lightning.layout.sharded import exact_dtype, sent
@@ -66,8 +66,9 @@ class OnSet(Form):
         """Do it where a kernel can for all rows at once; return the other tensors."""
         lines, others = [], {}
         for place, tensor in step.tensors.items():
-            slow = self.slowness((place,), step.penalty)
-            line = tensor.line(tensor.p.detach(), slow, tensor.seed(step.seed)) if isinstance(slow, Tensor) else None
+            line = None
+            if usable(tensor.layout.device) and isinstance(slow := self.slowness((place,), step.penalty), Tensor):
+                line = tensor.line(tensor.p.detach(), slow, tensor.seed(step.seed))
             if line is None:
                 others[place] = tensor
             else:
