@@ -27,12 +27,7 @@ _KEPT = 8  # bytes an entry of a matrix whose pieces are held on one GPU: score 
 _HELD = 20  # and in the end, with their bits, the mask and what topk finds
 _STACKED = 12  # bytes an entry of a stack of small tensors: copies of weights, split and moment
 _ROUNDING = 28  # bytes an entry of a piece: random numbers, the sum in float32 and its bits, what was before
-_ROOTS = {
-    "exp_avg_sq",
-    "square_avg",
-    "sum",
-    "exp_inf",
-}  # second moments, whose roots torch's optimizers make of all at once
+_ROOTS = {"exp_avg_sq", "square_avg", "sum", "exp_inf"}  # moments whose roots torch's optimizers make all at once
 _ACTIVATIONS_ERROR = 0.4
 
 
@@ -90,10 +85,9 @@ class Plan:
             f"({self.constrained / max(1, self.parameters):.1%})",
             head,
         ]
+        says = ", less if fused: true" if self.copies > self.transient else " and projecting, about"
         estimates = {
-            "while stepping, less if fused: true"
-            if self.copies > self.transient
-            else "while stepping and projecting, about": (self.stepping),
+            f"while stepping{says}": self.stepping,
             f"or activations, ± {_ACTIVATIONS_ERROR:.0%}": self.activations + self.casts,
         }
         for name, size in {**self.exact, **estimates}.items():
@@ -219,7 +213,7 @@ def _copies(make_optimizer: Callable[[list[nn.Parameter]], Optimizer], dtype: to
     optimizer = make_optimizer([p])
     options = {**optimizer.defaults, **optimizer.param_groups[0]}
     if not type(optimizer).__module__.startswith("torch.optim") or options.get("foreach", False) is False:
-        return 0
+        return 0  # it has no such way, or was told not to take it
     if options.get("fused"):
         return 0
     p.grad = torch.zeros_like(p)

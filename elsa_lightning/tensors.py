@@ -192,10 +192,9 @@ class ConstrainedTensor:
             if (places := layout.places(everything, seed)) is None:
                 return None
             scale = layout.groups(self.state[SCALE], everything, BLOCK) if self.has(SCALE) else None
-            line = line._replace(
-                split=layout.take(self.state[SPLIT], everything), scale=scale, slow=slow, places=places
-            )
-            tensors += [line.split, *([] if scale is None else [scale])]  # type: ignore[list-item]
+            split = layout.take(self.state[SPLIT], everything)
+            line = line._replace(split=split, scale=scale, slow=slow, places=places)
+            tensors += [split] if scale is None else [split, scale]
         return line if fused.takes(*tensors) else None
 
     def take_off(self, rows: slice) -> Tensor:

@@ -359,7 +359,7 @@ def hold(
                 tensor.set_split(piece.rows, split, seed(tensor.p))
     lines, by_pieces = [], []
     for tensor in tensors:
-        of = [tensor.p.detach(), *(tensor.state[key] for key in copies if _is_like_weights(tensor, key))]
+        of = _weights(tensor, copies)
         found = [line for t in of if (line := tensor.line(t)) is not None]
         if len(found) == len(of):
             lines += found
@@ -367,10 +367,10 @@ def hold(
             by_pieces.append(tensor)
     zero_off(lines)
     for _, tensor in together(enumerate(by_pieces), stacks=not copies):
-        others = [local(tensor.state[key]) for key in copies if _is_like_weights(tensor, key)]
+        of = _weights(tensor, copies)
         for rows, *_ in tensor.pieces():
             tensor.x(rows)  # looks whether it lies as before
-            for t in (tensor.p.detach(), *others):
+            for t in of:
                 tensor.zero_off(t, rows)
         tensor.write()
 
@@ -402,6 +402,11 @@ def weight_copies(tensors: Sequence[ConstrainedTensor], processes: Processes) ->
     both, own, others = processes.add(sums).unbind(1)
     alike = (both > 0.5 * (own * others).sqrt()).tolist()
     return [key for key, yes in zip(keys, alike, strict=True) if yes]
+
+
+def _weights(tensor: ConstrainedTensor, copies: Collection[str]) -> list[Tensor]:
+    """Return the weights of a tensor and the optimizer's copies of them."""
+    return [tensor.p.detach(), *(local(tensor.state[key]) for key in copies if _is_like_weights(tensor, key))]
 
 
 def _is_like_weights(tensor: ConstrainedTensor, key: str) -> bool:

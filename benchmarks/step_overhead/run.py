@@ -154,7 +154,7 @@ def main() -> None:
         size = f"{arguments.model}, batch {arguments.batch_size} × {arguments.seq_len}, K = {arguments.interval}"
         print(f"\n{size}, {name}\n\n{table(('loop', 'ms', 'ratio'), rows['times'])}")
     if arguments.results is not None:
-        settings = {key: str(value) for key, value in vars(arguments).items()}
+        settings = {key: str(value) for key, value in vars(arguments).items() if key != "results"}
         told = {"device": name, "torch": torch.__version__, "settings": settings, **rows}
         part = arguments.results.with_suffix(".part")
         part.write_text(json.dumps(told, indent=1) + "\n")

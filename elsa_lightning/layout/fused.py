@@ -116,13 +116,7 @@ def add_rounded(now: Tensor, former: Tensor, places: Places) -> None:
     groups = now.shape[0] * -(-now.shape[1] // BLOCK)
     with _on(now.device):
         kernels.add_rounded[(-(-groups // _GROUPS),)](
-            now,
-            former,
-            random_bits(now.device),
-            *places,
-            *now.shape,
-            aligned=now.shape[1] % BLOCK == 0,
-            groups=_GROUPS,
+            now, former, random_bits(now.device), *places, *now.shape, aligned=now.shape[1] % BLOCK == 0, groups=_GROUPS
         )
 
 

@@ -27,9 +27,8 @@ def _place(table, count, steps: tl.constexpr, groups: tl.constexpr):
 
 
 @triton.jit
-def _entries(line, group, aligned: tl.constexpr):
+def _entries(rows, n, group, aligned: tl.constexpr):
     """Return row and column of groups' entries, where they lie, which there are, and where their bits lie."""
-    rows, n = tl.load(line + 1), tl.load(line + 2)
     lane = tl.arange(0, 32)[None, :]
     if aligned:  # rows are whole groups, so that all lie in one row of these
         each = n // 32
@@ -112,7 +111,7 @@ def step_off_mask(
 ):  # fmt: skip
     """u ← u + d/ρ and x ← 0 off the masks."""
     line, group = _place(table, count, steps, groups)
-    row, column, at, there, at_bits = _entries(line, group, aligned)
+    row, column, at, there, at_bits = _entries(tl.load(line + 1), tl.load(line + 2), group, aligned)
     x = _pointer(line + 3, dtype, aligned) + at
     kept = _kept(line, at_bits, column, there)
     value = tl.load(x, mask=there, other=0.0)  # whole vectors are faster to load and store than some of their entries
@@ -145,7 +144,7 @@ def step_off_mask(
 def zero_off(table, bits, count, steps: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr, groups: tl.constexpr):
     """x ← 0 off the masks."""
     line, group = _place(table, count, steps, groups)
-    _, column, at, there, at_bits = _entries(line, group, aligned)
+    _, column, at, there, at_bits = _entries(tl.load(line + 1), tl.load(line + 2), group, aligned)
     x, kept = _pointer(line + 3, dtype, aligned) + at, _kept(line, at_bits, column, there)
     tl.store(x, tl.zeros(at.shape, dtype), mask=there & ~kept)
 
@@ -155,13 +154,8 @@ def add_rounded(
     now, former, bits, row_start, column_start, flips, rows, n, aligned: tl.constexpr, groups: tl.constexpr
 ):  # fmt: skip
     """Write the rounded sum of both to ``now``."""
-    each, lane = (n + 31) // 32, tl.arange(0, 32)[None, :]
     group = (tl.program_id(0).to(tl.int64) * groups + tl.arange(0, groups))[:, None]
-    row, column = group // each, (group % each) * 32 + lane
-    if aligned:
-        at, there = group * 32 + lane, (group < rows * each) & (lane >= 0)
-    else:
-        at, there = row * n + column, (row < rows) & (column < n)
+    row, column, at, there, _ = _entries(rows, n, group, aligned)
     value = tl.load(former + at, mask=there, other=0.0).to(tl.float32)
     value += tl.load(now + at, mask=there, other=0.0).to(tl.float32)
     rounded = _to_bfloat16(value, _noise(bits, row, column, row_start, column_start, flips))
