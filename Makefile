@@ -7,8 +7,8 @@ READY := $(VENV)/.ready
 ARGS ?=
 # processes that run the tests, as many as there are cores and four at most; 0 runs them in this one, as --pdb needs
 WORKERS ?= logical
-# idle OpenMP threads spin otherwise, which on a busy machine can slow two threads up to ten times
-export GOMP_SPINCOUNT ?= 0
+# idle OpenMP threads spin for long otherwise, which on a busy machine more than halves the speed of two
+export GOMP_SPINCOUNT ?= 5000
 
 .PHONY: demo test gpu docs wheel clean
 

@@ -538,3 +538,23 @@ def test_a_compiled_step_is_not_compiled_anew_at_each_step_of_ours() -> None:
     assert kept(p) == 160
     frames = torch._dynamo.utils.counters["frames"]["total"]
     assert frames < 10  # some 300 where the hooks are traced
+
+
+@pytest.mark.parametrize(
+    ("entries", "skipped"),
+    [
+        ([1.0, torch.nan], True),
+        ([torch.inf, -torch.inf], True),
+        ([3e38, torch.inf], True),
+        ([3e38, 3e38], False),  # whose sum is not finite
+        ([-3e38, -3e38], False),
+    ],
+)
+def test_only_entries_that_are_not_finite_skip_a_step(entries: list[float], skipped: bool) -> None:
+    p = nn.Parameter(torch.ones(8, 8))
+    optimizer = torch.optim.SGD([p], lr=1e-38)
+    ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=100, schedule=Schedule(interval=50))
+    p.grad = torch.zeros(8, 8)
+    p.grad[0, :2] = torch.tensor(entries)
+    optimizer.step()
+    assert (float(p[0, 0]) == 1.0) is skipped

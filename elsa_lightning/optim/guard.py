@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,14 +77,16 @@ class Guard:
         gradients = [local(p.grad) for p in parameters if p.grad is not None]
         gradients = [gradient for gradient in gradients if gradient.numel() and not gradient.is_sparse]
         gradients = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
-        broken = torch.zeros((), device=parameters[0].device)
-        if gradients:
-            if on_host(broken):  # where the norm takes 20 times as long
-                extremes = [t for gradient in gradients for t in gradient.aminmax()]
-            else:
-                extremes = list(torch._foreach_norm(gradients, torch.inf))
-            broken = (~torch.stack([t.to(broken) for t in extremes]).isfinite()).any().float()
-        return bool(self.processes.add(broken))
+        none = torch.zeros((), device=parameters[0].device)
+
+        def any_broken(numbers: Sequence[Tensor]) -> bool:
+            finite = torch.stack([none, *(number.to(none) for number in numbers)]).isfinite().all()
+            return bool(self.processes.add(1 - finite.float()))
+
+        if not on_host(none):
+            return any_broken(torch._foreach_norm(gradients, torch.inf) if gradients else [])
+        # A sum takes half as long as the extremes, and is finite only where all entries are.
+        return any_broken([g.sum() for g in gradients]) and any_broken([t for g in gradients for t in g.aminmax()])
 
     def _where_not_finite(self, loss: Any) -> str:
         """Say on which processes a loss is not finite; all that decided together ask."""
