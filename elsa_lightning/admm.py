@@ -23,7 +23,7 @@ import re
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -161,6 +161,14 @@ class ADMM:
         if not saves:
             self.tensors.remove()
         _ATTACHED.get(self.optimizer, weakref.WeakSet()).discard(self)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse to be copied or pickled: hooks of an optimizer are not."""
+        raise UserError(
+            "an ADMM cannot be copied or pickled: it acts through hooks of its optimizer, which a copy has not, so it "
+            "would prune nothing. Copy model and optimizer, make an ADMM for these, and call its load_state_dict() "
+            "with what state_dict() of this one returns"
+        )
 
     @property
     def prox(self) -> str:

@@ -1,6 +1,8 @@
 """ADMM where optimizers, runs and parameters are not as expected."""
 
+import copy
 import io
+import pickle
 from typing import Any
 
 import numpy as np
@@ -558,3 +560,28 @@ def test_only_entries_that_are_not_finite_skip_a_step(entries: list[float], skip
     p.grad[0, :2] = torch.tensor(entries)
     optimizer.step()
     assert (float(p[0, 0]) == 1.0) is skipped
+
+
+def test_a_run_goes_on_in_copies_but_not_in_one_of_its_own() -> None:
+    """Hooks of an optimizer are not copied with it, so a copy would prune nothing."""
+
+    def admm_of(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> ADMM:
+        return ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=20, schedule=Schedule(interval=2))
+
+    p = matrix()
+    optimizer = torch.optim.Adam([p], lr=0.02)
+    admm = admm_of(optimizer, p)
+    for _ in range(5):
+        step(optimizer, p)
+    for copying in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(UserError, match="cannot be copied"):
+            copying(admm)
+    p2, optimizer2 = copy.deepcopy((p, optimizer))
+    admm2 = admm_of(optimizer2, p2)
+    admm2.load_state_dict(admm.state_dict())
+    for _ in range(15):
+        step(optimizer, p)
+        step(optimizer2, p2)
+    admm.finish()
+    admm2.finish()
+    assert torch.equal(p, p2) and kept(p) == p.numel() // 2
