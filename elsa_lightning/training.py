@@ -136,6 +136,18 @@ class ElsaCLI(LightningCLI):
                 "90 % in 1000 steps, or --elsa.sparsity 0.9 and --trainer.max_steps 1000"
             )
 
+    def instantiate_classes(self) -> None:
+        """Tell in one line what the Trainer, or a package that a logger wants, refuses."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, ImportError) as error:
+            if for_users(error) is not None:
+                raise
+            first: BaseException = error  # jsonargparse wraps it in what else the option could have been
+            while first.__cause__ is not None:
+                first = first.__cause__
+            raise UserError(f"{first} (JSONARGPARSE_DEBUG=1 in the environment shows where)") from error
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         if self.subcommand == "plan":  # for any machine, made on this one
             config |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
@@ -256,6 +257,23 @@ def test_what_cannot_be_parsed_is_told_in_one_line(
     last = printed.splitlines()[-1]
     assert end.value.code == 2 and "usage" not in printed
     assert last.startswith("elsa: error: ") and told in last
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("--trainer.strategy=nonsense", "You selected an invalid strategy name: `strategy='nonsense'`"),
+        ("--trainer.accelerator=gpus", "You selected an invalid accelerator name: `accelerator='gpus'`"),
+        ("--trainer.logger=CometLogger", "Requirement 'comet-ml"),
+    ],
+)
+def test_what_lightning_refuses_is_told_in_one_line(given: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if find_spec("comet_ml"):
+        pytest.skip("this environment has what is to be missing")
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config=configs/elsa.yaml", given])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 1 and last.startswith("elsa: error: ") and told in last
 
 
 def test_a_run_without_an_end_is_refused_with_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
