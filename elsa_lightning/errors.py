@@ -1,7 +1,7 @@
 """Errors whose message is made for users: what was given, what is accepted, what to change.
 
-The command line prints these, and Lightning's ``MisconfigurationException`` and what it refuses when a run is set up, in
-one line; any other exception is a fault and keeps its traceback.
+The command line prints these in one line, and Lightning's ``MisconfigurationException`` and what it refuses when a run
+is set up; any other exception is a fault and keeps its traceback.
 """
 
 import sys

@@ -126,7 +126,8 @@ class CSRLinear(nn.Module):
 def to_cpu_sparse(model: nn.Module, break_even: float = BREAK_EVEN) -> nn.Module:
     """Swap linear layers with enough zeros for :class:`CSRLinear`, and bring the rest to float32 on the CPU.
 
-    Linear layers are ``nn.Linear`` and GPT-2's ``Conv1D``; one that shares its weight with an embedding stays dense.
+    Linear layers are ``nn.Linear``, subclasses that do no more than that (Falcon's), and GPT-2's ``Conv1D``; one that
+    shares its weight with an embedding stays dense.
 
     Args:
         model: Of transformers, or any module; changed in place.
@@ -178,8 +179,24 @@ def _linear(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) in (nn.Linear, Conv1D) and len(holders[id(module.weight)]) == 1
+        if (type(module) is Conv1D or _only_multiplies(module)) and len(holders[id(module.weight)]) == 1
     }
+
+
+@torch.no_grad()
+def _only_multiplies(module: nn.Module) -> bool:
+    """Say whether a layer is ``nn.Linear``, or derives from it and gives what that would; adapters give more."""
+    if type(module) is nn.Linear:
+        return True
+    if not isinstance(module, nn.Linear) or "weight" not in module._parameters or any(module.children()):
+        return False
+    ramp = torch.linspace(-1, 1, module.in_features).to(module.weight)
+    x = torch.stack([ramp, ramp.square(), -ramp.cos()])
+    try:
+        y = module(x)
+    except Exception:  # of somebody else's forward, which wants something else
+        return False
+    return isinstance(y, Tensor) and torch.allclose(y, nn.functional.linear(x, module.weight, module.bias), 1e-3, 1e-4)
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -61,9 +61,10 @@ def check_groups(model: nn.Module, bits: int, group_size: int) -> dict[str, nn.L
     head = getattr(model, "get_output_embeddings", lambda: None)()
     layers = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not head}
     if not layers:
+        kinds = " and ".join(sorted({type(m).__name__ for m in _others(model)}))
         raise UserError(
-            "the model has no nn.Linear to quantize beside its output layer; GPT-2's Conv1D is not known to "
-            "compressed-tensors: export --to hf"
+            f"the model has no nn.Linear to quantize beside its output layer{f', only {kinds}' if kinds else ''}, and "
+            f"compressed-tensors knows no other kind of layer: export --to hf or cpu-sparse"
         )
     good = [size for size in _SIZES if all(m.in_features % size == 0 for m in layers.values())]
     if group_size < 0 or (group_size and any(m.in_features % group_size for m in layers.values())):
@@ -75,6 +76,15 @@ def check_groups(model: nn.Module, bits: int, group_size: int) -> dict[str, nn.L
             f"{' or '.join(map(str, good)) + ', or ' if good else ''}0, which is one scale a row"
         )
     return layers
+
+
+def _others(model: nn.Module) -> list[nn.Module]:
+    """Return layers that multiply as linear ones do, and are none to compressed-tensors."""
+    return [
+        m
+        for m in model.modules()
+        if type(m).__name__ == "Conv1D" or (isinstance(m, nn.Linear) and type(m) is not nn.Linear)
+    ]
 
 
 @torch.no_grad()
@@ -192,7 +202,8 @@ def write_quantized(model: Any, folder: Path, bits: int = 4, group_size: int = 1
         group_size: Entries of a row that share a scale; 0 for the whole row.
 
     Returns:
-        What rounding cost: ``layers``, ``exact layers``, ``relative error`` of the weights (‖W − Ŵ‖ / ‖W‖).
+        What rounding cost: ``layers``, ``exact layers``, ``relative error`` of the weights (‖W − Ŵ‖ / ‖W‖), and how
+        many layers are of kinds that stay as they are, if any.
 
     Raises:
         UserError: See :func:`check_groups`.
@@ -219,6 +230,7 @@ def write_quantized(model: Any, folder: Path, bits: int = 4, group_size: int = 1
         "layers": len(layers),
         "exact layers": exact,
         "relative error of the weights": (moved / whole) ** 0.5 if whole else 0.0,
+        **({"layers of other kinds, left as they are": len(others)} if (others := _others(model)) else {}),
     }
 
 

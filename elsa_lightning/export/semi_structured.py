@@ -27,12 +27,14 @@ def why_not_semi_structured(model: nn.Module) -> dict[str, str | None]:
         model: Any module; ``nn.Linear`` are looked at.
     """
     used = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    layers = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     return {name: _why_not(layer, used[id(layer.weight)] > 1) for name, layer in layers.items()}
 
 
 def _why_not(layer: nn.Linear, shared: bool) -> str | None:
     weight = layer.weight
+    if type(layer) is not nn.Linear:
+        return f"is of the class {type(layer).__name__}, whose products may be others than nn.Linear's"
     if shared:
         return "shares its weight with another layer"
     if weight.dtype not in _DTYPES:

@@ -116,6 +116,49 @@ def test_a_dense_model_is_refused(tiny_llama: str) -> None:
         to_cpu_sparse(load(tiny_llama), break_even=60)
 
 
+class Gated(nn.Linear):
+    """Derives from nn.Linear, and gives something else."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).relu()
+
+
+def test_what_derives_from_linear_is_swapped_where_it_only_multiplies() -> None:
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    torch.manual_seed(0)
+    scaled = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
+    model = nn.Sequential(FalconLinear(32, 32), Gated(32, 32), scaled, nn.Linear(32, 32))
+    for module in (model[0], model[1], model[3]):
+        cut(module.weight, 0.9)
+    x = torch.randn(4, 32)
+    expected = model(x)
+    sparse = to_cpu_sparse(model)
+    assert [isinstance(layer, CSRLinear) for layer in sparse] == [True, False, False, True]
+    torch.testing.assert_close(sparse(x), expected)
+
+
+def test_a_falcon_is_exported_and_loads_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its layers are no nn.Linear."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    torch.manual_seed(0)
+    config = FalconConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, bos_token_id=1, eos_token_id=2
+    )
+    model = FalconForCausalLM(config).eval()
+    for module in model.transformer.modules():
+        if isinstance(module, nn.Linear):
+            cut(module.weight, 0.9)
+    model.save_pretrained(tmp_path / "in")
+    main(["export", "--from", str(tmp_path / "in"), "--to", "cpu-sparse", "--output", str(tmp_path / "out")])
+    assert "8 of 8 linear layers are kept as compressed sparse rows" in capsys.readouterr().out
+    torch.testing.assert_close(load_cpu_sparse(tmp_path / "out")(IDS % 96).logits, model(IDS % 96).logits)
+    with pytest.raises(SystemExit):
+        main(["export", "--from", str(tmp_path / "in"), "--to", "quantized", "--output", str(tmp_path / "q")])
+    assert "beside its output layer, only FalconLinear, and compressed-tensors knows no" in capsys.readouterr().err
+
+
 def test_gpt2_whose_weights_are_stored_transposed(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.pytorch_utils import Conv1D

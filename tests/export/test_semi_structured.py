@@ -17,6 +17,10 @@ def two_of_four(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
+class Own(nn.Linear):
+    """What it does with its weight is its own business."""
+
+
 def model(dtype: torch.dtype = torch.float16) -> nn.Module:
     torch.manual_seed(0)
     made = nn.ModuleDict({
@@ -27,6 +31,7 @@ def model(dtype: torch.dtype = torch.float16) -> nn.Module:
         "anywhere": nn.Linear(64, 64),
         "embedding": nn.Embedding(32, 64),
         "head": two_of_four(nn.Linear(64, 32)),
+        "own": two_of_four(Own(64, 32)),
     })  # fmt: skip
     with torch.no_grad():
         made["sparser"].weight[:, ::2] = 0  # type: ignore[index, operator]
@@ -38,7 +43,8 @@ def model(dtype: torch.dtype = torch.float16) -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_which_layers_qualify_and_why_others_do_not(dtype: torch.dtype) -> None:
     reasons = why_not_semi_structured(model(dtype))
-    assert reasons.keys() == {"fits", "sparser", "narrow", "short", "anywhere", "head"}
+    assert reasons.keys() == {"fits", "sparser", "narrow", "short", "anywhere", "head", "own"}
+    assert reasons.pop("own") == "is of the class Own, whose products may be others than nn.Linear's"
     assert reasons["head"] == "shares its weight with another layer"
     if dtype == torch.float32:
         assert set(reasons.values()) == {
