@@ -10,8 +10,9 @@ A projection that keeps or zeroes entries leaves z and u with disjoint supports:
 the mask and u is v off it. Their difference s = z − u is all the x-update needs, so one tensor ``elsa_split``
 and one mask ``elsa_mask`` in ``optimizer.state[p]`` replace z, u and the former mask, and give the same iterates.
 
-That is the published x-update. Which one a run makes is the ``prox`` object's matter (:mod:`elsa_lightning.forms`); the
-default, ``linearized``, brings x to the set after every step and keeps −u alone. This class makes the order of a step.
+This is the published x-update. The ``prox`` argument selects which variant a run uses (:mod:`elsa_lightning.forms`);
+the default, ``linearized``, brings x to the set after every step and stores only −u. :class:`ADMM` itself attaches to
+the optimizer, orders the operations of a step, tracks the phase of the run, and saves and loads its state.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ log = logging.getLogger(__name__)
 
 Phase = Literal["setting up", "admm", "frozen", "finished", "suspended"]
 
-_OF_WEIGHTS, _OF_STEPS, _OF_UPDATES = range(3)  # what random numbers are used for
+_OF_WEIGHTS, _OF_STEPS, _OF_UPDATES = range(3)  # uses of random numbers: each has seeds of its own
 _ATTACHED: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[ADMM]] = weakref.WeakKeyDictionary()
 
 
 class ADMM:
-    """Constrains parameters of an optimizer; from then on ``optimizer.step()`` does the rest.
+    """Constrains parameters of an optimizer; from then on ``optimizer.step()`` prunes them as well.
 
     Example::
 
@@ -68,28 +69,28 @@ class ADMM:
         admm.finish()            # exact zeros
 
     Attributes:
-        phase: ``setting up`` until the first update, ``admm`` while the mask moves, ``frozen`` when it is fixed and the
-            zeros are exact after every step, ``finished`` at the end, ``suspended`` between :meth:`finish` with
+        phase: ``setting up`` until the first update, ``admm`` while the mask moves, ``frozen`` when the mask is fixed
+            and the zeros are exact after every step, ``finished`` at the end, ``suspended`` between :meth:`finish` with
             ``resumable`` and :meth:`resume`.
-        paused: While True the optimizer steps as if nothing was attached.
-        last_update: What the latest update found.
-        last_stationarity: How far from a stationary point the weights were when that was measured last.
+        paused: While True, the optimizer steps as if nothing were attached.
+        last_update: Residuals and sparsity of the latest update.
+        last_stationarity: Distance of the weights from a stationary point at the latest measurement.
 
     Args:
-        optimizer: Any torch optimizer, or accelerate's or Fabric's wrapper of one. One without a second moment is
+        optimizer: Any torch optimizer, or accelerate's or Fabric's wrapper of one. Without a second moment, weights are
             projected by magnitude.
-        parameters: What to constrain: names and parameters, or what :func:`elsa_lightning.select` returns. They may be
+        parameters: What to constrain: names and parameters, or the result of :func:`elsa_lightning.select`. They may be
             DTensors, sharded in any way that keeps 8 entries of a row together (32 with ``state_dtype`` float8), or the
-            flat slices of FSDP1, once :func:`elsa_lightning.layout.fsdp1.mark_slices` has seen the model.
+            flat slices of FSDP1, if :func:`elsa_lightning.layout.fsdp1.mark_slices` was called on the model before.
         constraint: The set S.
         total_steps: Optimizer steps of the whole run.
         schedule: The course of penalty, sparsity, projections and frozen phase.
         prox: The form of the x-update: ``linearized`` (the default), ``decoupled``, ``coupled``, ``published`` or
             ``feedback``, described in :mod:`elsa_lightning.forms`, or a form of your own, which is copied.
-        state_dtype: What ``elsa_split`` is kept in; the arithmetic is float32. See
+        state_dtype: The dtype in which ``elsa_split`` is stored; the arithmetic is float32. See
             :mod:`elsa_lightning.layout.lowbit`.
         replicas: The processes that train copies of the parameters (DDP), so that they skip a broken step together.
-            Those that sharded parameters are spread over need not be given.
+            Processes that hold shards of the parameters need not be given.
 
     Weights in bfloat16 are rounded stochastically after each step; see
     :class:`elsa_lightning.optim.rounding.WeightRounding`. A step whose gradients are not finite is skipped.
@@ -98,7 +99,7 @@ class ADMM:
         ValueError: A parameter is not the optimizer's or cannot be in the set, or an argument is out of range.
     """
 
-    _room: Collection[str] = (SPLIT, SCALE, MASK, NUMBERS)  # what a distributed checkpoint that is loaded may have
+    _room: Collection[str] = (SPLIT, SCALE, MASK, NUMBERS)  # tensors that a distributed checkpoint may hold
 
     def __init__(
         self,
@@ -121,7 +122,7 @@ class ADMM:
         check_set(constraint, "constraint")
         _take_from_others(optimizer, parameters)
         self.optimizer, self.total_steps = optimizer, int(total_steps)
-        self.form, schedule = copy.deepcopy(make_form(prox)), schedule or Schedule()  # what it measures is of this run
+        self.form, schedule = copy.deepcopy(make_form(prox)), schedule or Schedule()  # a form measures its run
         self.schedule = replace(schedule, penalty=self.form.penalty) if schedule.penalty is None else schedule
         self.form.check(self.schedule, constraint)
         self.state_dtype = check_state_dtype(state_dtype)
@@ -139,11 +140,11 @@ class ADMM:
         deciding = Processes([*self.tensors.processes.groups, *([] if replicas is None else [replicas])])
         self._guard = Guard(optimizer, deciding)
         self._weights = WeightRounding()
-        self._calls = 0  # of the optimizer's step
-        self._waiting: list[ConstrainedTensor] = []  # for their first gradient, when the mask is fixed
-        self._guesses: dict[Hashable, Tensor] = {}  # thresholds of the last update; without them it is slower, no more
-        self._copies: list[str] = []  # names of an optimizer's tensors that are weights too
-        self._graded = False  # whether the step that goes on has gradients
+        self._calls = 0  # calls of the optimizer's step
+        self._waiting: list[ConstrainedTensor] = []  # tensors without a gradient when the mask was fixed
+        self._guesses: dict[Hashable, Tensor] = {}  # thresholds of the last update; only speed depends on them
+        self._copies: list[str] = []  # keys of the optimizer's state that hold copies of the weights
+        self._graded = False  # whether the current step has gradients
         self._masked = 0  # tensors with a mask on this process
         low = any(p.dtype == torch.bfloat16 for p in self.tensors.parts)
         self._hooks = StepHooks(
@@ -152,10 +153,10 @@ class ADMM:
         _ATTACHED.setdefault(optimizer, weakref.WeakSet()).add(self)
 
     def detach(self, saves: bool = False) -> None:
-        """Take the hooks off the optimizer; its state stays.
+        """Remove the hooks from the optimizer; its state stays.
 
         Args:
-            saves: Whether flat slices (FSDP1) are yet to be saved, which goes through one.
+            saves: Whether flat slices (FSDP1) are still to be saved, which needs one of the hooks.
         """
         self._hooks.remove()
         if not saves:
@@ -163,7 +164,7 @@ class ADMM:
         _ATTACHED.get(self.optimizer, weakref.WeakSet()).discard(self)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refuse to be copied or pickled: hooks of an optimizer are not."""
+        """Refuse to be copied or pickled, because the optimizer's hooks would not be copied along."""
         raise UserError(
             "an ADMM cannot be copied or pickled: it acts through hooks of its optimizer, which a copy has not, so it "
             "would prune nothing. Copy model and optimizer, make an ADMM for these, and call its load_state_dict() "
@@ -182,7 +183,7 @@ class ADMM:
 
     @property
     def loaded(self) -> bool:
-        """Whether the optimizer's state holds tensors of a run whose scalars were not loaded."""
+        """Whether the optimizer's state was loaded from a run whose :meth:`state_dict` was not."""
         return self._hooks.loaded
 
     @property
@@ -197,36 +198,36 @@ class ADMM:
 
     @property
     def suspended(self) -> bool:
-        """Whether :meth:`finish` left the means to go on."""
+        """Whether the run was ended by :meth:`finish` with ``resumable`` and can go on."""
         return self.phase == "suspended"
 
     def masks(self) -> dict[str, Tensor]:
         """Return the current masks by parameter name, True where kept; empty before the first step.
 
-        Each is this process's part in the parameter's shape, of a flat slice ``(n,)``.
+        Each mask covers this process's part of a parameter and has its shape; for a flat slice that is ``(n,)``.
         """
         return dict(self.each_mask())
 
     def each_mask(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what :meth:`masks` returns, so that no two masks need be there at once."""
+        """Yield the items of :meth:`masks` one by one, so that only one unpacked mask takes memory."""
         yield from self.tensors.each_mask()
 
     def expect(self, keys: Mapping[nn.Parameter, Collection[str]]) -> None:
-        """Make room for a state that will be loaded by name, which finds nothing else; see ConstrainedTensors."""
+        """Allocate state that will be loaded by name, which fills existing tensors only; see ConstrainedTensors."""
         self.tensors.expect(keys)
 
     def shares(self) -> dict[str, float]:
-        """Return what each tensor that has a mask keeps of its entries, by name, over all processes."""
+        """Return the fraction of entries that each tensor with a mask keeps, by name, over all processes."""
         names, counts = self.occupancy()
         return dict(zip(names, (counts[:, 0] / counts[:, 1].clamp_min(1)).tolist(), strict=True))
 
     def occupancy(self) -> tuple[list[str], Tensor]:
-        """Return what :func:`elsa_lightning.watch.occupancy` counts, over all processes."""
+        """Return the counts of :func:`elsa_lightning.watch.occupancy`, over all processes."""
         return watch.occupancy(list(self.tensors.values()), self.tensors.processes)
 
     @torch.no_grad()
     def score_histogram(self) -> Tensor | None:
-        """Return what :func:`elsa_lightning.watch.score_histogram` counts, or None while no mask moves."""
+        """Return the counts of :func:`elsa_lightning.watch.score_histogram`, or None while no mask moves."""
         tensors = self.tensors.holding(MASK)
         if self.phase != "admm" or not tensors:
             return None
@@ -240,9 +241,9 @@ class ADMM:
     # ------------------------------------------------------------------ inside the optimizer's step
 
     def _gradients_are_final(self, loss: Any) -> None:
-        """Skip the step if it cannot be made, else prepare it."""
+        """Skip the step if its gradients are not finite, else prepare it."""
         if sum(len(group["params"]) for group in self.optimizer.param_groups) > len(self.tensors.parts):
-            self.tensors.find_parts()  # somebody added a group
+            self.tensors.find_parts()  # a parameter group was added
         if self.paused:
             return
         self._check_scalars()
@@ -272,7 +273,7 @@ class ADMM:
         self._calls += 1
         graded, self._graded = self._graded or self._has_gradients(), False
         self._weights.put_back(self.tensors.parts, self._seeds_of(_OF_WEIGHTS))
-        overflow = getattr(self.optimizer, "found_inf", None)  # which fires the hooks too
+        overflow = getattr(self.optimizer, "found_inf", None)  # hooks fire even if the step was skipped
         if self._guard.skipped or not graded or (overflow is not None and bool(overflow)):
             return
         if self._only_sets_up():
@@ -282,7 +283,7 @@ class ADMM:
             return
         if self.paused:
             return
-        if self.phase == "setting up":  # what another run left in the optimizer
+        if self.phase == "setting up":  # another run may have left its tensors in the optimizer's state
             for tensor in self.tensors.values():
                 tensor.release(*KEYS)
         self.step += 1
@@ -311,7 +312,7 @@ class ADMM:
         return lambda p: self._seed(p, use)
 
     def _keep_frozen(self) -> None:
-        """Put the zeros back; a tensor that gets its first gradient now is projected once."""
+        """Restore the zeros after a step; project a tensor once that gets its first gradient now."""
         flags = [tensor.stepped or tensor.p.grad is not None for tensor in self._waiting]
         if self._waiting and (late := self._complete(self.tensors.agreed(flags, self._waiting), widens=True)):
             self._waiting = [tensor for tensor in self._waiting if tensor not in late]
@@ -337,15 +338,16 @@ class ADMM:
         updates.hold(self.constraint, masked, self.tensors.places, self._copies, seed, forgets, importance)
 
     def _has_gradients(self) -> bool:
-        """Say whether there are gradients to step by: a skipped batch fires the hooks too."""
-        if self.tensors.flat:  # a process may hold nothing of what is constrained
+        """Return whether the step has gradients; the hooks also fire for a skipped batch, which has none."""
+        if self.tensors.flat:  # a process may hold no entry of a constrained parameter
             return any(p.grad is not None for p in self.tensors.parts)
         return any(t.p.grad is not None for t in self.tensors.values())
 
     def _only_sets_up(self) -> bool:
-        """Say whether this is the step on zero gradients by which a distributed checkpoint makes room for itself.
+        """Return whether this is the step on zero gradients by which a distributed checkpoint allocates state.
 
-        All say the same: the first step of a warm-up has no rate either, and a process that holds no row sees zeros.
+        A learning rate of 0 alone does not tell, because a warm-up begins with it, nor do one process's gradients,
+        because it may hold no rows. So the processes agree.
         """
         if self.step > 0 or any(rate_of(group) != 0 for group in self.optimizer.param_groups):
             return False
@@ -356,9 +358,9 @@ class ADMM:
 
     @torch.no_grad()
     def damage(self) -> Damage:
-        """Return what bringing the weights into the set at once would take from them; it changes nothing.
+        """Return how much of the weights a projection to the set would remove now, without changing anything.
 
-        Its ``rate`` is the learning rate that an Adam needs to make good for it, before the first step.
+        Called before the first step, its ``rate`` is the peak learning rate with which Adam can make up for the cut.
         """
         points = updates.LivePoints(
             list(self.tensors.values()), lambda t, rows: t.x(rows), lambda *_: None, self.tensors.processes
@@ -380,10 +382,10 @@ class ADMM:
     def _update(self) -> None:
         """z ← Π_S(v); u ← v − z, rescaled to the new penalty; s ← z − u."""
         before, self.penalty = self.penalty, self.schedule.penalty_at(self.step, self.total_steps)
-        tensors = list(self.tensors.values())  # the others' first gradient makes the optimizer's state
+        tensors = list(self.tensors.values())  # those without gradient or state wait for their first gradient
         flags = [bool(tensor.state) or tensor.p.grad is not None for tensor in tensors]
         active = self._complete(self.tensors.agreed(flags, tensors))
-        if not active:  # none has both, or a set that decides about all at once waits
+        if not active:  # none has either, or a set that decides about all its tensors at once lacks one
             return
         self._tightness = self.schedule.tightness_at(self.step, self.total_steps)
         self._relaxed = self.constraint.relaxed(self._tightness)
@@ -402,11 +404,11 @@ class ADMM:
         self.phase, self._masked = "admm", len(self.tensors.holding(MASK))
 
     def _complete(self, tensors: list[ConstrainedTensor], widens: bool = False) -> list[ConstrainedTensor]:
-        """Return tensors without those whose set decides about all of its own at once, and lacks one.
+        """Leave out tensors of a set that decides about all its tensors at once where some of these are missing.
 
         Args:
-            tensors: Which.
-            widens: Whether those of such a set that are lacking but have a mask come along.
+            tensors: The tensors to choose from.
+            widens: Whether missing tensors of such a set are added, if they have a mask.
         """
         everyone, here = list(self.tensors.values()), set(tensors)
         if not here or len(here) == len(everyone):
@@ -419,7 +421,7 @@ class ADMM:
         return [tensor for tensor in everyone if tensor in here]
 
     def _measure_stationarity(self) -> None:
-        """Measure by the gradient of the step that ends with an update, at a tenth of the ADMM phase each."""
+        """Measure stationarity, ten times in the ADMM phase, by the gradient of a step that ends with an update."""
         step, end = self.step + 1, self.schedule.freeze_step(self.total_steps)
         done = 0 if self.last_stationarity is None else self.last_stationarity.step
         due = step == end or step * watch.MEASUREMENTS // end > done * watch.MEASUREMENTS // end
@@ -434,7 +436,7 @@ class ADMM:
             )  # fmt: skip
 
     def _freeze(self) -> None:
-        """Fix the mask, make the zeros exact, and release the split where it is of no more use."""
+        """Fix the mask, make the zeros exact, and release the split where it is no longer needed."""
         updates.fix(self.constraint, self.tensors.holding(MASK))
         self._begin_frozen("frozen")
         self.hold()
@@ -457,10 +459,10 @@ class ADMM:
     def finish(self, resumable: bool = False) -> None:
         """x ← Π_S(x): make the zeros exact.
 
-        Called again it puts zeros back that were moved since, as :meth:`hold` does, and says so.
+        Called again, it restores zeros that something has changed since, as :meth:`hold` does, and logs a warning.
 
         Args:
-            resumable: Keep what is removed in the optimizer's state, so that :meth:`resume` goes on as if
+            resumable: Keep the removed values in the optimizer's state, so that :meth:`resume` can go on as if
                 nothing had happened. For runs that end before their last step.
         """
         self.recover()
@@ -496,9 +498,9 @@ class ADMM:
         return None
 
     def stray(self) -> int:
-        """Return how many entries of this process are not as the set has them any more: something moved them since.
+        """Return how many entries on this process were changed since the last projection and are no longer in the set.
 
-        While the mask still moves that is 0, and so it is of a set that fixes values while the run is suspended.
+        It is always 0 while the mask still moves, and for a set that fixes values while the run is suspended.
         """
         if self.frozen:
             return updates.stray(self.constraint, self.tensors.holding(MASK), self.tensors.places, suspended=False)
@@ -508,7 +510,7 @@ class ADMM:
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Put the zeros back where the mask is fixed, or the run suspended, and somebody moved the weights."""
+        """Restore the zeros if the mask is fixed or the run is suspended, in case something changed the weights."""
         if self.frozen:
             self._hold(None, {})
         elif self.suspended and not self.constraint.fixes_values:
@@ -520,20 +522,20 @@ class ADMM:
             self._cut(tensor, bits, resumable, stepped)
 
     def recover(self) -> None:
-        """Return to the weights before an optimizer's step that raised, if one did."""
+        """Restore the weights from before an optimizer step that raised an exception, if one did."""
         self._weights.undo()
         self._hooks.reset()
 
     def _cut(
         self, tensor: ConstrainedTensor, packed: Tensor | None, resumable: bool, stepped: bool = False
     ) -> None:  # fmt: skip
-        """Zero what a packed mask, or the tensor's own, does not keep, and bring the rest to the set's values."""
-        # state put in before the optimizer's own breaks its set-up; some (SGD) have none of their own
+        """Zero what a packed mask (None: the tensor's own) does not keep, and bring the rest to the set's values."""
+        # state that we add before the optimizer's own breaks its initialisation; some (SGD) never have any of their own
         keeps = resumable or stepped or tensor.stepped or self.tensors.flat
         place = self.tensors.places[tensor.p]
         updates.cut(
             self.constraint, tensor, place, packed, self.importance, keeps=keeps, resumable=resumable,
-            refits=self._tightness < 1 or self.step == 0,  # no numbers, but for room that was made to load some
+            refits=self._tightness < 1 or self.step == 0,  # at step 0 numbers are at most empty room to load some
         )  # fmt: skip
 
     @torch.no_grad()
@@ -565,8 +567,8 @@ class ADMM:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the scalars, after model and optimizer were loaded.
 
-        A run whose mask was fixed and that is longer now opens it again, without the memory of what was cut; one that
-        had finished keeps it.
+        If the mask was fixed and the run is longer now, the mask moves again, without the dual of the pruned weights;
+        a run that had finished keeps its mask.
 
         Raises:
             ValueError: The state comes from a run with other settings.
@@ -602,7 +604,7 @@ class ADMM:
             self._change_length(state_dict["total_steps"])
 
     def _check_scalars(self) -> None:
-        """Raise ValueError if the optimizer's state is of a run that was loaded without its scalars."""
+        """Raise ValueError if the optimizer's state was loaded from a run whose scalars were not."""
         if self.phase != "setting up":
             return
         if self._hooks.loaded:
@@ -614,7 +616,7 @@ class ADMM:
         self._hooks.vouch()
 
     def _change_length(self, former: int) -> None:
-        """Say what another length means, and open the mask again where the schedule now asks for it."""
+        """Log what another run length changes, and let the mask move again if the schedule now asks for it."""
         end = self.schedule.freeze_step(self.total_steps)
         message = "penalty, ramp and frozen phase follow the new length"
         if self.phase == "finished":
@@ -639,7 +641,7 @@ class ADMM:
         }
 
     def importance(self, tensor: ConstrainedTensor, rows: slice) -> Tensor | None:
-        """Return what a squared change of each weight costs, or None where the optimizer keeps no second moment."""
+        """Return the cost of a squared change of each weight, or None where the optimizer keeps no second moment."""
         moment = tensor.importance(rows)
         if moment is None and (tensor.stepped or tensor.p.grad is not None):
             self._warn_once(
@@ -662,10 +664,10 @@ class ADMM:
 
 
 def _take_from_others(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Detach who has finished with some of these parameters; two at a time would undo each other's steps.
+    """Detach finished ADMMs that constrain some of these parameters; two active ones would undo each other's steps.
 
     Raises:
-        UserError: One has not finished.
+        UserError: Another ADMM that constrains some of them has not finished.
     """
     for other in list(_ATTACHED.get(optimizer, ())):
         both = [name for name, p in parameters.items() if p in other.tensors.places]

@@ -1,4 +1,4 @@
-"""All constrained tensors of one optimizer, and the processes that hold them between them."""
+"""All constrained tensors of one optimizer, and the processes among which they are sharded."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
     """The constrained tensors by name.
 
     Attributes:
-        processes: Who hold the optimizer's parameters between them.
-        parts: Which part of each of the optimizer's parameters this process holds.
+        processes: The processes that hold the optimizer's parameters between them.
+        parts: The part of each of the optimizer's parameters that this process holds.
         flat: Whether some are flat slices (FSDP1).
-        places: Of each constrained parameter among all.
-        constraint: The set, for these tensors.
+        places: Index of each constrained parameter among all.
+        constraint: The set, sized for these tensors.
 
     Args:
-        optimizer: Who trains them.
-        parameters: By name.
-        constraint: Asked whether they can be in it.
-        state_dtype: What their split is kept in.
+        optimizer: The optimizer that trains the parameters.
+        parameters: The parameters by name.
+        constraint: The set; it checks whether the parameters can be in it.
+        state_dtype: The dtype in which the splits are stored.
 
     Raises:
-        ValueError: One is not the optimizer's, or cannot be in the set.
+        ValueError: A parameter is not the optimizer's, or cannot be in the set.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
         self._dense = DenseState(optimizer, by_parameter, KEYS, DENSE)
 
     def find_parts(self) -> None:
-        """Look at the optimizer's parameters, anew where somebody added a group."""
+        """Find the parts of the optimizer's parameters; called again after a parameter group was added."""
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.processes = processes_of(trained)
         self.parts = parts_of(trained, self.processes)
@@ -108,38 +108,38 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
         return len(self._tensors)
 
     def remove(self) -> None:
-        """Let the optimizer save its state by itself again."""
+        """Remove the hooks by which FSDP1 saves our state."""
         self._dense.remove()
 
     def holding(self, key: str) -> list[ConstrainedTensor]:
-        """Return those whose state has a tensor of ours on this process."""
+        """Return the tensors whose state has ``key``, a tensor of ours, on this process."""
         return [tensor for tensor in self.values() if tensor.has(key)]
 
     def agreed(self, flags: Sequence[bool], tensors: Collection[ConstrainedTensor]) -> list[ConstrainedTensor]:
-        """Return the tensors whose flag is set on any process; where a flat slice is empty there is nothing to ask."""
+        """Return the tensors whose flag is set on any process: one with an empty flat slice cannot tell by itself."""
         answers = self.processes.any(flags, self.device) if self.flat else flags
         return [tensor for tensor, yes in zip(tensors, answers, strict=True) if yes]
 
     def masked(self) -> list[ConstrainedTensor]:
-        """Return those that have a mask on any process."""
+        """Return the tensors that have a mask on any process."""
         tensors = list(self.values())
         return self.agreed([tensor.has(MASK) for tensor in tensors], tensors)
 
     def seed(self, call: int, p: nn.Parameter, use: int) -> int:
-        """Return a seed that any run draws again, resumed or on other processes: of the step, the tensor, the use."""
+        """Return a seed of step, tensor and use alone, so that resumed runs and other shardings draw the same."""
         return (call << 24) + (self._seeds[p] << 2) + use
 
     def each_mask(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the masks that there are, by name, in the shape of this process's part."""
+        """Yield the existing masks by name, in the shape of this process's part."""
         for name, tensor in self.items():
             if tensor.has(MASK):
                 yield name, tensor.layout.shaped(tensor.mask(slice(0, tensor.layout.count)), local(tensor.p))
 
     def expect(self, keys: Mapping[nn.Parameter, Collection[str]]) -> None:
-        """Make room for a state that will be loaded by name, which finds nothing else.
+        """Allocate state that will be loaded by name, since such loading fills only tensors that exist.
 
         Args:
-            keys: Names of the state of each parameter.
+            keys: Names of the tensors in each parameter's state.
         """
         set_up(self.optimizer, [p for p, names in keys.items() if set(names) - set(KEYS)])
         for tensor in self.values():
@@ -148,7 +148,7 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
             tensor.allocate(*names)
 
     def take_over(self) -> None:
-        """Turn loaded state into ours, cast or saved under FSDP1, and see that every process knows of the same."""
+        """Restore loaded state that torch cast or FSDP1 saved densely; give every process the same keys."""
         for tensor in self.values():
             tensor.cast_back()
         self._dense.take()

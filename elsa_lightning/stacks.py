@@ -1,7 +1,7 @@
-"""Small constrained tensors of one shape worked on together, as the matrices of one stack.
+"""Small constrained tensors of one shape are processed together, as the matrices of one stack.
 
-An operation costs a launch, whatever it is on, and a mixture of experts or a vision transformer has thousands of small
-matrices. What is needed of them is copied into a stack, and what changed is copied back.
+Each operation costs a launch, however small its tensor, and a mixture of experts or a vision transformer has thousands
+of small matrices. Their weights and the needed state are copied into a stack, and changes are copied back.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Placed = tuple[Sequence[int], ConstrainedTensor]
 
 
 def together(tensors: Iterable[tuple[int, ConstrainedTensor]], stacks: bool = True) -> Iterator[Placed]:
-    """Yield tensors with their places: small ones of a kind as one, :class:`Stack`, each other one by itself.
+    """Yield tensors with their indices: small ones of the same kind as a :class:`Stack`, the others one by one.
 
     Args:
-        tensors: With their places.
-        stacks: Whether there may be stacks.
+        tensors: The tensors with their indices.
+        stacks: Whether to make stacks at all.
     """
     kinds: dict[Any, list[tuple[int, ConstrainedTensor]]] = {}
     for place, tensor in tensors:
@@ -43,18 +43,18 @@ def together(tensors: Iterable[tuple[int, ConstrainedTensor]], stacks: bool = Tr
 
 
 def by_rows(numbers: Tensor, rows: int) -> Tensor:
-    """Return numbers of tensors ``(tensors,)`` as those of the rows of their stack, ``(rows, 1)``; of one as it is."""
+    """Expand one number a tensor, ``(tensors,)``, to the rows of their stack, ``(rows, 1)``; a single one stays."""
     n = len(numbers)
     return numbers if n == 1 else numbers[:, None].expand(n, rows // n).reshape(rows, 1)
 
 
 def joined(packed: Sequence[Tensor], places: Sequence[int]) -> Tensor:
-    """Return the packed masks of the tensors at these places as that of their stack, or the one as it is."""
+    """Return the packed masks at these indices stacked, or a single one as it is."""
     return packed[places[0]] if len(places) == 1 else torch.stack([packed[place] for place in places])
 
 
 class _Gathered(dict[str, Any]):
-    """State of the members of a stack, copied into it when it is asked for."""
+    """State of a stack's members; each tensor is gathered when it is first read."""
 
     def __init__(self, members: Sequence[ConstrainedTensor]) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class _Gathered(dict[str, Any]):
 
 
 class Stack(ConstrainedTensor):
-    """Some whole matrices as one stack of them: a copy, which :meth:`write` writes back.
+    """A stack of whole matrices: a copy, which :meth:`write` writes back to the members.
 
     Args:
         members: The matrices, all of one :attr:`~elsa_lightning.tensors.ConstrainedTensor.kind`.
@@ -91,20 +91,20 @@ class Stack(ConstrainedTensor):
 
     @property
     def state(self) -> dict[str, Any]:
-        """The state of the members that was copied."""
+        """The members' state, copied into the stack."""
         return self._state
 
     @property
     def stepped(self) -> bool:
-        """Whether the optimizer has state of its own."""
+        """Whether the optimizer has state of its own for the members."""
         return self.members[0].stepped
 
     def has(self, key: str) -> bool:
-        """Say whether the members' state has a tensor of ours."""
+        """Return whether the members' state has this tensor of ours."""
         return self.members[0].has(key)
 
     def importance(self, rows: slice) -> Tensor | None:
-        """Return F̂, or None where the optimizer keeps no second moment; 1 of a member of which there is none."""
+        """Return F̂, with 1 for members without a second moment; None where no member has one."""
         found = [member.importance(slice(0, member.layout.count)) for member in self.members]
         some = next((moment for moment in found if moment is not None), None)
         if some is None:
@@ -116,12 +116,12 @@ class Stack(ConstrainedTensor):
         return [of(member.p) for member in self.members]
 
     def noise(self, rows: slice, seed: Any) -> Tensor:
-        """Return the random int32 that each member has by itself."""
+        """Return the same random int32 that each member would draw by itself."""
         first = self.members[0].layout
         return first.part.noises(first.shape, seed, self.layout.device)
 
     def allocate(self, *keys: str) -> None:
-        """Make room for tensors of ours in the members' state, where there is none yet."""
+        """Create tensors of ours in the members' state where they do not exist yet."""
         for member in self.members:
             member.allocate(*keys)
 
@@ -130,7 +130,7 @@ class Stack(ConstrainedTensor):
         torch._foreach_copy_([local(member.state[MASK]) for member in self.members], list(packed.unbind()))
 
     def write(self, *keys: str) -> None:
-        """Write weights, and what of the state is named, back to the members."""
+        """Write the weights and the named tensors of the state back to the members."""
         torch._foreach_copy_([local(member.p.detach()) for member in self.members], list(self.p.unbind()))
         for key in keys:
             if key in self._state:

@@ -1,7 +1,7 @@
-"""A constrained parameter with its split and mask in the optimizer's state, some rows at a time.
+"""One constrained parameter, with its split and mask in the optimizer's state, accessed some rows at a time.
 
-The optimizer may hold the parameter whole, as a DTensor or as a flat slice (FSDP1); here it is always local rows
-``(rows, n)``, and its layout (:class:`~elsa_lightning.layout.rows.Rows`) knows where they lie.
+The optimizer may hold the parameter whole, as a DTensor or as a flat slice (FSDP1). This module presents it always as
+local rows ``(rows, n)``; its layout (:class:`~elsa_lightning.layout.rows.Rows`) knows where they lie.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from elsa_lightning.layout.sharded import Part, clean, laid_out_like, local
 from elsa_lightning.optim.moments import dtype_name, lays_out_anew, second_moment
 from elsa_lightning.sets.base import Point
 
-SPLIT = "elsa_split"  # s = z − u; with weights that stay on the set −u alone
-SCALE = SPLIT + "_scale"  # of float8 blocks
+SPLIT = "elsa_split"  # s = z − u; only −u in forms whose weights stay on the set
+SCALE = SPLIT + "_scale"  # scales of the split's float8 blocks
 MASK = "elsa_mask"  # one bit a weight, 1 where it is kept
-NUMBERS = "elsa_numbers"  # what the set chose for each group of weights, such as the scale of its grid
-REMOVED = "elsa_removed"  # what finish(resumable=True) took off the weights
+NUMBERS = "elsa_numbers"  # a number that the set chose for each group of weights, such as the scale of its grid
+REMOVED = "elsa_removed"  # the values that finish(resumable=True) removed from the weights
 KEYS = (SPLIT, SCALE, MASK, NUMBERS, REMOVED)
-DENSE = (MASK, SPLIT, REMOVED)  # what FSDP1 saves
+DENSE = (MASK, SPLIT, REMOVED)  # tensors that FSDP1 saves
 
 
 class ConstrainedTensor:
     """One constrained parameter.
 
     Args:
-        name: Of the parameter.
+        name: Name of the parameter.
         p: The parameter.
-        part: Which part of it this process holds.
-        optimizer: Who trains it and keeps its state.
-        state_dtype: What the split is kept in.
-        grain: Rows that no piece cuts.
+        part: The part of it that this process holds.
+        optimizer: The optimizer that trains the parameter and keeps its state.
+        state_dtype: The dtype in which the split is stored.
+        grain: Number of rows that no piece may divide.
         shared: Rows × columns for which the set chooses one number; None if it chooses none.
 
     Attributes:
-        kind: What small tensors that can be worked on together have in common; None for others.
+        kind: Small tensors of equal kind can be stacked; None for a tensor that cannot.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ConstrainedTensor:
                 f"{name} has shape {tuple(p.shape)} with strides {tuple(x.stride())}, and its rows are not below each "
                 f"other in memory: make it contiguous()"
             )
-        self.aside: Tensor | None = None  # a packed mask, until the optimizer has state of its own
+        self.aside: Tensor | None = None  # a packed mask, kept here until the optimizer has state of its own
         self.layout: Rows = (Rows if part.start is None else FlatSlice)(part, x, grain, is_transposed(p))
         self._channels_last = self.layout.kernel and channels_last(x)
         alone = shared is not None or part.start is not None or self.layout.kernel or len(part.shape) != 2
@@ -75,26 +75,26 @@ class ConstrainedTensor:
 
     @property
     def described(self) -> str:
-        """Name, shape and, where it is not the order of the shape, the order of the entries of a row."""
+        """Name, shape and, for channels_last kernels, the memory format: it determines the order of a row's entries."""
         return f"{clean(self.name)}{tuple(self.part.shape)}" + " channels_last" * self._channels_last
 
     @property
     def state(self) -> dict[str, Any]:
-        """The optimizer's state of it, empty before the first step; looking creates none."""
+        """The optimizer's state of the parameter, empty before the first step; reading it creates none."""
         state: dict[str, Any] = self.optimizer.state.get(self.p, {})
         return state
 
     @property
     def inputs(self) -> int:
-        """How many inputs an output of the whole layer has."""
+        """Number of inputs of each output of the whole layer."""
         return self.part.shape[-2 if self.layout.transposed and len(self.part.shape) > 1 else -1]
 
     def point(self, index: int, piece: Piece, v: Tensor, importance: Tensor | None = None) -> Point:
-        """Return some rows as a set sees them.
+        """Return some rows as a :class:`~elsa_lightning.sets.base.Point`, the form in which a set sees them.
 
         Args:
-            index: Of this tensor among the points.
-            piece: Which rows.
+            index: Index of this tensor among the points.
+            piece: The rows.
             v: Their x + u.
             importance: Their F̂.
         """
@@ -103,22 +103,22 @@ class ConstrainedTensor:
 
     @property
     def stepped(self) -> bool:
-        """Whether the optimizer has state of its own."""
+        """Whether the optimizer has state of its own for the parameter."""
         return bool(self.state.keys() - set(KEYS))
 
     def has(self, key: str) -> bool:
-        """Say whether the state has a tensor of ours, or a mask is set aside for it."""
+        """Return whether the state has this tensor of ours, or a mask is set aside for it."""
         return key in self.state or (key == MASK and self.aside is not None)
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield what of the part is worked on at once."""
+        """Yield the pieces of the part, each of which is processed at once."""
         return self.layout.pieces()
 
     def x(self, rows: slice) -> Tensor:
-        """Return rows of the weights, in the same memory.
+        """Return a view of rows of the weights.
 
         Raises:
-            ValueError: Somebody changed the order of a kernel's entries in memory, and the masks have the former one.
+            ValueError: The memory format of a kernel was changed, and the masks are in the former one.
         """
         x = self.p.detach()
         if self.layout.kernel and channels_last(local(x)) != self._channels_last:
@@ -129,7 +129,7 @@ class ConstrainedTensor:
         return self.layout.take(x, rows)
 
     def grad(self, rows: slice) -> Tensor:
-        """Return rows of the gradient, in the same memory."""
+        """Return a view of rows of the gradient."""
         assert self.p.grad is not None
         grad = local(self.p.grad)
         if grad.is_sparse:
@@ -137,7 +137,7 @@ class ConstrainedTensor:
                 f"{self.name} has sparse gradients (Embedding(sparse=True)): leave it dense, or sparse=False"
             )
         if not _in_rows(grad, self.part) or (self.layout.kernel and channels_last(grad) != self._channels_last):
-            self.p.grad = torch.empty_like(self.p).copy_(self.p.grad)  # which lies as the weights do
+            self.p.grad = torch.empty_like(self.p).copy_(self.p.grad)  # laid out as the weights are
         return self.layout.take(self.p.grad, rows)
 
     def importance(self, rows: slice) -> Tensor | None:
@@ -145,16 +145,16 @@ class ConstrainedTensor:
         return second_moment(self.optimizer, self.p, rows)
 
     def seed(self, of: Callable[[nn.Parameter], int]) -> Any:
-        """Return the seed of the parameter, as :meth:`set_split` takes it."""
+        """Return the parameter's seed in the form that :meth:`set_split` takes."""
         return of(self.p)
 
     def noise(self, rows: slice, seed: Any) -> Tensor:
-        """Return random int32 for rows, by their place in the whole."""
+        """Return random int32 for rows, which depend on the place in the whole tensor and so not on the sharding."""
         return self.layout.noise(rows, seed)
 
     @property
     def packed(self) -> Tensor:
-        """The mask as it is stored."""
+        """The mask as stored, 8 entries a byte."""
         packed: Tensor = self.state[MASK] if self.aside is None else self.aside
         return packed
 
@@ -163,25 +163,25 @@ class ConstrainedTensor:
         return self.unpacked(self.packed, rows)
 
     def unpacked(self, packed: Tensor, rows: slice) -> Tensor:
-        """Return rows of a mask that is packed as ours is."""
+        """Return rows of a packed mask as booleans."""
         before = self.layout.before(rows, 8)
         return unpack(self.layout.groups(packed, rows, 8), before + self.layout.width(rows))[..., before:]
 
     def masked(self, values: Tensor, rows: slice, packed: Tensor, kept: bool = True) -> Tensor:
         """Return values of rows where a packed mask keeps them, or where it does not, and 0 elsewhere."""
-        if not on_host(values):  # which reads a byte a weight, and does not branch
+        if not on_host(values):  # a GPU reads one byte a weight and needs no branch
             mask = self.unpacked(packed, rows)
             return torch.where(mask if kept else ~mask, values, 0)
         bits = self._wide(rows, values.dtype, kept, packed)
         return bits.bitwise_and_(as_integers(values)).view(values.dtype)
 
     def line(self, t: Tensor, slow: Tensor | None = None, seed: Any = None) -> fused.Line | None:
-        """Return what a kernel needs to go over all rows at once; None where operations have to.
+        """Return the arguments with which a fused kernel handles all rows at once; None where it cannot.
 
         Args:
-            t: The weights, or what lies as they do.
-            slow: What a step is divided by before the split takes it; None where there is none to take.
-            seed: Of the rounding of the split.
+            t: The weights, or a tensor with the same layout.
+            slow: What a step is divided by before the split takes it; None to leave the split alone.
+            seed: Seed for rounding the split.
         """
         layout, everything = self.layout, slice(None)
         if not fused.usable(layout.device) or type(layout) is not Rows or layout.kernel:
@@ -198,7 +198,7 @@ class ConstrainedTensor:
         return line if fused.takes(*tensors) else None
 
     def take_off(self, rows: slice) -> Tensor:
-        """Zero rows of the weights off the mask; return what was there, 0 on the mask."""
+        """Zero rows of the weights off the mask; return their values from before, with 0 on the mask."""
         if not on_host(x := self.x(rows)):
             off = ~self.mask(rows)
             d = torch.where(off, x, 0)
@@ -209,15 +209,15 @@ class ConstrainedTensor:
         return off.view(self.p.dtype)
 
     def zero_off(self, t: Tensor, rows: slice) -> None:
-        """Zero rows of a tensor that lies as the weights do off the mask, NaN too."""
+        """Zero entries off the mask, NaN included, in rows of a tensor that has the layout of the weights."""
         of = self.layout.take(t, rows)
         if on_host(of):
             as_integers(of).bitwise_and_(self._wide(rows, of.dtype, kept=True))
-        else:  # reads a byte a weight, and does not branch
+        else:  # a GPU reads one byte a weight and needs no branch
             of.masked_fill_(~self.mask(rows), 0)
 
     def _wide(self, rows: slice, dtype: torch.dtype, kept: bool, packed: Tensor | None = None) -> Tensor:
-        """Return integers as wide as a dtype with all bits set on the mask, or off it."""
+        """Return integers of a dtype's width, with all bits set where the mask keeps (or does not keep) a weight."""
         before = self.layout.before(rows, 8)
         packed = self.packed if packed is None else packed
         groups, n = self.layout.groups(packed, rows, 8), before + self.layout.width(rows)
@@ -229,11 +229,11 @@ class ConstrainedTensor:
         stored.copy_(pack(self.layout.aligned(mask, rows, 8)))
 
     def room_for_mask(self) -> Tensor:
-        """Return a packed mask with nothing kept."""
+        """Return a new packed mask that keeps nothing."""
         return torch.zeros(self.layout.room(8), dtype=torch.uint8, device=self.layout.device)
 
     def take_mask(self, packed: Tensor) -> None:
-        """Store the mask of all rows, packed as :meth:`room_for_mask` is."""
+        """Store the mask of all rows, packed as by :meth:`room_for_mask`."""
         local(self.state[MASK]).copy_(packed)
 
     def put_mask(self) -> None:
@@ -252,11 +252,11 @@ class ConstrainedTensor:
         return decode(self.layout.aligned(stored, rows, BLOCK), exponents)[..., self.layout.before(rows, BLOCK) :]
 
     def set_split(self, rows: slice, values: Tensor, seed: Any) -> None:
-        """Store rows of s, rounded to what they are kept in."""
+        """Store rows of s, rounded to the state dtype."""
         each, layout = BLOCK if self.state_dtype == "float8_e4m3fn" else 1, self.layout
         if self.state_dtype == "float32":
             stored = layout.take(self.state[SPLIT], rows)
-            if stored.data_ptr() != values.data_ptr():  # else it was changed in place
+            if stored.data_ptr() != values.data_ptr():  # else values is a view of it, changed in place
                 stored.copy_(values)
             return
         aligned = layout.aligned(values, rows, each)
@@ -266,21 +266,21 @@ class ConstrainedTensor:
             layout.groups(self.state[SCALE], rows, each).copy_(scale)
 
     def numbers(self, rows: slice) -> Tensor:
-        """Return the numbers of the groups of rows, in the same memory."""
+        """Return a view of the numbers of the groups in some rows."""
         assert self.shared is not None
         each = self.shared[0]
         return self.layout.take(self.state[NUMBERS], slice(rows.start // each, -(-rows.stop // each)))
 
     def removed(self, rows: slice) -> Tensor:
-        """Return rows of what was taken off the weights, 0 where nothing was."""
+        """Return a view of rows of the removed values, 0 where nothing was removed."""
         return self.layout.take(self.state[REMOVED], rows)
 
     def set_removed(self, rows: slice, values: Tensor) -> None:
-        """Store rows of what is taken off the weights."""
+        """Store rows of the removed values."""
         self.removed(rows).copy_(values)
 
     def allocate(self, *keys: str) -> None:
-        """Make room for tensors of ours in the optimizer's state, where there is none yet."""
+        """Create tensors of ours in the optimizer's state, with zeros, where they do not exist yet."""
         for key in keys:
             if key in self.state or (key == SCALE and self.state_dtype != "float8_e4m3fn"):
                 continue
@@ -294,7 +294,7 @@ class ConstrainedTensor:
 
     @property
     def _kinds(self) -> dict[str, tuple[int, torch.dtype]]:
-        """How many entries of a row share one number of ours, and its dtype."""
+        """How many entries of a row share one element of each of our tensors, and its dtype."""
         wide = torch.promote_types(self.p.dtype, torch.float32)
         dtypes = {"float32": wide, "bfloat16": torch.bfloat16, "float8_e4m3fn": torch.uint8}
         return {
@@ -306,16 +306,16 @@ class ConstrainedTensor:
         }
 
     def cast_back(self) -> None:
-        """Undo what torch makes of our tensors where they are loaded before we are attached: the parameter's dtype.
+        """Undo torch's cast of our tensors to the parameter's dtype, where state was loaded before ADMM was attached.
 
         Raises:
-            ValueError: That rounded numbers.
+            ValueError: The cast rounded values.
         """
         if self.part.start is not None or not self.has(MASK):
             return
         stored = tuple(local(self.state[MASK]).shape)
         if stored != tuple(self.layout.room(8)) or stored == tuple(local(self.p).shape):
-            return  # one number an entry, as FSDP1 saves it
+            return  # one element an entry, as FSDP1 saves it
         for key in [key for key in KEYS if self.has(key)]:
             stored, dtype = self.state[key], self._kinds[key][1]
             if dtype.is_floating_point and torch.promote_types(stored.dtype, dtype) != stored.dtype:
@@ -327,7 +327,7 @@ class ConstrainedTensor:
             self.state[key] = stored.to(dtype)
 
     def write(self, *keys: str) -> None:
-        """Do nothing: what changed was changed in place. :class:`~elsa_lightning.stacks.Stack` writes it back."""
+        """Do nothing, since changes are made in place; :class:`~elsa_lightning.stacks.Stack` writes its copy back."""
 
     def release(self, *keys: str) -> None:
         """Drop tensors of ours from the optimizer's state."""
@@ -335,7 +335,7 @@ class ConstrainedTensor:
             self.state.pop(key, None)
 
     def dense(self) -> dict[str, Tensor]:
-        """Return our tensors in the shape of the part, one number an entry: what FSDP1 can save."""
+        """Return our tensors with one number an entry, in the shape of the part: FSDP1 can save only these."""
         wide = torch.promote_types(self.p.dtype, torch.float32)
         read = {SPLIT: self.split, MASK: self.mask, REMOVED: self.removed}
         return {
@@ -345,7 +345,7 @@ class ConstrainedTensor:
         }
 
     def take_dense(self, dense: dict[str, Tensor]) -> None:
-        """Store what :meth:`dense` returned, of this layout or another; the numbers stay the same."""
+        """Store tensors from :meth:`dense`, of this layout or another, without rounding them."""
         for key, values in dense.items():
             self.allocate(key, *([SCALE] if key == SPLIT else []))
             for rows, *_ in self.pieces():
@@ -359,5 +359,5 @@ class ConstrainedTensor:
 
 
 def _in_rows(t: Tensor, part: Part) -> bool:
-    """Say whether kernels, or the matrices of a stack, can be seen as rows below each other, in the same memory."""
+    """Return whether kernels, or the matrices of a stack, can be viewed as rows below each other without a copy."""
     return lies_in_rows(t) if t.dim() > len(part.shape) else t.dim() < 3 or t.is_contiguous()

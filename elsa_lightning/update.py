@@ -1,4 +1,8 @@
-"""The z/u-update in two passes: the set decides all supports, then each tensor is settled."""
+"""The z/u-update in two passes: the set decides all supports, then split, mask and weights of each tensor are stored.
+
+Besides the update this module has what else :class:`elsa_lightning.ADMM` does with all constrained tensors: measuring
+stationarity, restoring zeros on a fixed mask, and cutting, restoring and reopening at the end of a run.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +28,15 @@ Value = Callable[[ConstrainedTensor, slice], Tensor]
 
 
 class LivePoints(Points):
-    """Constrained tensors as a set sees them, made a piece at a time at each iteration.
+    """The points of constrained tensors, computed piece by piece whenever a set iterates over them.
 
     Args:
-        tensors: Which.
-        value: v of some rows of a tensor.
-        importance: Their F̂.
-        processes: Who hold them.
+        tensors: The constrained tensors.
+        value: Returns v of some rows of a tensor.
+        importance: Returns F̂ of these rows.
+        processes: The processes that hold the tensors.
         guesses: Thresholds of the last projection; see :class:`~elsa_lightning.sets.base.Points`.
-        stacks: Whether ``value`` takes a :class:`~elsa_lightning.stacks.Stack` of small tensors for one.
+        stacks: Whether ``value`` accepts a :class:`~elsa_lightning.stacks.Stack` of small tensors.
     """
 
     def __init__(
@@ -47,7 +51,7 @@ class LivePoints(Points):
         self.parts, self.device = processes.size, tensors[0].p.device
 
     def together(self) -> Iterator[Placed]:
-        """Yield the tensors with their indices, small ones of a kind as one."""
+        """Yield the tensors with their indices, small ones of the same kind as a stack."""
         return together(enumerate(self.tensors), self.stacks)
 
     def __iter__(self) -> Iterator[Point]:
@@ -76,12 +80,12 @@ class LivePoints(Points):
 
 
 def decide(constraint: Constraint, points: LivePoints, inert: bool = False) -> list[Tensor]:
-    """Return the packed mask of each tensor; nothing of the tensors changes before all are there.
+    """Return the packed mask of each tensor, without changing the tensors.
 
     Args:
         constraint: The set.
         points: The tensors.
-        inert: Whether what the former mask did not keep is held back by the :attr:`~Constraint.inertia` of its set.
+        inert: Whether the :attr:`~Constraint.inertia` of a set holds back entries that the former mask did not keep.
     """
     packed: dict[int, Tensor] = {}
     for member, indices in constraint.members(points.names):
@@ -96,7 +100,7 @@ def decide(constraint: Constraint, points: LivePoints, inert: bool = False) -> l
                 tensor.set_mask(rows, next(masks).view(-1, tensor.layout.width(rows)), room)
             for place, bits in zip(inside, [room] if len(inside) == 1 else room.unbind(), strict=True):
                 packed[indices[place]] = bits
-        next(masks, None)  # lets every process get to the end
+        next(masks, None)  # run the generator to its end on every process: it may communicate there
     return [packed[index] for index in range(len(points.tensors))]
 
 
@@ -112,7 +116,7 @@ def _held_back(value: Value, inertia: float) -> Value:
 
 
 def fit(constraint: Constraint, points: LivePoints, packed: Sequence[Tensor]) -> None:
-    """Choose the numbers that groups of entries share, for the supports decided; v does not depend on them."""
+    """Choose the numbers that groups of entries share, given the supports; v does not depend on these numbers."""
     for index, tensor in enumerate(points.tensors):
         if tensor.shared is None:
             continue
@@ -125,7 +129,7 @@ def fit(constraint: Constraint, points: LivePoints, packed: Sequence[Tensor]) ->
 
 
 def dual_sum(form: Form, tensor: ConstrainedTensor, rows: slice) -> Tensor:
-    """v = x + u, in at least float32."""
+    """Return v = x + u, in at least float32."""
     if tensor.has(SPLIT):
         return form.dual_sum(tensor, rows)
     x = tensor.x(rows)
@@ -136,19 +140,19 @@ def update(
     form: Form, constraint: Constraint, points: LivePoints, places: Sequence[int], count: int, *, step: int,
     penalty: float, rescale: float, span: int, seed: Callable[[nn.Parameter], int],
 ) -> Update:  # fmt: skip
-    """z ← Π_S(v); u ← v − z, times what the form says; and what a user watches.
+    """Set z ← Π_S(v) and u ← v − z times the form's factor; return the quantities that are logged.
 
     Args:
-        form: Of the x-update.
-        constraint: The set at this place of its ramp.
+        form: The form of the x-update.
+        constraint: The set, relaxed to the current point of the ramp.
         points: v = x + u of the tensors that take part.
-        places: Their places among all.
-        count: How many tensors there are in all.
+        places: Their indices among all constrained tensors.
+        count: Number of all constrained tensors.
         step: Optimizer steps done.
-        penalty: From here on.
+        penalty: The penalty from now on.
         rescale: λ_old/λ_new.
         span: Optimizer steps of the ADMM phase.
-        seed: Of the rounding of a parameter's split.
+        seed: Returns the seed for rounding a parameter's split.
     """
     packed = decide(constraint, points, inert=form.on_set)
     fit(constraint, points, packed)
@@ -160,7 +164,7 @@ def update(
     for indices, tensor in points.together():
         bits, fresh, here = joined(packed, indices), not tensor.has(SPLIT), [places[index] for index in indices]
         mine = factors[here[0]][None] if len(here) == 1 else factors[sent(here, points.device)]
-        for piece in tensor.pieces():  # v, before the mask that it is made with changes
+        for piece in tensor.pieces():  # v is computed with the former mask, so this must precede take_mask
             rows = piece.rows
             v = points.value(tensor, rows)
             if fresh:
@@ -169,7 +173,7 @@ def update(
             factor = by_rows(mine.to(v.dtype), len(v))
             factor = torch.where(mask, 1, factor) if constraint.fixes_values else factor
             form.settle(tensor, rows, v, mask, z, factor, tensor.seed(seed))
-        tensor.allocate(SPLIT, SCALE, MASK)  # of no entries
+        tensor.allocate(SPLIT, SCALE, MASK)  # for a part without entries, which has no pieces
         tensor.take_mask(bits)
         tensor.write(SPLIT, SCALE)
     gap, norm, moved, flips, kept_, *_ = sums.sum(dim=0)
@@ -187,7 +191,7 @@ def update(
 def _projected(
     constraint: Constraint, tensor: ConstrainedTensor, index: int, piece: Piece, v: Tensor, packed: Tensor
 ) -> Tensor:
-    """Return z, as :func:`project` does, by a packed mask."""
+    """Return z as :func:`project` does, given a packed mask."""
     if not constraint.fixes_values:
         return tensor.masked(v, piece.rows, packed)
     return project(constraint, v, tensor.unpacked(packed, piece.rows), tensor.point(index, piece, v))
@@ -196,7 +200,10 @@ def _projected(
 def _count(
     form: Form, constraint: Constraint, points: LivePoints, packed: Sequence[Tensor], places: Sequence[int], count: int
 ) -> Tensor:
-    """Return what an update will change, of each tensor, on this process, ``(tensors, 12)``, the last two 0."""
+    """Return sums over each tensor's part on this process, ``(tensors, 12)``, for :class:`Sums` and the residuals.
+
+    The last two columns are left 0.
+    """
     # ‖x − z‖², ‖x‖², ‖z − z_before‖², flips, kept, formerly kept, Σ z², Σ u² before and after, entries
     sums = torch.zeros(count, 12, dtype=exact_dtype(points.device), device=points.device)
     for indices, tensor in points.together():
@@ -208,7 +215,7 @@ def _count(
         former = torch.full_like(kept, entries) if fresh else ones(local(tensor.packed), n)
         apart = bits if fresh else bits ^ local(tensor.packed)
         flips = entries - kept if fresh else ones(apart, n)
-        by_masks = form.on_set and not (fresh or constraint.fixes_values)  # x and z are v on the two masks
+        by_masks = form.on_set and not (fresh or constraint.fixes_values)  # x, z: v on the former, on the new mask
         lengths = torch.zeros(n, 4 if by_masks else 6, dtype=sums.dtype, device=sums.device)
         for piece in tensor.pieces():
             rows, v = piece.rows, points.value(tensor, piece.rows)
@@ -231,7 +238,7 @@ def _count(
 def _squares(
     form: Form, tensor: ConstrainedTensor, rows: slice, v: Tensor, z: Tensor, cut: Tensor, fresh: bool
 ) -> Iterator[Tensor]:
-    """Yield (x − z)², x², (z − z_before)² unless it is the first, z², u² before and after, one at a time."""
+    """Yield (x − z)², x², (z − z_before)² (at the first update (z − x)²), z², u² before, and u² after the update."""
     x = tensor.x(rows).to(v.dtype)
     yield (x - z).square_()
     yield x.square()
@@ -245,7 +252,7 @@ def _squares(
 def _squares_by_masks(
     tensor: ConstrainedTensor, rows: slice, v: Tensor, packed: Tensor, apart: Tensor
 ) -> Iterator[Tensor]:
-    """Yield v² where the masks differ, where the former cut, where this one does, and everywhere."""
+    """Yield v² where the two masks differ, off the former mask, off the new mask, and everywhere."""
     square = v.square()
     yield tensor.masked(square, rows, apart)
     yield tensor.masked(square, rows, tensor.packed, kept=False)
@@ -257,16 +264,17 @@ def stationarity(
     form: Form, constraint: Constraint, tensors: Sequence[ConstrainedTensor], importance: Importance,
     processes: Processes, *, step: int, penalty: float,
 ) -> Stationarity:  # fmt: skip
-    """Return how far the weights are from Π_S of their own step x − D⁻¹∇f(x)/λ, by the gradient at hand.
+    """Return the distance of x from Π_S(x − D⁻¹∇f(x)/λ), by the gradient of the current batch.
 
-    Where no gradient reaches what is not kept, as with neurons that are zero on both sides, that of the kept says λ.
+    λ of a tensor follows from the gradients off its mask; where these are all 0, as with neurons that are zero on both
+    sides, from the gradients on the mask.
 
     Args:
-        form: Says what D and λ are.
-        constraint: The set at this place of its ramp.
-        tensors: Those with a mask and a gradient.
-        importance: F̂ of some rows.
-        processes: Who hold them.
+        form: Defines D and λ.
+        constraint: The set, relaxed to the current point of the ramp.
+        tensors: The tensors with a mask and a gradient.
+        importance: Returns F̂ of some rows.
+        processes: The processes that hold the tensors.
         step: Optimizer steps done.
         penalty: λ or κ.
     """
@@ -296,7 +304,7 @@ def stationarity(
         for piece in tensor.pieces() if tensor.part.counts else ():
             rows = piece.rows
             y, mask = forward(tensor, rows), tensor.unpacked(packed[index], rows)
-            point = replace(tensor.point(index, piece, y, importance(tensor, rows)), numbers=None)  # fits its own
+            point = replace(tensor.point(index, piece, y, importance(tensor, rows)), numbers=None)  # are fitted to y
             z = project(constraint, y, mask, point)
             x = tensor.x(rows).float()
             numbers = [(x - z).square().sum(), x.square().sum(), (mask & ~tensor.mask(rows)).sum()]
@@ -308,21 +316,21 @@ def stationarity(
 
 
 def _lengths(form: Form, tensor: ConstrainedTensor, rows: slice) -> list[Tensor]:
-    """Return ‖D⁻¹∇f‖² off the mask, how many these are, ‖x‖², how many are on it, ‖D⁻¹∇f‖² on it, of some rows."""
+    """Return ‖D⁻¹∇f‖² and the entries off the mask, ‖x‖² and the entries on it, and ‖D⁻¹∇f‖² on it, of some rows."""
     mask, square = tensor.mask(rows), form.direction(tensor, rows).square()
     off, on = masked(square, ~mask).sum(), masked(square, mask).sum()
     return [off, (~mask).sum(), tensor.x(rows).float().square().sum(), mask.sum(), on]
 
 
 def damage(constraint: Constraint, points: LivePoints) -> Tensor:
-    """Return Σ x², Σ (x − Π_S(x))² by magnitude and the entries, over all tensors and processes, ``(3,)``."""
+    """Return Σ x², Σ (x − Π_S(x))² by magnitude, and the entries, over all tensors and processes, ``(3,)``."""
     packed = decide(constraint, points)
     found = torch.zeros(3, dtype=exact_dtype(points.device), device=points.device)
     for index, tensor in enumerate(points.tensors):
         for piece in tensor.pieces() if tensor.part.counts else ():
             x = points.value(tensor, piece.rows)
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            point = replace(tensor.point(index, piece, x), numbers=None)  # fits its own
+            point = replace(tensor.point(index, piece, x), numbers=None)  # are fitted to x
             z = project(constraint, x, tensor.unpacked(packed[index], piece.rows), point)
             numbers = [x.square().sum(), (x - z).square().sum(), torch.full((), x.numel(), device=x.device)]
             found += torch.stack([number.to(found.dtype) for number in numbers])
@@ -334,17 +342,19 @@ def hold(
     copies: Collection[str], seed: Callable[[nn.Parameter], int] | None, forgets: Mapping[int, Forgets],
     importance: Importance | None = None,
 ) -> None:  # fmt: skip
-    """Put the zeros and values back that a step on a fixed mask disturbed, in the optimizer's own copies the zeros too.
+    """Bring the weights back to the set after a step on a fixed mask; zero the optimizer's copies of them off the mask.
+
+    Where the set fixes values, kept weights are rounded to these, and the split remembers the rounding error.
 
     Args:
         constraint: The set.
-        tensors: Those with a mask.
-        places: Of the parameters among all.
-        copies: The optimizer's copies of the weights.
-        seed: Of the rounding of a parameter's split, where what the values do not hold of a step is to be remembered;
-            None where no step was made.
-        forgets: What that memory loses, by the place of a tensor; see :meth:`Form.forgets`.
-        importance: F̂ of some rows, where the numbers that groups of entries share are to be chosen anew.
+        tensors: The tensors with a mask.
+        places: Indices of the parameters among all constrained tensors.
+        copies: Keys of the optimizer's state that hold copies of the weights.
+        seed: Returns the seed for rounding a parameter's split; None if no step was made, so that there is no rounding
+            error to remember.
+        forgets: How much the memory of rounding errors loses, by index of the tensor; see :meth:`Form.forgets`.
+        importance: Returns F̂ of some rows, if the numbers that groups of entries share are to be chosen anew.
     """
     for tensor in tensors if constraint.fixes_values else ():
         for piece in tensor.pieces():
@@ -369,17 +379,18 @@ def hold(
     for _, tensor in together(enumerate(by_pieces), stacks=not copies):
         of = _weights(tensor, copies)
         for rows, *_ in tensor.pieces():
-            tensor.x(rows)  # looks whether it lies as before
+            tensor.x(rows)  # raises if the memory format was changed
             for t in of:
                 tensor.zero_off(t, rows)
         tensor.write()
 
 
 def weight_copies(tensors: Sequence[ConstrainedTensor], processes: Processes) -> list[str]:
-    """Return which of the optimizer's tensors are weights too: an average, or a point that it swaps in for evaluation.
+    """Return the keys of the optimizer's state that hold copies of the weights.
 
-    They are told from moments by their direction: on the mask, over all tensors, within 60° of the weights'. Flat
-    slices (FSDP1) are not looked at, for a process may hold nothing that it could name.
+    A copy is an average of the weights, or a point that the optimizer swaps in for evaluation. It differs from a moment
+    by its direction: on the mask, over all tensors, within 60° of the weights'. Flat slices (FSDP1) are not examined,
+    because a process may hold no entries, and so no keys to name.
     """
     if not tensors or any(tensor.part.start is not None for tensor in tensors):
         return []
@@ -387,7 +398,7 @@ def weight_copies(tensors: Sequence[ConstrainedTensor], processes: Processes) ->
     if not keys:
         return []
     device = tensors[0].p.device
-    sums = torch.zeros(len(keys), 3, dtype=exact_dtype(device), device=device)  # of both, and of each with itself
+    sums = torch.zeros(len(keys), 3, dtype=exact_dtype(device), device=device)  # inner products x·t, x·x, t·t
     for place, key in enumerate(keys):
         for tensor in tensors:
             if not tensor.part.counts or not _is_like_weights(tensor, key):
@@ -419,13 +430,13 @@ def _is_like_weights(tensor: ConstrainedTensor, key: str) -> bool:
 def stray(
     constraint: Constraint, tensors: Sequence[ConstrainedTensor], places: Mapping[nn.Parameter, int], suspended: bool
 ) -> int:
-    """Return how many entries of this process that were cut are not 0, or that were kept have none of the set's values.
+    """Return how many entries on this process are not in the set: cut but not 0, or kept at none of the set's values.
 
     Args:
         constraint: The set.
-        tensors: Those with a mask, or with what was removed.
-        places: Of the parameters among all.
-        suspended: Whether what was cut is told by what was removed.
+        tensors: The tensors with a mask, or with removed values.
+        places: Indices of the parameters among all constrained tensors.
+        suspended: Whether the removed values, not the mask, tell which entries were cut.
     """
     if not tensors:
         return 0
@@ -443,9 +454,9 @@ def stray(
 
 
 def fix(constraint: Constraint, tensors: Sequence[ConstrainedTensor]) -> None:
-    """Make the zeros of the masks exact, whatever the weights are, and release the split.
+    """Zero the weights off the mask, NaN included, and release the split.
 
-    Where the set fixes values the split goes on to remember what these do not hold of a step.
+    Where the set fixes values, the split stays on the mask: it remembers the rounding errors of the following steps.
     """
     for tensor in tensors:
         for rows, *_ in tensor.pieces():
@@ -460,17 +471,17 @@ def cut(
     constraint: Constraint, tensor: ConstrainedTensor, place: int, packed: Tensor | None, importance: Importance, *,
     keeps: bool, resumable: bool, refits: bool = False,
 ) -> None:  # fmt: skip
-    """x ← Π_S(x) of one tensor.
+    """Set x ← Π_S(x) in one tensor.
 
     Args:
         constraint: The set.
-        tensor: Which.
-        place: Of it among all.
+        tensor: The tensor.
+        place: Its index among all constrained tensors.
         packed: The mask; None takes the tensor's own.
-        importance: F̂ of some rows, for numbers that the set has yet to choose.
-        keeps: Whether the mask, or what is removed, is kept in the state.
-        resumable: Keep what is removed, for :func:`restore`, not the mask.
-        refits: Whether the numbers that were chosen are of a looser set.
+        importance: Returns F̂ of some rows, for numbers that the set has yet to choose.
+        keeps: Whether to keep the mask, or the removed values, in the state.
+        resumable: Keep the removed values, for :func:`restore`, instead of the mask.
+        refits: Whether to choose the numbers anew, because the existing ones are of a looser set.
     """
     chosen = tensor.has(NUMBERS) and not refits
     tensor.allocate(*([REMOVED] if resumable else [MASK, NUMBERS]) * keeps)
@@ -480,7 +491,7 @@ def cut(
         mask = tensor.mask(rows) if packed is None else tensor.unpacked(packed, rows)
         point = tensor.point(place, piece, x, None if chosen else importance(tensor, rows))
         if tensor.shared is not None and not chosen:
-            fresh = replace(point, numbers=None)  # not from those of a looser set
+            fresh = replace(point, numbers=None)  # existing numbers would be of a looser set
             point = replace(point, numbers=constraint.fit(masked(x, mask), fresh))
             if keeps and not resumable and point.numbers is not None:
                 tensor.numbers(rows).copy_(point.numbers)
@@ -504,9 +515,9 @@ def restore(tensors: Sequence[ConstrainedTensor]) -> None:
 
 
 def reopen(form: Form, tensors: Sequence[ConstrainedTensor], seed: Callable[[ConstrainedTensor], int]) -> None:
-    """Let masks that were fixed move again, without a dual."""
+    """Let fixed masks move again, with a dual of 0."""
     for tensor in tensors:
-        if tensor.has(SPLIT):  # it remembers what the set's values did not hold
+        if tensor.has(SPLIT):  # the split that remembers rounding errors stays
             continue
         tensor.allocate(SPLIT, SCALE)
         for rows, *_ in tensor.pieces():
@@ -514,7 +525,7 @@ def reopen(form: Form, tensors: Sequence[ConstrainedTensor], seed: Callable[[Con
 
 
 def cut_again(tensors: Sequence[ConstrainedTensor]) -> None:
-    """Zero what :func:`cut` with ``resumable`` removed, and somebody moved since."""
+    """Zero the entries that :func:`cut` with ``resumable`` removed, in case they were changed since."""
     for tensor in tensors:
         for rows, *_ in tensor.pieces():
             tensor.x(rows).masked_fill_(tensor.removed(rows) != 0, 0)

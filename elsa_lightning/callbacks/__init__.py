@@ -1,7 +1,7 @@
-"""Lightning callbacks: ElsaCallback prunes, KeepMask fine-tunes what is sparse; the others are for around these.
+"""Lightning callbacks: ElsaCallback prunes a model, KeepMask fine-tunes a sparse one; the others serve such runs.
 
-SaveHuggingFace and Export write the model when training ends, SaveOnTerminate a checkpoint when a run is to stop;
-Samples and ZeroShot look at the model at every validation.
+SaveHuggingFace and Export write the model when training ends, SaveOnTerminate a checkpoint when a run has to stop;
+Samples and ZeroShot evaluate the model before and after a run.
 """
 
 from elsa_lightning.callbacks.elsa import ElsaCallback

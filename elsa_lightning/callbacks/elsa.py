@@ -1,4 +1,4 @@
-"""ElsaCallback: pruning as a constraint on anybody's training loop."""
+"""ElsaCallback: prunes during any Lightning training, by attaching ADMM to the module's optimizer."""
 
 from __future__ import annotations
 
@@ -55,35 +55,38 @@ class ElsaCallback(Callback):
 
         Trainer(callbacks=[ElsaCallback(sparsity=0.9)], max_steps=1000)
 
-    The loss stays the module's own. The state is in the optimizer's, so Lightning's checkpoints hold it and
-    ``ckpt_path`` resumes exactly. The zeros are exact before the checkpoint of the last step is written;
-    a run that ends early gets exact zeros too, and the means to resume. With ``max_steps=0`` the model is brought into
-    the set at once, by magnitude.
+    The loss stays the module's own. The state is in the optimizer's state, so Lightning's checkpoints hold it and
+    ``ckpt_path`` resumes exactly. The zeros are exact before the checkpoint of the last step is written; a run that
+    ends early gets exact zeros too, and can be resumed. With ``max_steps=0`` the model is brought into the set at
+    once, by magnitude.
 
     Args:
         sparsity: Fraction of zeros in each constrained tensor, 0 ≤ sparsity < 1.
-        constraint: The set of sparse weights, where it is not ``Unstructured(sparsity)``. Give one of the two.
-        penalty: How hard the weights, or the memory of what was cut, are held to the set: κ, without a unit, for
+        constraint: The set of sparse weights, if it is not ``Unstructured(sparsity)``. Give one of the two.
+        penalty: How strongly the weights, or the dual of pruned weights, are bound to the set: κ, without a unit, for
             ``linearized``, ``decoupled`` and ``feedback``; the published λ for ``coupled`` and ``published``. None
-            takes the form's own: 4, 2, 2, 0.01, 0.01.
+            takes the form's default: 4, 2, 2, 0.01, 0.01.
         penalty_schedule: How the penalty reaches that value.
         prox: The form of the x-update. ``linearized``: the weights are on the set after every step, and the dual of
-            pruned ones sums what the optimizer asks of them, scaled so that the noise of gradients alone cannot bring
-            one back; ``decoupled``: a pull in the optimizer's metric; ``coupled``: a pull through the gradient;
-            ``published``: the same to the paper's letter; ``feedback``: a memory that never forgets, for short runs.
+            pruned weights sums their optimizer steps, scaled so that gradient noise alone cannot bring a weight back;
+            ``decoupled``: a pull towards the set in the optimizer's metric; ``coupled``: a pull through the gradient;
+            ``published``: the same, exactly as in the paper; ``feedback``: a dual that never forgets, for short runs.
         interval: Optimizer steps between projections; None takes a 256th of the ADMM phase, at most 32.
-        ramp: Fraction of all steps over which the sparsity rises to its target, from 70 % or from less if that is all.
+        ramp: Fraction of all steps over which the sparsity rises to its target, from 70 % or from less if the target is
+            less.
         frozen: Fraction of all steps, the last ones, in which the mask is fixed and the zeros are exact.
-        state_dtype: What the method's own number a weight is kept in: ``float32``, ``bfloat16`` or ``float8_e4m3fn``.
-        targets: What to constrain: ``all-linear`` (every weight that multiplies but embeddings, output layers,
+        state_dtype: The dtype of the number that the method stores for each weight: ``float32``, ``bfloat16`` or
+            ``float8_e4m3fn``.
+        targets: What to constrain: ``all-linear`` (every weight that multiplies, except embeddings, output layers,
             adapters and depthwise convolutions), or regular expressions of parameter names, or both.
         ignore: Regular expressions of parameter names that stay dense.
-        optimizer_index: Which optimizer's parameters, for a module with several; those of the others stay dense.
-        total_steps: Optimizer steps of the whole run, where they are not those that Lightning counts: manual
-            optimisation that does not step at every batch, several optimizers that step unequally. None asks Lightning.
-        learning_rate: ``auto`` scales the rates of an Adam, and of its schedule, to a peak that suits what the set
-            takes from the weights and how wide and deep the model is; see :mod:`elsa_lightning.rate`. None keeps the
-            optimizer's rate, and says when it is far from that one.
+        optimizer_index: The optimizer whose parameters are pruned, in a module with several; those of the others stay
+            dense.
+        total_steps: Optimizer steps of the whole run, if Lightning's count differs: with manual optimisation that does
+            not step at every batch, or several optimizers that step unequally. None asks Lightning.
+        learning_rate: ``auto`` scales the learning rates of an Adam, and of its schedule, to a peak that suits how much
+            the set takes from the weights and how wide and deep the model is; see :mod:`elsa_lightning.rate`. None
+            keeps the optimizer's rate, and warns if it is far from that one.
 
     Raises:
         ValueError: An argument is out of range.
@@ -124,7 +127,7 @@ class ElsaCallback(Callback):
         self.ignore = list(ignore or [])
         self.optimizer_index = optimizer_index
         self.admm: ADMM | None = None
-        self._first_step = 0  # optimizer steps that were made before pruning began
+        self._first_step = 0  # optimizer steps made before pruning began
         self._hooks: list[RemovableHandle | MethodHook | Saves] = []  # on module, strategy, trainer and optimizer
         self._saves: Saves | None = None
         self._running = False
@@ -135,22 +138,22 @@ class ElsaCallback(Callback):
         self._begin()
 
     def _begin(self) -> None:
-        """Forget what an earlier fit logged."""
+        """Reset what belongs to one fit: logging, journal, and flags."""
         self._figures, self._journal = Figures(), Journal()
-        self._short = False  # the run is to end before its schedule does
-        self._moved = False  # somebody moved weights after the zeros were exact, and it was said
+        self._short = False  # whether the run ends before its schedule does
+        self._moved = False  # whether it was warned that something changed weights after the zeros were exact
 
     # ------------------------------------------------------------------ start
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a Trainer that cannot work, before any data or model is loaded."""
+        """Refuse an unsuitable Trainer, before any data or model is loaded."""
         self._loaded, self._fits = None, stage == "fit"  # a checkpoint is restored after this
         self._names = pl_module.register_load_state_dict_pre_hook(match_names)  # type: ignore[no-untyped-call]
         if not self._fits:
             return
         self._monitors = Monitors()
         self._check(trainer)
-        # first, so that the zeros are there for every callback that saves or exports when training ends
+        # put first, so that the zeros are exact before any other callback saves or exports when training ends
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
 
     def _check(self, trainer: Trainer) -> None:
@@ -184,7 +187,7 @@ class ElsaCallback(Callback):
         if self.admm is not None:
             self.admm.detach()
         self._running = False  # a learning-rate finder may train before the run begins
-        # before ADMM's, so that it knows
+        # registered before ADMM's own hook, which reads paused
         self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._mind_the_tuner(trainer)))
         several = isinstance(strategy, DDPStrategy) and trainer.world_size > 1
         self.admm = self._attach(optimizer, selection, constraint, dist.group.WORLD if several else None)
@@ -204,11 +207,11 @@ class ElsaCallback(Callback):
             log_settings(trainer, pl_module, self.admm, self.learning_rate)
 
     def _writes(self, trainer: Trainer) -> bool:
-        """Whether this callback, of several, is the one that writes of the run."""
+        """Return whether this is the first of several such callbacks, which writes settings and journal of the run."""
         return next(c for c in trainer.callbacks if isinstance(c, ElsaCallback)) is self  # type: ignore[attr-defined]
 
     def _choose(self, trainer: Trainer, pl_module: LightningModule, trained: list[nn.Parameter]) -> Selection:
-        several = len(trainer.optimizers) > 1  # alone it must have all, or somebody forgot some
+        several = len(trainer.optimizers) > 1  # a single one must train all selected parameters
         return select(pl_module, self.targets, self.ignore, trained=trained if several else None, quiet=True)
 
     def _attach(
@@ -218,7 +221,7 @@ class ElsaCallback(Callback):
             optimizer,
             selection.parameters,
             constraint,
-            total_steps=1,  # until on_train_start: asked now, Lightning would lose the place of stateful loaders
+            total_steps=1,  # until on_train_start: asking Lightning now would reset stateful data loaders
             schedule=self.schedule,
             prox=self.prox,
             state_dtype=self.state_dtype,
@@ -231,16 +234,16 @@ class ElsaCallback(Callback):
             rank_zero_warn(warning)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the state of a checkpoint, now that model, optimizer and loops have theirs."""
+        """Restore the state of a checkpoint, after Lightning has restored model, optimizer and loops."""
         assert self.admm is not None
         loaded, self._loaded = self._loaded, None
         self._first_step = loaded["first_step"] if loaded else trainer.global_step // len(trainer.optimizers)
         self.admm.total_steps = max(1, (self.total_steps or total_steps(trainer)) - self._first_step)
         self._running, self.admm.paused = True, False
-        if began := loaded is not None and loaded["admm"]["step"] > 0:  # else a tuner went back to the start
+        if began := loaded is not None and loaded["admm"]["step"] > 0:  # at 0 a tuner restored the start
             self.admm.load_state_dict(loaded["admm"])
         if loaded:
-            # at the end of an epoch load_state_dict has done it, before the loader drew the order of the next one
+            # at the end of an epoch load_state_dict has done this, before the loader drew the order of the next epoch
             if not trainer.is_last_batch:
                 restore_random_states(loaded["rng"])
         elif self._first_step > 0:
@@ -263,10 +266,10 @@ class ElsaCallback(Callback):
             self._journal.begin(trainer)
 
     def _mind_the_rate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose the learning rate, or say that the one there is looks wrong for what will be cut."""
+        """Choose the learning rate, or warn if the optimizer's rate looks wrong for the size of the cut."""
         assert self.admm is not None
         if self.learning_rate is None and not rate.is_adam(self.admm.optimizer):
-            return  # whose rate says nothing of the length of a step
+            return  # for other optimizers the rate does not determine the length of a step
         settle(trainer.strategy.model or pl_module)
         damage = self.admm.damage()
         if self.learning_rate == "auto":
@@ -277,14 +280,14 @@ class ElsaCallback(Callback):
             rank_zero_warn(said)
 
     def _mind_the_tuner(self, trainer: Trainer) -> None:
-        """Leave steps alone that no callback sees: a tuner's, who takes them back afterwards."""
+        """Pause ADMM during the steps of a tuner, which disables callbacks and undoes its steps afterwards."""
         if self.admm is not None:
             self.admm.paused = not self._running or self not in trainer.callbacks  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------ during
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Go on where a request to stop was not heeded (min_steps, min_epochs), or a tuner went back to."""
+        """Resume after a request to stop was not heeded (min_steps, min_epochs), or a tuner restored a checkpoint."""
         assert self.admm is not None
         if self._loaded is not None:
             loaded, self._loaded = self._loaded, None
@@ -306,19 +309,19 @@ class ElsaCallback(Callback):
             self._monitors.open(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate what a run that is about to end will leave."""
+        """Make the zeros exact if the run is about to end, so that its final model is validated."""
         if self._fits:
             self._suspend_if_stopping(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Validate the zeros of a run, whatever the module swapped in; without a fit the weights are as they are."""
+        """Restore the zeros in a fit, in case the module swapped other weights in for validation."""
         if batch_idx == 0 and self._fits and self.admm is not None and not trainer.sanity_checking:
             self._hold(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See whether early stopping, which waits, will find its metric."""
+        """Check that early stopping, which is disabled until the mask is fixed, will find its metric."""
         if self._fits and not trainer.sanity_checking:
             self._monitors.look(trainer)
 
@@ -327,7 +330,7 @@ class ElsaCallback(Callback):
         self._finish_if_last(trainer)
 
     def _finish_if_last(self, trainer: Trainer) -> None:
-        """Make the zeros exact at the planned end, resumably if the schedule was to go on."""
+        """Make the zeros exact at the planned end, resumably if the schedule is not over."""
         assert self.admm is not None
         if is_last_step(trainer):
             self._short = is_early(self.admm)
@@ -339,12 +342,12 @@ class ElsaCallback(Callback):
         self.admm.finish(resumable)
 
     def _suspend_if_stopping(self, trainer: Trainer) -> None:
-        """Make the zeros exact, resumably, if the run ends here unless somebody takes the request to stop back."""
+        """Make the zeros exact, resumably, if the run is about to stop; the request may still be withdrawn."""
         if self.admm is not None and is_stopping(trainer):
             self._finish(trainer, resumable=True)
 
     def _before_saving(self, trainer: Trainer) -> None:
-        """See to it that what is saved after a request to stop, whoever made it, has the zeros."""
+        """Make sure that anything saved after a request to stop has exact zeros."""
         assert self.admm is not None
         self._suspend_if_stopping(trainer)
         self._hold(trainer)
@@ -353,12 +356,12 @@ class ElsaCallback(Callback):
         return self.admm is not None and (self.admm.finished or self.admm.suspended)
 
     def _hold(self, trainer: Trainer) -> None:
-        """Count zeros that were exact in the weights themselves, and put back those that are gone."""
+        """Count weights that left the set after they were exactly in it, and restore them."""
         if self.admm is None or not (self.admm.frozen or self.admm.suspended):
             return
         if self.admm.sharded:
             settle(trainer.strategy.model or trainer.lightning_module)
-        moved = self.admm.stray()  # of this process, as is what hold does
+        moved = self.admm.stray()  # counted on this process alone; hold is local too
         if not moved:
             return
         self.admm.hold()
@@ -374,7 +377,7 @@ class ElsaCallback(Callback):
     # ------------------------------------------------------------------ end
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring a model that was not to be trained (``max_steps=0``) into the set at once, by magnitude."""
+        """Bring a model without training (``max_steps=0``) into the set at once, by magnitude."""
         if self.admm is not None and trains_nothing(trainer) and not self.admm.finished:
             self._finish(trainer, resumable=False)
         if self._writes(trainer):
@@ -386,12 +389,12 @@ class ElsaCallback(Callback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make sure of the zeros, whatever ended the run, and say how it ended."""
+        """Make the zeros exact, whatever ended the run, and report how it ended."""
         assert self.admm is not None
         if not self.admm.finished:
             self._finish(trainer, resumable=True)
             assert self._saves is not None
-            self._saves.renew()  # made before the run was known to end with them
+            self._saves.renew()  # they were saved before it was known that the run ends here
             rank_zero_warn(unfinished(self.admm, self._short))
             if trainer.checkpoint_callbacks and not self._saves.is_latest_there():
                 rank_zero_warn(
@@ -409,12 +412,12 @@ class ElsaCallback(Callback):
         self._monitors.end(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Make the zeros exact, resumably, on Ctrl-C, before a checkpoint that is saved on exceptions."""
+        """Make the zeros exact, resumably, on Ctrl-C, before other callbacks save a checkpoint of the exception."""
         if self.admm is None:
             return
         self.admm.recover()
         if isinstance(exception, KeyboardInterrupt) and not self.admm.finished:
-            if self.admm.sharded:  # the other processes may be anywhere, and a projection needs them
+            if self.admm.sharded:  # a projection needs the other processes, which may be anywhere
                 rank_zero_warn("Elsa is unfinished; ckpt_path resumes the run from its last checkpoint.")
             else:
                 self._finish(trainer, resumable=True)
@@ -422,14 +425,14 @@ class ElsaCallback(Callback):
         self._journal.end(trainer, pl_module, exception)
         self._monitors.put_back(trainer)
         self._take_hooks_off()
-        self.admm.detach(saves=True)  # no teardown comes, and a checkpoint may still be saved
+        self.admm.detach(saves=True)  # Lightning calls no teardown now, and a checkpoint may follow
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look at the zeros for the last time, after every other hook, and take ours off."""
+        """Check the zeros for the last time, after all other hooks, and remove our hooks."""
         if self._names is not None:
             self._names.remove()
         if self.admm is not None and stage == "fit":
-            if not self.admm.sharded:  # whose processes have parted
+            if not self.admm.sharded:  # sharded processes no longer work together here
                 self._hold(trainer)
             self.admm.detach()
             self._monitors.put_back(trainer)
@@ -444,7 +447,7 @@ class ElsaCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Where a checkpoint keeps this callback's state: of each optimizer its own."""
+        """Key of this callback's state in checkpoints, a different one for each optimizer index."""
         return super().state_key if self.optimizer_index is None else self._generate_state_key(of=self.optimizer_index)
 
     def state_dict(self) -> dict[str, Any]:
@@ -454,7 +457,7 @@ class ElsaCallback(Callback):
         return {"admm": self.admm.state_dict(), "first_step": self._first_step, "rng": random_states()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the random state, before data is loaded, and keep the rest until the optimizer has its state."""
+        """Restore the random state before data is loaded; keep the rest until the optimizer's state is restored."""
         self._loaded = state_dict or None
         if self._loaded and self._fits:
             restore_random_states(self._loaded["rng"])

@@ -1,4 +1,4 @@
-"""When a run ends: what Lightning knows of it."""
+"""When and how a run ends, as far as Lightning knows: its length, its last step, requests to stop."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from elsa_lightning.watch import slack
 
 
 def total_steps(trainer: Trainer) -> int:
-    """Return the steps each optimizer makes in the whole run."""
+    """Return how many steps each optimizer makes in the whole run."""
     steps = float(trainer.estimated_stepping_batches)
-    if not 0 <= steps < math.inf:  # Lightning says -1 or infinity where it cannot know
+    if not 0 <= steps < math.inf:  # Lightning returns -1 or infinity if it cannot know
         raise UserError(
             "ElsaCallback needs to know how long the run is, and this data has no length: set the Trainer's max_steps"
         )
@@ -24,24 +24,24 @@ def total_steps(trainer: Trainer) -> int:
     if accumulating and trainer.max_epochs not in (None, -1) and trainer.num_training_batches < math.inf:
         each = [accumulating[-1].get_accumulate_grad_batches(epoch) for epoch in range(trainer.max_epochs)]
         steps = float(sum(math.ceil(trainer.num_training_batches / batches) for batches in each))
-    if trainer.max_steps != -1:  # which counts the steps of all optimizers together
+    if trainer.max_steps != -1:  # it counts the steps of all optimizers together
         steps = min(steps, trainer.max_steps / max(1, len(trainer.optimizers)))
     return max(1, int(steps))
 
 
 def attached(trainer: Trainer) -> list[ADMM]:
-    """Return what constrains the weights of a run."""
+    """Return the ADMMs that constrain the weights of a run."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [c.admm for c in callbacks if isinstance(getattr(c, "admm", None), ADMM)]
 
 
 def trains_nothing(trainer: Trainer) -> bool:
-    """Say whether a fit is to make no step at all, so that Lightning skips every hook between its start and its end."""
+    """Return whether a fit makes no step, so that Lightning skips all hooks between its start and its end."""
     return 0 in (trainer.max_steps, trainer.max_epochs)
 
 
 def is_stopping(trainer: Trainer) -> bool:
-    """Say whether a request to stop was made and will be heeded."""
+    """Return whether a request to stop was made and will be heeded."""
     if not trainer.should_stop or trainer.sanity_checking:
         return False
     epochs = trainer.current_epoch + trainer.is_last_batch
@@ -49,12 +49,12 @@ def is_stopping(trainer: Trainer) -> bool:
 
 
 def is_early(admm: ADMM) -> bool:
-    """Say whether the mask is far from where it was to be fixed, but for a few steps that were skipped."""
+    """Return whether a run ends before its mask is fixed; a few skipped steps do not count."""
     return 0 < admm.step < admm.schedule.freeze_step(admm.total_steps) - slack(admm.total_steps)
 
 
 def is_last_step(trainer: Trainer) -> bool:
-    """Say whether the run as it was planned ends with this batch."""
+    """Return whether the run, as planned, ends with this batch."""
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         return True
     last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
@@ -62,11 +62,11 @@ def is_last_step(trainer: Trainer) -> bool:
 
 
 def unfinished(admm: ADMM, planned: bool) -> str:
-    """Return what to say of a run that ended before its schedule.
+    """Return the warning about a run that ended before its schedule did.
 
     Args:
-        admm: Of the run, suspended.
-        planned: Whether it ended when Lightning was to end it.
+        admm: The run's suspended ADMM.
+        planned: Whether Lightning ended the run as planned.
     """
     fixed = admm.schedule.freeze_step(admm.total_steps)
     recovered = (

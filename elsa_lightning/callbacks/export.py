@@ -29,22 +29,22 @@ from elsa_lightning.slicing import shrink
 class SaveHuggingFace(Callback):
     """Saves the module's Hugging Face model, and its tokenizer, for ``from_pretrained``.
 
-    Looks for the model in the module's attribute ``model``, as :class:`~elsa_lightning.CausalLM` has it.
-    Written under a temporary name and renamed: the folder is whole or not there. With a PEFT adapter on the model the
-    folder has the base model, and the adapter in a folder ``adapter`` inside it. A model card (README.md) and
-    ``elsa.json`` say how the model was made.
+    The model is looked for in the module's attribute ``model``, where :class:`~elsa_lightning.CausalLM` has it. The
+    folder is written under a temporary name and renamed, so it is complete or does not exist. If the model has a PEFT
+    adapter, the folder has the base model, and the adapter in a folder ``adapter`` inside it. A model card (README.md)
+    and ``elsa.json`` describe how the model was made.
 
     Args:
-        dirpath: Folder to write. One that is there when training begins is replaced if it holds nothing but a saved
-            model. None takes ``hf`` in the logger's folder. What another run wrote is never replaced; the model is then
-            saved beside it, under the same name with a number.
-        dtype: What the weights are saved in; None takes that of the model that was given: one in bfloat16 is saved in
-            bfloat16, though it was trained in float32.
-        shrink: Whether to save the smaller model that :func:`~elsa_lightning.shrink` makes of the zeros. None does so
-            where a callback of the run constrains neurons, heads, layers or experts.
+        dirpath: Folder to write. A folder that exists when training begins is replaced if it holds nothing but a saved
+            model. None takes ``hf`` in the logger's folder. A folder that another run wrote meanwhile is never
+            replaced; the model is then saved beside it, under the same name with a number.
+        dtype: The dtype of the saved weights; None takes that of the original model: one in bfloat16 is saved in
+            bfloat16, even if it was trained in float32.
+        shrink: Whether to save the smaller model that :func:`~elsa_lightning.shrink` makes by removing zeros. None does
+            so if a callback of the run constrains neurons, heads, layers or experts.
 
     Raises:
-        ValueError: ``dtype`` is none that weights are kept in.
+        ValueError: ``dtype`` is not a dtype in which weights can be saved.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class SaveHuggingFace(Callback):
             raise UserError(f"dtype must be one of 'float32', 'bfloat16', 'float16', or None, got {dtype!r}")
         self.dirpath, self.dtype, self.shrink = dirpath, dtype, shrink
         self._shrinks = bool(shrink)
-        self.place: Path | None = None  # where the model was written, on the first process
-        self._found: object = None  # what was at dirpath when training began
+        self.place: Path | None = None  # where the model was written; set on the first process alone
+        self._found: object = None  # identity of the folder at dirpath when training began
         self._written: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -88,7 +88,7 @@ class SaveHuggingFace(Callback):
         constraints = [getattr(callback, "constraint", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
         self._shrinks = any(map(is_structured, constraints)) if self.shrink is None else self.shrink
         if self._shrinks:
-            find(model)  # or an error, before training
+            find(model)  # raises before training if the model is of no known family
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder, on the first process."""
@@ -120,11 +120,11 @@ class SaveHuggingFace(Callback):
         self._tell(place, folder, dtype)
 
     def _folder(self, trainer: Trainer) -> Path:
-        """Return the folder to write; every process asks for log_dir, which is a broadcast."""
+        """Return the folder to write; every process must call this, since reading log_dir is a broadcast."""
         return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "hf").expanduser()
 
     def _destination(self, folder: Path) -> Path:
-        """Return where the model goes, on the first process alone."""
+        """Return the folder in which the model is saved; called on the first process alone."""
         return folder
 
     def _tell(self, place: Path, folder: Path, dtype: str) -> None:
@@ -133,8 +133,8 @@ class SaveHuggingFace(Callback):
             rank_zero_warn(f"SaveHuggingFace: {folder} is another run's and is left alone; this model is in {place}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the card anew, now that the final model is measured; and the folder, if nothing was to be trained."""
-        if trains_nothing(trainer):  # and so training never ended
+        """Update the card, now that the final model is measured; write the folder first if there was no training."""
+        if trains_nothing(trainer):  # Lightning did not call on_train_end
             self.on_train_end(trainer, pl_module)
         on_first(trainer, lambda: self._renew_card(trainer, pl_module))
 
@@ -159,13 +159,13 @@ class SaveHuggingFace(Callback):
             state = without_adapters(base, base.state_dict())
         if target != kept and state is not None:
             state, target = _cast(state, base, target)
-        integrated = getattr(base, "_hf_peft_config_loaded", False)  # save_pretrained would save the adapter alone
+        integrated = getattr(base, "_hf_peft_config_loaded", False)  # else save_pretrained saves the adapter alone
         if integrated:
             base._hf_peft_config_loaded = False
         former = getattr(getattr(base, "config", None), "dtype", None)
         base.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
         if former is not None:
-            base.config.dtype = former  # or the next one saved would be given in the dtype of training
+            base.config.dtype = former  # else the next save would take the training dtype for the original
         if integrated:
             base._hf_peft_config_loaded = True
         if target != kept:
@@ -179,7 +179,7 @@ class SaveHuggingFace(Callback):
         return dtype_name(target)
 
     def _target(self, pl_module: LightningModule, base: Any, kept: torch.dtype) -> torch.dtype:
-        """Return the dtype to save in: none that is wider than what was trained."""
+        """Return the dtype to save in, which is not wider than the trained weights unless the user gave it."""
         if self.dtype is not None:
             return getattr(torch, self.dtype)  # type: ignore[no-any-return]
         given: Any = getattr(pl_module, "given_dtype", None) or getattr(getattr(base, "config", None), "dtype", None)
@@ -190,9 +190,9 @@ class SaveHuggingFace(Callback):
 
 
 def _cast(state: dict[str, Tensor], model: Any, dtype: torch.dtype) -> tuple[dict[str, Tensor], torch.dtype]:
-    """Return a state in another dtype, but for what the model always keeps in float32; zeros stay zeros.
+    """Return a state in another dtype, except for tensors that the model always keeps in float32; zeros stay zeros.
 
-    Where that dtype's range is too small the state stays as it is.
+    If that dtype's range is too small, the state stays as it is.
     """
     names = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     names = {*names, *((getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ())}
@@ -200,7 +200,7 @@ def _cast(state: dict[str, Tensor], model: Any, dtype: torch.dtype) -> tuple[dic
     for name, t in state.items():
         if not t.is_floating_point() or any(f".{part}." in f".{name}." for part in names):
             continue
-        memory = (t.data_ptr(), t.shape, t.stride())  # tied ones once
+        memory = (t.data_ptr(), t.shape, t.stride())  # cast tied tensors once
         if memory not in done:
             done[memory] = t.detach().to(dtype)
         cast[name] = done[memory]
@@ -211,12 +211,12 @@ def _cast(state: dict[str, Tensor], model: Any, dtype: torch.dtype) -> tuple[dic
 
 
 def _name_base(folder: Path) -> None:
-    """Say in an adapter's configuration where its base model is."""
+    """Write the path of the base model into its adapter's configuration."""
     edit(folder / ADAPTER / "adapter_config.json", base_model_name_or_path=str(folder.resolve()))
 
 
 def identity(folder: Path) -> object:
-    """Return what tells a folder from another of the same name, or None where there is none."""
+    """Return what distinguishes a folder from a later one of the same name, or None if it does not exist."""
     if not folder.exists():
         return None
     found = folder.stat()
@@ -224,11 +224,11 @@ def identity(folder: Path) -> object:
 
 
 def _move(whole: Path, folder: Path) -> Path:
-    """Rename ``whole`` to ``folder``, or to the first name with a number that nobody has; return which."""
+    """Rename ``whole`` to ``folder``, or to the first unused name with a number; return the name."""
     for number in itertools.count():
         place = folder if number == 0 else folder.with_name(f"{folder.name}_{number}")
         try:
-            return whole.rename(place)  # fails where there is a folder with something in it
+            return whole.rename(place)  # fails if the folder exists and is not empty
         except OSError:
             if not place.exists():
                 raise
@@ -241,11 +241,11 @@ def _is_sharded(model: nn.Module, root: nn.Module | None) -> bool:
 
 
 def _gather(model: Any, root: nn.Module) -> dict[str, Any]:
-    """Return what ``save_pretrained`` needs beside a sharded model: its whole state, on the first process's CPU.
+    """Return extra arguments of ``save_pretrained`` for a sharded model: its whole state, on the first process's CPU.
 
     Args:
-        model: Part of ``root``.
-        root: What the strategy made of the module.
+        model: The Hugging Face model, part of ``root``.
+        root: The module as the strategy wrapped it.
     """
     settle(root)
     mark_slices(root)
@@ -255,5 +255,5 @@ def _gather(model: Any, root: nn.Module) -> dict[str, Any]:
     for prefix, module in model.named_modules():
         lasting = module._buffers.keys() - module._non_persistent_buffers_set
         tensors |= {clean(f"{prefix}.{name}" if prefix else name): module.get_buffer(name) for name in sorted(lasting)}
-    wholes = {t: whole_on_first(t) for t in dict.fromkeys(tensors.values())}  # tied ones once
+    wholes = {t: whole_on_first(t) for t in dict.fromkeys(tensors.values())}  # gather tied tensors once
     return {"state_dict": {name: whole for name, t in tensors.items() if (whole := wholes[t]) is not None}}

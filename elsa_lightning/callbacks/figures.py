@@ -1,4 +1,4 @@
-"""What a run logs at its updates, for every logger, the progress bar and monitors."""
+"""Logs the figures of each update (residuals, sparsity, stationarity) to loggers, progress bar and monitors."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from elsa_lightning.errors import UserError
 from elsa_lightning.report import mask_mosaic, shares_map
 from elsa_lightning.watch import UPDATED, Stationarity, Update, figures
 
-_PICTURES = 10  # of the masks, and of each tensor's share, in a run
+_PICTURES = 10  # how often a run logs pictures of the masks and the share that each tensor keeps
 
 
 def log_settings(trainer: Trainer, module: LightningModule, admm: ADMM, learning_rate: str | None = None) -> None:
     """Add the settings of the method to the hyperparameters of every logger, so that runs can be compared by them.
 
     Args:
-        trainer: Of the run, before Lightning has logged the module's own.
-        module: Of the run.
-        admm: Of the run.
-        learning_rate: What stands for the optimizer's, where the run is yet to choose it.
+        trainer: The run's Trainer, before Lightning has logged the module's own hyperparameters.
+        module: The run's module.
+        admm: The run's ADMM.
+        learning_rate: Logged instead of the optimizer's rate, if the run has yet to choose that.
     """
     ours: dict[str, Any] = {
         "elsa/sparsity": getattr(admm.constraint, "sparsity", None),
@@ -41,7 +41,7 @@ def log_settings(trainer: Trainer, module: LightningModule, admm: ADMM, learning
     }
     ours = {name: value for name, value in ours.items() if value is not None}
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):  # whose plugin takes the first of several, and needs all in one
+        if isinstance(logger, TensorBoardLogger):  # its plugin reads only the first of several records
             holders: list[Any] = [module, trainer.datamodule]  # type: ignore[attr-defined]
             theirs = {
                 k: v for h in holders if getattr(h, "_log_hyperparams", False) for k, v in h.hparams_initial.items()
@@ -55,7 +55,7 @@ class Figures:
     """Logs each update once.
 
     Args:
-        prefix: Of the names; several callbacks of one Trainer have each their own.
+        prefix: Prefix of the names; each of several callbacks of one Trainer has its own.
     """
 
     def __init__(self, prefix: str = "elsa") -> None:
@@ -66,13 +66,13 @@ class Figures:
         self._health = Health()
 
     def log(self, trainer: Trainer, pl_module: LightningModule, admm: ADMM, outputs: Any) -> None:
-        """Log a new update, and warn of what goes wrong.
+        """Log a new update, and warn of signs of trouble.
 
         Args:
-            trainer: Of the run.
-            pl_module: Of the run.
-            admm: Of the run.
-            outputs: What the training step returned.
+            trainer: The run's Trainer.
+            pl_module: The run's module.
+            admm: The run's ADMM.
+            outputs: The output of the training step.
 
         Raises:
             ValueError: The weights are no longer finite.
@@ -92,14 +92,14 @@ class Figures:
         shares = self._due(admm)
         for logger in trainer.loggers:
             logger.log_metrics(metrics | self._spread(shares), step=trainer.global_step)
-        # for progress bar and monitors; log_every_n_steps would drop most of these from the logger
+        # self.log serves only progress bar and monitors: log_every_n_steps would drop most of these from the logger
         shown = {f"{self.prefix}/primal_residual", f"{self.prefix}/sparsity"}
         for name, value in metrics.items():
             pl_module.log(name, value, prog_bar=name in shown, logger=False)
         self._draw(trainer, admm, shares)
 
     def _due(self, admm: ADMM) -> dict[str, float]:
-        """Return, now and then, what each tensor keeps of its entries, over all processes."""
+        """Return the share of entries that each tensor keeps, over all processes, if a picture is due."""
         due = math.ceil(_PICTURES * admm.step / admm.total_steps)
         if due <= self._pictures:
             return {}
@@ -107,14 +107,14 @@ class Figures:
         return admm.shares()
 
     def _spread(self, shares: dict[str, float]) -> dict[str, float]:
-        """Return three numbers of the shares: one of each tensor would be too many."""
+        """Return least, median and largest share: one number a tensor would be too many."""
         if not shares:
             return {}
         of = {"least": min(shares.values()), "median": statistics.median(shares.values()), "most": max(shares.values())}
         return {f"{self.prefix}/kept_{name}": value for name, value in of.items()}
 
     def _draw(self, trainer: Trainer, admm: ADMM, shares: dict[str, float]) -> None:
-        """Add pictures of the shares, and of the masks where a process has whole ones."""
+        """Log pictures of the shares, and of the masks if they are not sharded."""
         for logger in trainer.loggers if shares else ():
             if isinstance(logger, TensorBoardLogger):
                 pictures = {"kept": shares_map(shares)}

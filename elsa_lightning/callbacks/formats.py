@@ -1,4 +1,4 @@
-"""Export the model when training ends: what ``elsa export`` does, without a second command."""
+"""Export: a callback that does what ``elsa export`` does when training ends, without a second command."""
 
 from __future__ import annotations
 
@@ -30,24 +30,25 @@ Format = Literal["hf", "shrunk", "quantized", "cpu-sparse", "gguf"]
 class Export(SaveHuggingFace):
     """Exports the module's Hugging Face model when training ends, each format to a folder of its name.
 
-    It is what ``elsa export`` does: what was written is reloaded in a fresh process and compared, or it is not kept.
-    What a format needs, and what the set of the run cannot give, is refused before training. If a format fails at the
-    end the others are written, and the model itself as ``hf``, so that no training is lost. Of several processes the
-    first exports and the others wait, however long; a sharded model is gathered on its CPU. Its error ends them all.
+    As with ``elsa export``, an export is reloaded in a fresh process and compared with the model, and kept only if both
+    agree. Missing requirements of a format, and sets that it cannot represent, are refused before training. If a format
+    fails at the end, the others are written, and the model itself as ``hf``, so that no training is lost. Of several
+    processes the first exports and the others wait, however long; a sharded model is gathered on the first one's CPU.
+    An error there ends all processes.
 
     Args:
         to: Formats, of ``hf``, ``shrunk``, ``quantized``, ``cpu-sparse`` and ``gguf``; see docs/exports.md.
-        dirpath: Folder that the formats' folders are made in; None takes ``exports`` in the logger's folder. Exports
-            that are there when training begins are replaced, what another run wrote meanwhile is not: the folder then
-            gets a number.
-        dtype: Of the weights; None takes that of the model that was given.
-        options: Of single formats.
-        measure: Measure the perplexity of what was written, as the run did, and its speed beside the dense model's, on
-            the CPU. For CausalLM on CalibrationData; of ``gguf`` it is left out.
+        dirpath: Folder in which the formats' folders are made; None takes ``exports`` in the logger's folder. Exports
+            that exist when training begins are replaced; if another run writes there meanwhile, the folder gets a
+            number instead.
+        dtype: The dtype of the weights; None takes that of the original model.
+        options: Options of single formats.
+        measure: Measure the perplexity of each export, as the run did, and its speed beside the dense model's, on the
+            CPU. For CausalLM on CalibrationData; ``gguf`` is not measured.
         archive: Write each folder as one compressed file too; needs the package zstandard.
 
     Raises:
-        UserError: A format is none, is given twice, or needs something that is not installed.
+        UserError: A format is unknown, is given twice, or needs something that is not installed.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Export(SaveHuggingFace):
                 raise UserError(f"dirpath {self.dirpath!r} has the folder of the model that is pruned: give another")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what this run's model and set cannot be exported to, before training."""
+        """Refuse formats to which this run's model and set cannot be exported, before training."""
         super().on_fit_start(trainer, pl_module)
         self.exported = {}
         model = uncompiled(pl_module.model)
@@ -102,7 +103,7 @@ class Export(SaveHuggingFace):
                 f"{type(pl_module).__name__} on {'loaders' if data is None else type(data).__name__}: set it to false"
             )
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        known = not any(isinstance(c, KeepMask) for c in callbacks)  # whose zeros are what the weights have
+        known = not any(isinstance(c, KeepMask) for c in callbacks)  # its set follows from the weights
         sets = [c.constraint for c in callbacks if isinstance(getattr(c, "constraint", None), Constraint)]
         path, taken = getattr(pl_module, "path", None), sets if known else None
 
@@ -133,7 +134,7 @@ class Export(SaveHuggingFace):
                     archive=self.archive,
                     say=rank_zero_info,
                 )
-            except Exception as error:  # one is no reason to lose the others
+            except Exception as error:  # one failed format must not lose the others
                 failed[to] = error
         if failed and "hf" not in self.exported:
             self.exported["hf"] = Path(shutil.move(self.place, base / "hf"))
@@ -151,12 +152,12 @@ class Export(SaveHuggingFace):
         return Path(logs) if self.dirpath is None else Path(self.dirpath).expanduser()
 
     def _destination(self, folder: Path) -> Path:
-        """Return where the model is saved for the exports: beside them, under a name that is gone at the end."""
+        """Return a temporary folder beside the exports, in which the model is saved for them."""
         self._temporary = contextlib.ExitStack()
         return self._temporary.enter_context(beside(folder / "export")) / "hf"
 
     def _base(self, folder: Path) -> Path:
-        """Return the folder for those of the formats: the one asked for, unless another run wrote there meanwhile."""
+        """Return the folder that holds the formats' folders: a numbered one if another run wrote there meanwhile."""
         if self.dirpath is not None:
             folder = Path(self.dirpath).expanduser()
         for number in itertools.count():

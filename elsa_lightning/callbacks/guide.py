@@ -1,4 +1,4 @@
-"""What a run tells before it starts, and what can be done when it is over."""
+"""What the command line prints before a run starts, and the closing advice when it is over."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from elsa_lightning.watch import STILL, settled
 
 
 class Guide(Callback):
-    """Says in five lines what a run of the command line prunes, how long, with what memory, where to, and how to stop.
+    """Prints five lines before a run: what it prunes, how long, with what memory, output folder, and how to stop.
 
     Args:
-        model: Name of what is trained.
+        model: Name of the model that is trained.
     """
 
     def __init__(self, model: str) -> None:
         self.model = model
-        self.sizes: tuple[int, int] | None = None  # constrained and all weights, once they are planned
+        self.sizes: tuple[int, int] | None = None  # numbers of constrained and of all weights, once planned
         self.memory: float | None = None  # GiB on each device, likewise
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the lines; every process comes here, for the folder is told by the first."""
+        """Print the lines; every process calls this, because the first one broadcasts the folder."""
         logs = trainer.log_dir
         lines = {
             "Prunes": self._what(trainer),
@@ -67,7 +67,7 @@ def _find(trainer: Trainer, kind: type[Any]) -> Any:
 
 
 def _how_long(trainer: Trainer) -> str:
-    """Return the length of a run, without asking the data, which would lose the place in it."""
+    """Return the length of a run, without asking the data loaders, which would lose their position."""
     steps = trainer.max_steps
     elsa: Any = _find(trainer, ElsaCallback)
     data: Any = getattr(trainer, "datamodule", None)
@@ -102,7 +102,7 @@ def _how_to_stop(trainer: Trainer, logs: str | None) -> str:
 
 
 def program() -> str:
-    """Return how this command line can be started again from here."""
+    """Return the command with which this program can be started again."""
     started = Path(sys.argv[0])
     if started.name == "__main__.py":
         return "python -m elsa_lightning"
@@ -110,10 +110,10 @@ def program() -> str:
 
 
 def closing(trainer: Trainer, logs: str, again: str, another: str | None) -> str | None:
-    """Return what a run came to and what to do with the model that it wrote, or None if it wrote none.
+    """Return the result of a run and suggestions for the model that it wrote, or None if it wrote none.
 
     Args:
-        trainer: Of the run.
+        trainer: The run's Trainer.
         logs: The run's folder.
         again: Options that repeat the run.
         another: Option that sets the sparsity, if the run had one.
@@ -146,7 +146,7 @@ def _wrapped(hints: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _verdict(elsa: ElsaCallback | None, steps: int) -> tuple[list[str], int | None]:
-    """Return whether the run converged, in a line, and the steps of a longer one if it did not."""
+    """Return a line that tells whether the run converged, and the steps of a longer run if it did not."""
     admm = None if elsa is None else elsa.admm
     if admm is None or admm.last_update is None or not admm.finished:
         return [], None

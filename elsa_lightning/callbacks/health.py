@@ -1,4 +1,4 @@
-"""Notices, while a run goes on, that it goes wrong."""
+"""Warns during a run of signs that it goes wrong: a rising loss, a mask that does not settle, dead tensors."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from elsa_lightning.optim.rounding import hazard
 from elsa_lightning.report import some
 from elsa_lightning.sets.structured import is_structured
 
-_LATE = 0.75  # of the ADMM phase: from here on it should be closing
-_RESIDUAL = 0.2  # ‖x − z‖/‖x‖ that the final projection would cut off
-_FLIPS = 0.1  # of the kept entries, in one update
-_RISE = 1.5  # of the loss, over its lowest since the sparsity was reached
-_BATCHES = 16  # that the loss is averaged over, or more
-_DEAD = 0.1  # of the share that survives in the whole model
+_LATE = 0.75  # fraction of the ADMM phase after which residuals and flips should be small
+_RESIDUAL = 0.2  # largest ‖x − z‖/‖x‖ after that
+_FLIPS = 0.1  # largest share of the kept entries that one update exchanges after that
+_RISE = 1.5  # factor of the loss over its lowest value since the full sparsity was reached
+_BATCHES = 16  # least number of batches over which the loss is averaged
+_DEAD = 0.1  # a tensor is dead if its share is below this fraction of the whole model's
 _EMPTY_ROWS = 0.5
 
 
 class Health:
-    """Warns of each trouble once, with the setting that most likely changes it."""
+    """Warns of each kind of trouble once, and names the setting that most likely helps."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
@@ -31,7 +31,7 @@ class Health:
         self._lowest = float("inf")
 
     def add_loss(self, outputs: Any) -> None:
-        """Take the loss of a batch, as a training step returned it; nothing is read from the device."""
+        """Add the loss of a batch, as a training step returned it, without synchronizing with the device."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
             loss = loss.detach().float()
@@ -39,7 +39,7 @@ class Health:
             self._batches += 1
 
     def warnings(self, admm: ADMM, residual: float, flips: float, sparsity: float) -> Iterator[str]:
-        """Yield what is wrong at the update just made and was not said before."""
+        """Yield warnings about the latest update, each kind only once in a run."""
         freeze, kept = admm.schedule.freeze_step(admm.total_steps), max(1 - sparsity, 1e-9)
         if admm.schedule.tightness_at(admm.step, admm.total_steps) < 1:
             return
@@ -82,7 +82,7 @@ class Health:
 
     def _dead(self, admm: ADMM, kept: float) -> Iterator[tuple[str, str]]:
         if is_structured(admm.constraint):
-            return  # whole units are zero because they are to be
+            return  # whole units are meant to be zero
         tensors, counts = admm.occupancy()
         shares, rows = (counts[:, 0] / counts[:, 1]).tolist(), (counts[:, 2] / counts[:, 3].clamp_min(1)).tolist()
         if names := [name for name, share in zip(tensors, shares, strict=True) if share < _DEAD * kept]:
@@ -100,11 +100,11 @@ class Health:
 
 
 def diverged(admm: ADMM, clip: str) -> str:
-    """Return what to say of a run whose weights are no longer finite.
+    """Return the error message for a run whose weights are no longer finite.
 
     Args:
-        admm: Of the run.
-        clip: How gradients are clipped there.
+        admm: The run's ADMM.
+        clip: Advice how to clip gradients, in words.
     """
     step = 0 if admm.last_update is None else admm.last_update.step
     cause = hazard(admm.optimizer) or (

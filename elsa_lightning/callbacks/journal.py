@@ -1,4 +1,4 @@
-"""What a run notes of itself for its report: a small file in its folder, renewed ten times."""
+"""The journal of a run, from which ``elsa report`` is made: a small file in the run's folder, rewritten ten times."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from elsa_lightning.report import finite
 from elsa_lightning.watch import figures
 
 JOURNAL = "elsa_run.json"
-_NOTES = 10  # in a run
-_MOST_METRICS = 50  # in a note: a module may log anything
+_NOTES = 10  # notes in a run
+_MOST_METRICS = 50  # metrics in a note: a module may log any number
 
 Status = Literal["running", "finished", "unfinished", "interrupted", "failed"]
 
 
 class Journal:
-    """Keeps ``elsa_run.json`` in the run's folder: command, settings, outcome, and ten notes of where it was.
+    """Writes ``elsa_run.json`` in the run's folder: command, settings, outcome, and ten notes of its progress.
 
     A note has the step, seconds, peak memory, the latest metrics, dead rows, and the distribution of the scores by
-    which weights are ranked. It is written by the first process, each time whole, and reads nothing from the device in
-    between. A run that writes nothing else, because it has no logger and no checkpoints, leaves none.
+    which weights are ranked. The first process rewrites the whole file at each note; in between nothing is read from
+    the device. A run without logger and checkpoints, which writes nothing else, has no journal.
     """
 
     def __init__(self) -> None:
-        self.place: Path | None = None  # on the first process
+        self.place: Path | None = None  # set on the first process alone
         self._known: dict[str, Any] = {}
         self._notes: list[dict[str, Any]] = []
         self._tensors: dict[str, list[int]] = {}
@@ -47,11 +47,11 @@ class Journal:
         self._done, self._active = 0, False
 
     def begin(self, trainer: Trainer) -> None:
-        """Take a name that nobody has, on every process of the run at once."""
+        """Create the file under an unused name; every process of the run must call this."""
         silent = not trainer.loggers and not trainer.checkpoint_callbacks
         if silent or trainer.fast_dev_run or self._active:  # type: ignore[attr-defined]
             return
-        folder = trainer.log_dir if trainer.loggers else _beside_checkpoints(trainer)  # which is asked of every process
+        folder = trainer.log_dir if trainer.loggers else _beside_checkpoints(trainer)  # every process must read it
         if folder is None or "://" in str(folder):
             return
         self._active, self._began = True, time.monotonic()
@@ -68,13 +68,13 @@ class Journal:
             self._write(trainer, trainer.lightning_module, "running")
 
     def note(self, trainer: Trainer, module: LightningModule, outputs: Any, *, last: bool = False) -> None:
-        """Note where the run is if a tenth of it has passed, on every process.
+        """Add a note if another tenth of the run has passed; every process must call this.
 
         Args:
-            trainer: Of the run.
-            module: Of the run.
-            outputs: What the training step returned.
-            last: Whether this is the end.
+            trainer: The run's Trainer.
+            module: The run's module.
+            outputs: The output of the training step.
+            last: Whether the run ends here.
         """
         methods = attached(trainer)
         if not self._active or not methods:
@@ -127,7 +127,7 @@ class Journal:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         record = run_record(trainer, module)
         if status in ("running", "failed"):
-            record = replace(record, notes=[])  # of how it ended
+            record = replace(record, notes=[])  # notes are about how a run ended
         told = {
             "status": status,
             **self._known,
@@ -143,7 +143,7 @@ class Journal:
 
 
 def _beside_checkpoints(trainer: Trainer) -> str:
-    """Return the folder of a run without a logger: where its checkpoints go, or their ``checkpoints`` folder is."""
+    """Return the folder of a run without a logger: that of its checkpoints, or the parent of ``checkpoints``."""
     place = getattr(trainer.checkpoint_callback, "dirpath", None)
     if place is None:
         return trainer.default_root_dir
@@ -156,7 +156,7 @@ def _device(trainer: Trainer) -> str:
 
 
 def _peak_memory(trainer: Trainer) -> int | None:
-    """Return bytes: on CUDA what torch allocated at most, elsewhere what the process held; None where nobody knows."""
+    """Return peak memory in bytes: torch's allocations on CUDA, else that of the process; None if unknown."""
     device = trainer.strategy.root_device
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -181,7 +181,7 @@ def _metrics(trainer: Trainer, methods: list[ADMM], outputs: Any) -> dict[str, f
 
 
 def _scores(methods: list[ADMM]) -> dict[str, Any] | None:
-    """Return the distributions of all methods together, or None when no mask moves any more."""
+    """Return the sum of all methods' score histograms, or None if no mask moves."""
     each = [found for admm in methods if (found := admm.score_histogram()) is not None]
     if not each:
         return None

@@ -1,4 +1,4 @@
-"""KeepMask: fine-tunes a sparse model in anybody's training loop, and loses no zero."""
+"""KeepMask: fine-tunes a sparse model in any Lightning training without losing a zero."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from elsa_lightning.sparse import MIN_SPARSITY, check_min_sparsity, sparse_weigh
 
 
 class KeepMask(ElsaCallback):
-    """Keeps the zeros of a model that is sparse already, while ``trainer.fit`` trains the rest.
+    """Keeps the zeros of an already sparse model, while ``trainer.fit`` trains the rest.
 
     Works with any LightningModule and any torch optimizer, in automatic and manual optimisation::
 
         Trainer(callbacks=[KeepMask()])
 
-    What is 0 when training begins stays 0, so any pattern stays what it is, N:M too. Gradients are masked before they
-    are clipped, the zeros are put back after every step and before whatever is validated or saved, and counted at the
-    end. The length of the run need not be known. Checkpoints hold the masks, and ``ckpt_path`` resumes exactly.
+    Weights that are 0 when training begins stay 0, so any pattern is preserved, N:M too. Gradients are masked before
+    they are clipped; zeros are restored after every step and before each validation and save, and counted at the end.
+    The length of the run need not be known. Checkpoints hold the masks, and ``ckpt_path`` resumes exactly.
 
     Args:
-        min_sparsity: Fraction of zeros from which a tensor's are kept. Those with fewer are left alone, and a line
-            says which.
-        targets: Whose zeros to keep: ``all-linear``, regular expressions of parameter names, or both. None takes
-            ``all-linear`` and every other matrix with so many zeros.
+        min_sparsity: Least fraction of zeros of a tensor whose zeros are kept. Tensors with fewer zeros are left alone,
+            and a line names them.
+        targets: The tensors whose zeros are kept: ``all-linear``, regular expressions of parameter names, or both. None
+            takes ``all-linear`` and every other matrix with so many zeros.
         ignore: Regular expressions of parameter names whose zeros may be lost.
-        optimizer_index: Which optimizer's parameters, for a module with several.
+        optimizer_index: The optimizer whose parameters are kept sparse, in a module with several.
 
     Raises:
         ValueError: An argument is out of range; or, when training begins, no tensor has so many zeros, or an adapter
@@ -57,7 +57,7 @@ class KeepMask(ElsaCallback):
 
     @property
     def keep(self) -> KeptZeros:
-        """What keeps the zeros, once training begins; ``keep.kept`` says of which tensors."""
+        """The object that keeps the zeros, once training begins; ``keep.kept`` lists the tensors."""
         assert isinstance(self.admm, KeptZeros)
         return self.admm
 
@@ -79,15 +79,15 @@ class KeepMask(ElsaCallback):
         )  # fmt: skip
 
     def _say_what_is_chosen(self, constraint: Constraint, selection: Selection) -> None:
-        """Wait for the weights of a checkpoint."""
+        """Say nothing yet: the weights of a checkpoint may still be loaded."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the masks from a checkpoint's state, or from the weights, which are all loaded by now."""
+        """Take the masks from a checkpoint's state, or from the weights, which are loaded by now."""
         loaded, self._loaded = self._loaded, None
         self._running, self.keep.paused = True, False
         if loaded:
             self.keep.load_state_dict(loaded["admm"])
-            if not trainer.is_last_batch:  # else it was done before the loader drew the next order
+            if not trainer.is_last_batch:  # else done before the loader drew the next order
                 restore_random_states(loaded["rng"])
         if not self.keep.frozen:
             self.keep.begin()
@@ -96,15 +96,15 @@ class KeepMask(ElsaCallback):
         self._begin_journal(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Mask the gradients of flat slices (FSDP1), which no parameter sees, before they are clipped."""
+        """Mask the gradients of flat slices (FSDP1) before they are clipped; hooks of parameters do not see these."""
         if self.admm is not None and self.keep.tensors.flat and optimizer is self.keep.optimizer:
             self.keep.mask_gradients()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the zeros, after what other hooks moved is 0 again.
+        """Restore zeros that other hooks changed, then count all zeros.
 
         Raises:
-            UserError: Some are lost.
+            UserError: Some zeros were lost.
         """
         self._hold(trainer)
         self.keep.check()

@@ -1,4 +1,4 @@
-"""What monitors a metric waits until the model is as sparse as was asked: before that the best one is the densest."""
+"""Makes early stopping and best checkpoints wait until the mask is fixed; before that the densest model is best."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from elsa_lightning.errors import UserError
 from elsa_lightning.schedule import Schedule
 
-_NO_QUALITY = ("step", "epoch", "elsa")  # monitors of these keep the latest, or watch the method itself
+_NO_QUALITY = ("step", "epoch", "elsa")  # monitors of these keep the latest checkpoint, or watch the method itself
 
 
 class Monitors:
-    """Keeps early stopping away, and lets no checkpoint be the best, until the mask is fixed.
+    """Disables early stopping and the choice of best checkpoints until the mask is fixed.
 
     Attributes:
-        count: Whether the mask is fixed, so that what they see is what the run is for.
+        count: Whether the mask is fixed, so that metrics are those of the intended sparsity.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Monitors:
         self._order: list[Callback] = []
 
     def check(self, trainer: Trainer, schedule: Schedule) -> None:
-        """Raise UserError if early stopping would have nothing to look at: a run that fixes its mask as it ends."""
+        """Raise UserError if early stopping could never act, because the mask is fixed only at the run's end."""
         if schedule.frozen == 0 and (stoppers := _stoppers(trainer)):
             raise UserError(
                 f"{type(stoppers[0]).__name__}(monitor={stoppers[0].monitor!r}) and ElsaCallback(frozen=0) do not go "
@@ -35,11 +35,11 @@ class Monitors:
             )
 
     def begin(self, trainer: Trainer, count: bool) -> None:
-        """Send early stopping away, unless the mask is fixed already.
+        """Remove early stopping from the callbacks, unless the mask is fixed already.
 
         Args:
-            trainer: Of the run.
-            count: Whether it is.
+            trainer: The run's Trainer.
+            count: Whether the mask is fixed.
         """
         self.count = count
         if count:
@@ -56,7 +56,7 @@ class Monitors:
             )
 
     def look(self, trainer: Trainer) -> None:
-        """Raise UserError if early stopping will find no metric of validation of its name, which has just ended."""
+        """Raise UserError if the validation that just ended did not log the metric that early stopping monitors."""
         metrics = trainer.callback_metrics
         for stopper in self._away:
             assert isinstance(stopper, EarlyStopping)
@@ -67,13 +67,13 @@ class Monitors:
                 )
 
     def open(self, trainer: Trainer) -> None:
-        """Let them count, with nothing remembered of before; its checkpoints are the first to be replaced."""
+        """Enable the monitors, without memory of earlier metrics; earlier checkpoints are the first to be replaced."""
         self.count = True
         self._forget(trainer)
         self.put_back(trainer)
 
     def end(self, trainer: Trainer) -> None:
-        """See to it that a run that ends before it was sparse leaves no best checkpoint."""
+        """Make sure that a run that ended before its mask was fixed leaves no best checkpoint."""
         if not self.count and any(saver.best_model_path for saver in _savers(trainer)):
             self._forget(trainer)
             rank_zero_warn(
@@ -83,7 +83,7 @@ class Monitors:
         self.put_back(trainer)
 
     def put_back(self, trainer: Trainer) -> None:
-        """Return early stopping to its place."""
+        """Put early stopping back in its place among the callbacks."""
         if self._away:
             now = _callbacks(trainer)
             former = [c for c in self._order if c in now or c in self._away]

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a bar of words on a terminal, a line now and then in a file."""
+"""Progress of a run: a bar with words on a terminal, a line now and then in a log file."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _SHORT = {"train/loss": "loss", "val/perplexity": "perplexity", "test/perplexity
 
 
 class State:
-    """Where a run is, in words: its steps, its sparsity and phase, the time that is left."""
+    """Describes a run's progress in words: sparsity and phase, and the time left."""
 
     def __init__(self) -> None:
         self._started, self._first = time.monotonic(), 0
         self._sparsity: float | None = None
 
     def begin(self, trainer: Trainer) -> None:
-        """Begin to measure the time."""
+        """Start the clock."""
         self._started, self._first = time.monotonic(), trainer.global_step
 
     def left(self, trainer: Trainer) -> str:
-        """Return the time left at the mean pace until now, measuring and saving included."""
+        """Return the time left at the mean pace so far, validation and saving included."""
         made, total = trainer.global_step - self._first, trainer.estimated_stepping_batches
         if made < 1 or not 0 < total < float("inf"):
             return ""
@@ -35,11 +35,11 @@ class State:
         return f"{duration(seconds)} left"
 
     def phase(self, trainer: Trainer, metrics: dict[str, Any]) -> str:
-        """Return the sparsity, and what becomes of the mask; nothing for a run without an ElsaCallback.
+        """Return sparsity and phase of the mask in words; empty for a run without an ElsaCallback.
 
         Args:
-            trainer: Of the run.
-            metrics: Those for the progress bar.
+            trainer: The run's Trainer.
+            metrics: The metrics of the progress bar.
         """
         admm = next(iter(attached(trainer)), None)
         if admm is None:
@@ -64,7 +64,7 @@ def duration(seconds: float) -> str:
 
 
 def shown(metrics: dict[str, Any]) -> list[str]:
-    """Return metrics in words, without what :class:`State` says or Lightning adds."""
+    """Return metrics in words, without those that :class:`State` shows or Lightning adds."""
     others = {name: value for name, value in metrics.items() if name != "v_num" and not name.startswith("elsa")}
     return [f"{_SHORT.get(name, name)} {v:.4g}" for name, v in others.items() if isinstance(v, (int, float))]
 
@@ -73,7 +73,7 @@ class WordProgress(TQDMProgressBar):
     """A bar over the optimizer steps of the whole run: sparsity, phase, time left, and as many metrics as fit.
 
     Args:
-        seconds: Least time between two refreshes, each of which reads metrics from the device.
+        seconds: Least time between two refreshes; each reads metrics from the device.
     """
 
     BAR_FORMAT = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
@@ -86,7 +86,7 @@ class WordProgress(TQDMProgressBar):
         self._state, self._drawn = State(), 0.0
 
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
-        """Begin the bar where the run begins, which a resumed one does in the middle."""
+        """Start the bar at the run's first step; a resumed run starts in the middle."""
         self._state.begin(trainer)
         self.train_progress_bar = self.init_train_tqdm()
         total = trainer.estimated_stepping_batches
@@ -94,7 +94,7 @@ class WordProgress(TQDMProgressBar):
         self._draw(trainer)
 
     def on_train_epoch_start(self, *_: Any) -> None:
-        """Go on: the bar is of the run, not of an epoch."""
+        """Do nothing: the bar is for the whole run, not for an epoch."""
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Refresh the bar, if it is time."""
@@ -102,18 +102,18 @@ class WordProgress(TQDMProgressBar):
             self._draw(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Leave the bar as it is if the run is over, before anything is printed of that."""
+        """Close the bar if the run is over, before anything is printed about that."""
         if is_last_step(trainer) or trainer.should_stop:
             self._draw(trainer)
             self.train_progress_bar.close()
 
     def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Begin the bar of the next loader, which has a number if there are several."""
+        """Start the bar of the next loader, with a number if there are several."""
         super().on_validation_batch_start(trainer, *args)
         self._name(self.val_progress_bar, self.validation_description, trainer.num_val_batches, *args[3:])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave a line of what was measured in the middle of a run."""
+        """Print a line with the metrics of a validation during a run."""
         self.val_progress_bar.close()
         self.reset_dataloader_idx_tracker()
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self.is_enabled:
@@ -123,12 +123,12 @@ class WordProgress(TQDMProgressBar):
             self._draw(trainer)
 
     def on_test_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Begin the bar of the next loader."""
+        """Start the bar of the next loader."""
         super().on_test_batch_start(trainer, *args)
         self._name(self.test_progress_bar, self.test_description, trainer.num_test_batches, *args[3:])
 
     def on_predict_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Begin the bar of the next loader."""
+        """Start the bar of the next loader."""
         super().on_predict_batch_start(trainer, *args)
         self._name(self.predict_progress_bar, self.predict_description, trainer.num_predict_batches, *args[3:])
 
@@ -145,7 +145,7 @@ class WordProgress(TQDMProgressBar):
         self._drawn = time.monotonic()
         metrics = self.get_metrics(trainer, trainer.lightning_module)
         bar.set_description_str(self._state.phase(trainer, metrics) or "training", refresh=False)
-        # fewer words on a narrow terminal, for tqdm cuts in the middle of one
+        # fewer words on a narrow terminal, since tqdm cuts in the middle of a word
         room = (bar.ncols or 80) - len(bar.desc) - 2 * len(str(bar.total or trainer.global_step)) - 12
         words = ""
         for word in filter(None, [self._state.left(trainer), *shown(metrics)]):
@@ -158,7 +158,7 @@ class WordProgress(TQDMProgressBar):
 
 
 class LineProgress(ProgressBar):
-    """Prints a line now and then, where a bar that is drawn over itself would fill a log.
+    """Prints a line now and then, for log files, which a redrawn bar would fill.
 
     Args:
         seconds: Least time between two lines.
@@ -180,31 +180,31 @@ class LineProgress(ProgressBar):
         self._enabled = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to measure the time."""
+        """Start the clock."""
         self._said = time.monotonic()
         self._state.begin(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Say, if it is time, where the run is."""
+        """Print the step of the run, if a line is due."""
         if self._due():
             place = f"step {trainer.global_step} of {trainer.estimated_stepping_batches}"
             self._say(trainer, pl_module, place, self._state.left(trainer))
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Say, if it is time, where the validation is."""
+        """Print the progress of the validation, if a line is due."""
         self._evaluated(trainer, pl_module, trainer.num_val_batches, args[2])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what was measured in the middle of a run."""
+        """Print the metrics of a validation during a run."""
         if self._enabled and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._say(trainer, pl_module, f"validated after step {trainer.global_step}")
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Say, if it is time, where the test is."""
+        """Print the progress of the test, if a line is due."""
         self._evaluated(trainer, pl_module, trainer.num_test_batches, args[2])
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Say, if it is time, where the prediction is."""
+        """Print the progress of the prediction, if a line is due."""
         self._evaluated(trainer, pl_module, trainer.num_predict_batches, args[2])
 
     def _evaluated(self, trainer: Trainer, pl_module: LightningModule, batches: Any, index: int) -> None:

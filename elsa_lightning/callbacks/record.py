@@ -1,4 +1,4 @@
-"""What a run knows of the model that it leaves, for the model's card."""
+"""Collects what a run knows about the model that it leaves, for the model card."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def run_record(trainer: Trainer, module: LightningModule, **known: Any) -> Recor
     """Return the record of a run at its end.
 
     Args:
-        trainer: Of the run.
-        module: What was trained; of others than CausalLM less is known.
+        trainer: The run's Trainer.
+        module: The module that was trained; less is known about modules other than CausalLM.
         known: More fields of the record.
     """
     methods = attached(trainer)
@@ -52,13 +52,13 @@ def _base_model(module: LightningModule) -> str | None:
 
 
 def _training(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-    ours = module.hparams.items() if _is_causal_lm(module) else ()  # those of others may be secrets
+    ours = module.hparams.items() if _is_causal_lm(module) else ()  # other modules' may be secrets
     arguments = {name: value for name, value in ours if isinstance(value, _SCALAR) and name != "name"}
     found: dict[str, Any] = {"optimizer steps": trainer.global_step, "precision": trainer.precision, **arguments}
     for optimizer in trainer.optimizers:
         defaults: dict[str, Any] = getattr(optimizer, "defaults", {})
         numbers = {k: v for k, v in defaults.items() if isinstance(v, (float, tuple))}
-        numbers |= {"lr": peak(optimizer)} if "lr" in numbers else {}  # which may have been chosen
+        numbers |= {"lr": peak(optimizer)} if "lr" in numbers else {}  # the run may have chosen it
         found.setdefault("optimizer", []).append(
             f"{type(optimizer).__name__}({', '.join(f'{k}={v}' for k, v in numbers.items())})"
         )

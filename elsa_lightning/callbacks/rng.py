@@ -1,4 +1,4 @@
-"""The random state of every process, for runs that resume to the bit."""
+"""Saves and restores the random state of every process, so that resumed runs are bit-identical."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def random_states() -> dict[str, Tensor]:
 
 
 def restore_random_states(states: dict[str, Tensor]) -> None:
-    """Go on with the random numbers of the run that saved them, if it had as many processes."""
+    """Restore random states, if they were saved by as many processes as there are now."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
     if len(states["cpu"]) == world:
         torch.set_rng_state(states["cpu"][rank].cpu().clone())

@@ -1,4 +1,4 @@
-"""What the model writes before and after a run, for those who read more from text than from a number."""
+"""Samples: texts that the model generates before and after a run, to compare by reading."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from elsa_lightning.lm.text import load_tokenizer
 
 
 class Samples(Callback):
-    """Lets the dense model before the first step and the sparse one after the last continue the same prompts, greedily.
+    """Continues the same prompts greedily with the dense model before the first step and the sparse one after the last.
 
-    Looks for a Hugging Face model in the module's attribute ``model``, and its tokenizer in ``path``, as
+    The Hugging Face model is looked for in the module's attribute ``model``, and its tokenizer in ``path``, where
     :class:`~elsa_lightning.CausalLM` has them. The texts are in ``elsa_run.json`` and in ``elsa report``. Of several
-    processes the first writes.
+    processes the first generates.
 
     Args:
-        prompts: To continue; None takes the beginnings of the first validation sequences.
-        number: How many of these.
-        prompt_tokens: Tokens of each of these.
-        new_tokens: Tokens that the model adds at most.
+        prompts: Texts to continue; None takes the beginnings of the first validation sequences.
+        number: How many beginnings to take.
+        prompt_tokens: Tokens of each beginning.
+        new_tokens: Largest number of tokens that the model adds.
 
     Attributes:
-        samples: ``prompt``, ``dense`` and ``sparse`` text of each.
+        samples: ``prompt``, ``dense`` and ``sparse`` text of each prompt.
 
     Raises:
         UserError: An argument is out of range.
@@ -48,18 +48,18 @@ class Samples(Callback):
         self.samples: list[dict[str, str]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a model that is sharded, of which no process has all."""
+        """Refuse a sharded model, since no process has all of it."""
         if stage == "fit":
             check_whole(trainer, "Samples")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the dense model write, unless a checkpoint brought its texts along."""
+        """Generate with the dense model; a resumed run has its texts from the checkpoint."""
         if trainer.global_step == 0:
             self.samples = []
             self._write(trainer, pl_module, "dense")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the model that the run leaves write."""
+        """Generate with the final model."""
         if trainer.global_step > 0:
             self._write(trainer, pl_module, "sparse")
 
@@ -103,7 +103,7 @@ class Samples(Callback):
             module.training = training
 
     def _beginnings(self, trainer: Trainer, tokenizer: Any) -> list[str]:
-        """Return the beginnings of the first validation sequences, none where there is no such data."""
+        """Return the beginnings of the first validation sequences; empty without such data."""
         loaders, found = trainer.val_dataloaders, list[str]()
         combined = CombinedLoader(loaders or [], "sequential")
         combined.limits = list(trainer.num_val_batches) if loaders is not None else []
@@ -119,9 +119,9 @@ class Samples(Callback):
         return found[: self.number]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the texts, of which a resumed run can no longer write the dense ones."""
+        """Return the texts, because a resumed run can no longer generate those of the dense model."""
         return {"samples": self.samples}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the texts."""
         self.samples = list(state_dict["samples"])

@@ -1,4 +1,4 @@
-"""What a Trainer saved, and when: the last checkpoint must not stay dense."""
+"""Tracks the checkpoints of a Trainer, so that those of the last step can be rewritten with exact zeros."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 
 
 class MethodHook:
-    """Methods of one object that are wrapped until :meth:`remove`."""
+    """Wraps methods of one object until :meth:`remove`."""
 
     def __init__(self, owner: Any, **methods: Callable[..., Any]) -> None:
         self._owner, self._names = owner, list(methods)
@@ -17,17 +17,17 @@ class MethodHook:
             setattr(owner, name, method)
 
     def remove(self) -> None:
-        """Return to the object's own methods."""
+        """Restore the object's own methods."""
         for name in self._names:
             self._owner.__dict__.pop(name, None)
 
 
 class Saves:
-    """Remembers step and path of each checkpoint of a run, wherever the path leads and whoever asked for it.
+    """Remembers step and path of each checkpoint of a run, whichever callback saved it.
 
     Args:
-        trainer: Of the run.
-        is_dense: Asked after a save whether it was of weights without exact zeros.
+        trainer: The run's Trainer.
+        is_dense: Called after a save; returns whether the weights had no exact zeros.
     """
 
     def __init__(self, trainer: Trainer, is_dense: Callable[[], bool]) -> None:
@@ -40,32 +40,32 @@ class Saves:
         self._made[str(filepath)] = (self._trainer.global_step, self._is_dense(), args, kwargs)
 
     def is_latest_there(self) -> bool:
-        """Say whether a checkpoint was made of this step."""
+        """Return whether there is a checkpoint of the current step."""
         return any(step == self._trainer.global_step for step, *_ in self._made.values())
 
     def renew(self) -> None:
-        """Write those of this step again that were made before the zeros were exact."""
+        """Rewrite checkpoints of the current step that were saved before the zeros were exact."""
         for path, (step, dense, args, kwargs) in list(self._made.items()):
             if step == self._trainer.global_step and dense:
                 self._saving(path, *args, **kwargs)
 
     def remove(self) -> None:
-        """Watch no more."""
+        """Stop tracking."""
         self._hook.remove()
 
 
 class BeforeSaving:
-    """A module's hook before its state dict is taken; copies and pickles of the module go without it."""
+    """A hook called before a module's state dict is taken; copies and pickles of the module lose it."""
 
     def __init__(self, call: Callable[[], None]) -> None:
         self._call = call
 
     def __call__(self, *_: Any) -> None:
-        """Call back."""
+        """Call the function."""
         self._call()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        """Leave the run behind."""
+        """Pickle as a hook that does nothing, without the run."""
         return _without_run, ()
 
 

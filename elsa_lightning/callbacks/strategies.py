@@ -1,4 +1,4 @@
-"""What a Trainer must be like, and what strategies that shard a model need before it is saved or loaded."""
+"""Checks of Trainers and strategies, and what sharding strategies need before a model is saved or loaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from elsa_lightning.errors import UserError
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Raise UserError if weights cannot be constrained under a Trainer."""
+    """Raise UserError if weights cannot be constrained under this Trainer."""
     check_strategy(trainer.strategy)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, (ModelPruning, WeightAveraging, StochasticWeightAveraging)):
@@ -44,24 +44,24 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 SHARDING = (FSDPStrategy, ModelParallelStrategy)
-_PATIENCE = timedelta(days=7)  # of those who wait; a process that is gone is noticed at once
+_PATIENCE = timedelta(days=7)  # timeout of waiting processes; the end of the first process is noticed at once anyway
 T = TypeVar("T")
 
 
 def on_first(trainer: Trainer, work: Callable[[], T]) -> T | None:
-    """Do something on the first process while the others wait, however long it takes; every process must come here.
+    """Call ``work`` on the first process while the others wait, however long; every process must call this.
 
-    The others wait in a process group of their own: that of training would give them up after half an hour.
+    The others wait in a separate process group, because that of training times out after half an hour.
 
     Args:
-        trainer: Of the run.
-        work: To do; it must not need the other processes.
+        trainer: The run's Trainer.
+        work: A function that does not need the other processes.
 
     Returns:
-        What it returns; None on the other processes.
+        The result of ``work``; None on the other processes.
 
     Raises:
-        Exception: What it raises; on the other processes a UserError that says so, so that all end.
+        Exception: An exception of ``work``; on the other processes a UserError, so that all end.
     """
     if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
         return work() if trainer.is_global_zero else None
@@ -83,12 +83,12 @@ def on_first(trainer: Trainer, work: Callable[[], T]) -> T | None:
 
 
 def check_whole(trainer: Trainer, who: str, instead: str = "") -> None:
-    """Raise UserError if a model is sharded, of which no process has all, and a callback needs all of it.
+    """Raise UserError if the model is sharded, for a callback that needs the whole model in one process.
 
     Args:
-        trainer: Of the run.
+        trainer: The run's Trainer.
         who: Name of the callback.
-        instead: What else to do, after leaving it out.
+        instead: Further advice, after leaving the callback out.
     """
     if isinstance(trainer.strategy, SHARDING):
         raise UserError(
@@ -101,7 +101,7 @@ def choose_optimizer(optimizers: list[Optimizer], index: int | None) -> Optimize
     """Return the optimizer whose parameters are constrained.
 
     Raises:
-        UserError: There is none, or none of that index, or several and no index.
+        UserError: There is no optimizer, none with that index, or several and no index was given.
     """
     names = ", ".join(f"{i}: {type(o).__name__}" for i, o in enumerate(optimizers))
     if not any(group["params"] for optimizer in optimizers for group in optimizer.param_groups):  # Lightning's mock
@@ -117,7 +117,7 @@ def choose_optimizer(optimizers: list[Optimizer], index: int | None) -> Optimize
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Raise ValueError if the weights cannot be constrained under a strategy."""
+    """Raise ValueError if weights cannot be constrained under this strategy."""
     works = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
     if not isinstance(strategy, works) or isinstance(strategy, DeepSpeedStrategy):
         raise UserError(
@@ -134,7 +134,7 @@ def check_strategy(strategy: Strategy) -> None:
 
 
 def check_optimizer_of_fsdp(optimizer: Optimizer) -> None:
-    """Raise ValueError if FSDP1 could not save an optimizer's state."""
+    """Raise ValueError if FSDP1 cannot save the state of this optimizer."""
     if type(optimizer).__module__.startswith("bitsandbytes"):
         raise UserError(
             f"{type(optimizer).__name__} of bitsandbytes trains under FSDPStrategy, but its state cannot be saved; use "
@@ -143,7 +143,7 @@ def check_optimizer_of_fsdp(optimizer: Optimizer) -> None:
 
 
 def watch_fsdp(strategy: FSDPStrategy, before_saving: Callable[[], None]) -> MethodHook:
-    """See what is saved before FSDP1 gathers it, and that it can load what is to be loaded."""
+    """Call ``before_saving`` before FSDP1 gathers a state, and check before loading that it can load a checkpoint."""
     save, load = strategy.lightning_module_state_dict, strategy.load_checkpoint
 
     def saving() -> dict[str, Any]:
@@ -160,7 +160,7 @@ def watch_fsdp(strategy: FSDPStrategy, before_saving: Callable[[], None]) -> Met
 def expect_what_is_loaded(
     strategy: ModelParallelStrategy, module: LightningModule, admm: ADMM, optimizer_index: int
 ) -> None:
-    """Make room for a checkpoint's state when it is about to be loaded; only the strategy is told which it is."""
+    """Allocate state when a checkpoint is about to be loaded; only the strategy is told its path."""
     load = strategy.load_checkpoint
 
     def expecting(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def expect_what_is_loaded(
         keys = saved_state_keys(path, module, admm.optimizer, optimizer_index)
         admm.expect(keys)
         unused = [p for p in module.parameters() if p.requires_grad and p not in keys]
-        for p in unused:  # else torch insists on state that a parameter without gradient never had
+        for p in unused:  # else torch requires state that a parameter without gradient never had
             p.requires_grad_(False)
         try:
             return load(checkpoint_path, *args, **kwargs)

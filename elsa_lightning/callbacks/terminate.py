@@ -1,4 +1,4 @@
-"""Save and exit when the run is to end at once."""
+"""SaveOnTerminate: saves a checkpoint and exits when the process is asked to end."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 
 class SaveOnTerminate(Callback):
-    """On SIGTERM, which a preempted node or a scheduler sends, or Ctrl-C, saves after the current step and exits.
+    """Saves after the current step and exits on Ctrl-C or SIGTERM, which schedulers and preempted nodes send.
 
     The checkpoint is ``terminated-step=N.ckpt``, with exact zeros, and ``ckpt_path`` resumes it exactly. If the machine
-    goes before it is whole it is not there, or, as the folder of a distributed checkpoint, refused. The exit status is
-    that of a process that the signal ended: 143, or 130 after Ctrl-C. A second Ctrl-C ends the run as it would without
-    this callback.
+    stops before the checkpoint is complete, there is none, or, if it is a distributed one, its folder is refused at
+    loading. The exit status is that of a process ended by the signal: 143, or 130 after Ctrl-C. A second Ctrl-C ends
+    the run as it would without this callback.
 
     Args:
         dirpath: Folder for the checkpoint; None takes ``checkpoints`` in the logger's folder.
@@ -26,12 +26,12 @@ class SaveOnTerminate(Callback):
 
     def __init__(self, dirpath: str | None = None) -> None:
         self.dirpath = dirpath
-        self._asked = 0  # the signal
+        self._asked = 0  # number of the signal that was received
         self._step = 0
         self._former: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to the signals."""
+        """Install the signal handlers."""
         self._asked, self._step = 0, trainer.global_step
         if threading.current_thread() is threading.main_thread():
             self._former = {signum: signal.signal(signum, self._ask) for signum in (signal.SIGTERM, signal.SIGINT)}
@@ -46,7 +46,7 @@ class SaveOnTerminate(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save after an optimizer step once any process was asked to; all of them do."""
+        """Save on all processes after an optimizer step, if any process got a signal."""
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         if not stepped or not trainer.strategy.reduce_boolean_decision(bool(self._asked), all=False):
             return
@@ -59,11 +59,11 @@ class SaveOnTerminate(Callback):
         raise SystemExit(128 + (self._asked or signal.SIGTERM))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Listen no more."""
+        """Restore the former signal handlers."""
         self._listen_no_more()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Listen no more."""
+        """Restore the former signal handlers."""
         self._listen_no_more()
 
     def _listen_no_more(self) -> None:

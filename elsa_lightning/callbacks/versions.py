@@ -1,4 +1,4 @@
-"""A folder for each run, also of runs that are started together."""
+"""Gives each run a folder and file names of its own, even if several runs start at the same time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from elsa_lightning.errors import UnavailableError
 
 
 def claim_versions(trainer: Trainer) -> None:
-    """Let loggers that number their folders make the folder when they choose the number, so that no run shares it.
+    """Make loggers that number their folders create the folder as soon as they choose the number.
 
-    Lightning's look for a free number, and make its folder much later.
+    Lightning's loggers create it much later, so that two runs could choose the same number.
     """
     for logger in trainer.loggers:
         search: Callable[[], int] | None = getattr(logger, "_get_next_version", None)
-        if search is not None and trainer.is_global_zero:  # the other processes are told by the first
+        if search is not None and trainer.is_global_zero:  # the first process tells the others
             setattr(logger, "_get_next_version", functools.partial(_claim, logger, search))  # noqa: B010
 
 
@@ -30,7 +30,7 @@ def _claim(logger: Any, search: Callable[[], int]) -> int:
         version = search()
         logger._version = version
         folder = str(logger.log_dir)
-        if "://" in folder:  # of a store whose folders cannot be claimed
+        if "://" in folder:  # a remote store, whose folders cannot be claimed
             return version
         try:
             Path(folder).mkdir(parents=True)
@@ -41,7 +41,7 @@ def _claim(logger: Any, search: Callable[[], int]) -> int:
 
 
 def unused(file: Path) -> Path:
-    """Return a file that nobody else has, made empty: the one asked for, or the first such name with a number."""
+    """Create an empty file under the given name, or the first unused one with a number, and return its path."""
     file.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count():
         place = file if number == 0 else file.with_stem(f"{file.stem}_{number}")
@@ -57,8 +57,8 @@ class SaveConfigOnce(SaveConfigCallback):
     """Saves a run's configuration beside those of other runs in the same folder: ``config.yaml``, ``config_1.yaml``."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take a name that nobody has, and save."""
-        log_dir = trainer.log_dir  # every process asks: this is a broadcast
+        """Save the configuration under an unused name."""
+        log_dir = trainer.log_dir  # on every process: reading it is a broadcast
         if trainer.is_global_zero and not self.already_saved and log_dir is not None and "://" not in log_dir:
             self.config_filename = unused(Path(log_dir) / self.config_filename).name
         super().setup(trainer, pl_module, stage)

@@ -1,4 +1,4 @@
-"""Zero-shot tasks before and after a run."""
+"""ZeroShot: evaluates the model on zero-shot tasks before and after a run."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from elsa_lightning.lm.text import load_tokenizer
 class ZeroShot(Callback):
     """Runs tasks of lm-eval on the dense model before the first step and on the sparse one after the last.
 
-    Looks for a Hugging Face model in the module's attribute ``model``. Prints a table, logs
+    The Hugging Face model is looked for in the module's attribute ``model``. The callback prints a table, logs
     ``zero_shot/<task>_<metric>`` and writes ``evaluation.json`` into the logger's folder. Of several processes the
     first evaluates and the others wait.
 
     Args:
-        tasks: Of lm-eval; None takes the published seven (boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge,
-            openbookqa), whose data is downloaded.
-        include_path: Folder of task files of one's own, whose data may be local.
-        limit: Items a task at most, the first; None takes all.
+        tasks: Tasks of lm-eval; None takes the published seven (boolq, rte, hellaswag, winogrande, arc_easy,
+            arc_challenge, openbookqa), whose data is downloaded.
+        include_path: Folder of your own task files, whose data may be local.
+        limit: Evaluate at most so many items of each task, the first ones; None takes all.
         num_fewshot: Examples before each question.
-        batch_size: Sequences at once.
+        batch_size: Sequences in a batch.
         dense: Whether to evaluate before the first step, too.
-        tokenizer: Hub name or folder; None takes the module's attribute ``path``, as CausalLM has it.
+        tokenizer: Hub name or folder; None takes the module's attribute ``path``, as in CausalLM.
 
     Raises:
         UserError: lm-eval is not installed.
@@ -60,24 +60,24 @@ class ZeroShot(Callback):
         self.after: list[Score] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a model that is sharded, of which no process has all."""
+        """Refuse a sharded model, since no process has all of it."""
         if stage == "fit":
             check_whole(trainer, "ZeroShot", ", and call elsa evaluate on what the run leaves")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse before training what could not be evaluated after it."""
+        """Check before training that the model and tasks can be evaluated after it."""
         self._model(pl_module)
         on_first(trainer, lambda: check_tasks(self.tasks, self.options["include_path"]))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate the dense model, unless a checkpoint brought its scores along."""
+        """Evaluate the dense model; a resumed run has its scores from the checkpoint."""
         if self.dense and trainer.global_step == 0:
             self.before = self._measure(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate the model that the run leaves, once everybody has saved it; print, log and write the scores."""
+        """Evaluate the final model after all callbacks have saved it; print, log and write the scores."""
         self.after = self._measure(trainer, pl_module)
-        folder = trainer.log_dir or trainer.default_root_dir  # every process asks: this is a broadcast
+        folder = trainer.log_dir or trainer.default_root_dir  # on every process: reading it is a broadcast
         if not trainer.is_global_zero:
             return
         rank_zero_info(table(self.after, self.before))
@@ -96,7 +96,7 @@ class ZeroShot(Callback):
         return on_first(trainer, measured) or []
 
     def _model(self, pl_module: LightningModule) -> tuple[Any, str]:
-        """Return the model and where its tokenizer is."""
+        """Return the model and the path of its tokenizer."""
         model = uncompiled(getattr(pl_module, "model", None))
         path = self.tokenizer or getattr(pl_module, "path", None)
         if not hasattr(model, "save_pretrained") or path is None:
@@ -107,10 +107,10 @@ class ZeroShot(Callback):
         return model, path
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the dense model's scores, which a resumed run can no longer measure."""
+        """Return the dense model's scores, because a resumed run can no longer measure them."""
         scores = [dataclasses.asdict(score) for score in self.before]
         return {"before": [{**score, "parts": list(score["parts"].items())} for score in scores]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the scores."""
         self.before = [Score(**{**score, "parts": dict(score["parts"])}) for score in state_dict["before"]]

@@ -1,4 +1,4 @@
-"""What leaves the library: folders that load elsewhere. Names load when they are first used, as the package's do."""
+"""Exports of sparse models to formats that load elsewhere. Names load when first used, like those of the package."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

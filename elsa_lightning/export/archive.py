@@ -1,4 +1,4 @@
-"""A folder as one compressed file, for transport: zeros take little room in it."""
+"""Writes a folder as one compressed file, for transport: zeros take little space in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import IO, Any
 from elsa_lightning.errors import UserError
 from elsa_lightning.export.folders import archive_of
 
-_LEVEL = 10  # of 1 to 19: what is above takes many times as long for a few percent
+_LEVEL = 10  # of 1 to 19: higher levels take many times as long for a few percent
 
 
 def check_archive(output: Path) -> None:
@@ -27,12 +27,12 @@ def write_archive(folder: Path, name: str, file: Path) -> None:
     """Write a folder as a compressed tar file, and read it back.
 
     Args:
-        folder: To read.
-        name: Of the folder in the archive.
-        file: To write.
+        folder: The folder.
+        name: Name of the folder in the archive.
+        file: The archive to write.
 
     Raises:
-        UserError: What is read back is something else.
+        UserError: The archive does not give back the files.
     """
     zstandard: Any = import_module("zstandard")
     made = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)

@@ -1,7 +1,7 @@
-"""Matrices on a symmetric grid as GGUF's blocks of 32 weights, without loss: Q4_0 and Q8_0, a float16 scale a block.
+"""Packs matrices on a symmetric grid losslessly as GGUF's blocks of 32 weights: Q4_0 and Q8_0, a float16 scale a block.
 
-llama.cpp's own quantizer picks scales of its own, which are not those that a model was trained on. Here its converter
-writes the model in float32, with its names and orders, and what lies on a grid is packed afterwards.
+llama.cpp's own quantizer chooses its own scales, not those on which a model was trained. So its converter writes the
+model in float32, with its names and orders, and matrices on a grid are packed afterwards.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from elsa_lightning.export.quantized import Grid, find_grid
 
 BLOCK = 32
 BITS = {"q4_0": 4, "q8_0": 8}
-_FILE_TYPE = {"q4_0": 2, "q8_0": 7}  # general.file_type: what most of a file is
-_WRITTEN = ("general.architecture", "general.file_type")  # otherwise
+_FILE_TYPE = {"q4_0": 2, "q8_0": 7}  # general.file_type: the type of most tensors in a file
+_WRITTEN = ("general.architecture", "general.file_type")  # fields that are not copied but set
 
 
 def on_grid(weight: Tensor, bits: int) -> Grid | None:
-    """Return codes and float16 scales of a matrix, one scale for 32 columns; None unless they give it back exactly.
+    """Return codes and float16 scales of a matrix, one scale for 32 columns; None unless they reproduce it exactly.
 
-    Codes are in ±(2^(bits−1) − 1), which both formats have. Scales that were trained are numbers of bfloat16; one is a
-    number of float16 too if it is at least 2^-17 and below 65,536.
+    Codes are in ±(2^(bits−1) − 1), which both formats have. Trained scales are bfloat16 numbers; float16 holds such a
+    number exactly if it is at least 2^-17 and below 65,536.
 
     Args:
         weight: ``(out, in)``, float32.
@@ -43,8 +43,8 @@ def on_grid(weight: Tensor, bits: int) -> Grid | None:
 def to_blocks(grid: Grid, bits: int) -> np.ndarray[Any, Any]:
     """Return the bytes of a matrix's blocks, uint8 ``(out, bytes)``.
 
-    Q8_0 is a scale and 32 int8. Q4_0 is a scale and 16 bytes: of code j + 8 in the low half, of code j + 16 in the
-    high half.
+    A Q8_0 block is a scale and 32 int8. A Q4_0 block is a scale and 16 bytes, each with one code + 8 in the low half
+    and, of the column 16 further, another in the high half.
     """
     codes = grid.codes.view(*grid.scales.shape, BLOCK)
     if bits == 4:
@@ -57,15 +57,15 @@ def to_blocks(grid: Grid, bits: int) -> np.ndarray[Any, Any]:
 
 
 def pack_file(source: Path, file: Path, kind: str) -> tuple[int, int]:
-    """Write a float32 GGUF file anew, its matrices on a grid as blocks and the others in the least exact plain type.
+    """Rewrite a float32 GGUF file, with matrices on a grid as blocks and other tensors in the smallest exact type.
 
     Args:
-        source: That llama.cpp's converter wrote with ``--outtype f32``.
-        file: To write.
+        source: A file that llama.cpp's converter wrote with ``--outtype f32``.
+        file: The file to write.
         kind: ``q4_0`` or ``q8_0``.
 
     Returns:
-        How many matrices are blocks, and how many there are. If none is, nothing is written.
+        How many matrices are blocks, and how many there are. If none is on a grid, nothing is written.
     """
     gguf: Any = import_module("gguf")
     read = gguf.GGUFReader(str(source))
@@ -102,7 +102,7 @@ def pack_file(source: Path, file: Path, kind: str) -> tuple[int, int]:
 
 
 def check_file(source: Path, file: Path) -> None:
-    """Raise UserError unless a file gives back every number of another one, read by the package gguf."""
+    """Raise UserError unless a file has exactly the numbers of another one, as read by the package gguf."""
     gguf, quants = import_module("gguf"), import_module("gguf.quants")
     before, after = (gguf.GGUFReader(str(path)).tensors for path in (source, file))
     for old, new in zip(before, after, strict=True):
@@ -112,7 +112,7 @@ def check_file(source: Path, file: Path) -> None:
 
 
 def _rows(t: Any) -> Tensor:
-    """Return a float32 tensor of a file as a matrix; stacks of experts are below each other."""
+    """Return a float32 tensor of a file as a matrix, with stacked experts below each other."""
     return torch.from_numpy(np.array(t.data, dtype=np.float32)).reshape(-1, t.data.shape[-1])
 
 

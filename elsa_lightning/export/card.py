@@ -1,4 +1,4 @@
-"""The model card: what is known of a sparse model, with the hub's metadata."""
+"""The model card: describes a sparse model, with the hub's metadata."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _WHAT = {
 
 
 def write_card(folder: Path, record: Record) -> None:
-    """Write README.md and elsa.json, each whole or not at all."""
+    """Write README.md and elsa.json, each atomically."""
     write(folder / RECORD, record.to_json())
     write(folder / CARD, card(record))
 
 
 def card(record: Record) -> str:
-    """Return the model card of a record; of what is not known it says nothing."""
+    """Return the model card of a record; unknown facts are left out."""
     parts = [
         f"---\n{_metadata(record)}\n---",
         f"# {record.title}, {_share(record.zeros)} zeros" if record.zeros[1] else f"# {record.title}",
@@ -117,7 +117,7 @@ def _cell(value: Any) -> str:
 
 
 def _sparsity(sparsity: dict[str, tuple[int, int]]) -> str:
-    """Return zeros by block, and of matrices outside of blocks."""
+    """Return a table of zeros by block, and of matrices outside of blocks."""
     blocks: dict[str, list[tuple[int, int]]] = {}
     for name, counts in sparsity.items():
         found = _BLOCK.search(name)

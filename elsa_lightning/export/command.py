@@ -1,4 +1,4 @@
-"""``elsa export``."""
+"""The command ``elsa export``: its parser and entry point."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Export as told.
+    """Export a model.
 
     Args:
-        arguments: Those after ``export``.
+        arguments: The arguments after ``export``.
     """
     given = parser().parse_args(arguments)
     from elsa_lightning.export.cpu_sparse import BREAK_EVEN

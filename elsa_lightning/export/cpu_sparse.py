@@ -1,7 +1,6 @@
-"""Decoding on a CPU without multiplying zeros: linear layers as compressed sparse rows (CSR) of torch.
+"""Decoding on a CPU without multiplying zeros: linear layers in torch's compressed sparse row format (CSR).
 
-int32 indices and float32 values are what MKL has fast kernels for. Its products take no bfloat16, so the model is
-float32.
+MKL has fast kernels for int32 indices and float32 values, but no products in bfloat16, so the model is float32.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from elsa_lightning.errors import UnavailableError, UserError
 
 FILE = "cpu_sparse.safetensors"
 # Measured on one thread with benchmarks/decode/products.py; see docs/exports.md.
-BREAK_EVEN = 0.6  # of zeros: from here on decoding is faster than in dense float32
-BLOCK = 32  # rows of a product with a matrix, where there are more than one; more at a time take longer
+BREAK_EVEN = 0.6  # share of zeros from which decoding is faster than in dense float32
+BLOCK = 32  # rows of x in one product, if there are several; larger products are slower
 
 
 class CSRLinear(nn.Module):
-    """A linear layer, x Wᵀ + b, whose W is kept as compressed sparse rows. For inference.
+    """A linear layer, x Wᵀ + b, whose W is stored as compressed sparse rows. For inference.
 
     Attributes:
-        crow_indices: Where rows begin among the values, int32 ``(out + 1,)``.
+        crow_indices: Index of each row's first value, int32 ``(out + 1,)``.
         col_indices: Columns of the values, int32 ``(values,)``.
         values: Non-zeros, float32 ``(values,)``.
         bias: float32 ``(out,)``, or None.
@@ -36,8 +35,8 @@ class CSRLinear(nn.Module):
     Args:
         out_features: Rows of W.
         in_features: Columns of W.
-        values: Non-zeros.
-        bias: Whether there is one.
+        values: Number of non-zeros.
+        bias: Whether the layer has a bias.
     """
 
     crow_indices: Tensor
@@ -53,7 +52,7 @@ class CSRLinear(nn.Module):
         self.register_buffer("values", torch.zeros(values, dtype=torch.float32))
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32) if bias else None)
         self._matrix: Tensor | None = None
-        self._made_of = 0  # address of the values in it
+        self._made_of = 0  # address of the values that _matrix shares
 
     @classmethod
     @torch.no_grad()
@@ -71,16 +70,16 @@ class CSRLinear(nn.Module):
 
     @property
     def zeros(self) -> int:
-        """Zeros of W."""
+        """Number of zeros of W."""
         return self.out_features * self.in_features - int(torch.count_nonzero(self.values))
 
     def matrix(self) -> Tensor:
-        """Return W ``(out, in)`` as torch's sparse tensor, in the same memory."""
+        """Return W ``(out, in)`` as a sparse tensor of torch, which shares the memory of the values."""
         values = self.values
-        if self._matrix is None or values.data_ptr() != self._made_of:  # whose memory the matrix holds
+        if self._matrix is None or values.data_ptr() != self._made_of:  # made anew if the values moved
             size = (self.out_features, self.in_features)
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")  # beta; they were checked
+                warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")  # beta; checked before
                 self._matrix = torch.sparse_csr_tensor(
                     self.crow_indices, self.col_indices, values, size=size, check_invariants=False
                 )
@@ -88,10 +87,10 @@ class CSRLinear(nn.Module):
         return self._matrix
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``(..., out)`` of ``(..., in)``.
+        """Map ``(..., in)`` to ``(..., out)``.
 
         Raises:
-            UserError: The last dimension is another.
+            UserError: The last dimension is wrong.
         """
         if x.shape[-1] != self.in_features:
             raise UserError(f"a layer of {self.in_features} inputs was given {x.shape[-1]}: shape {tuple(x.shape)}")
@@ -106,7 +105,7 @@ class CSRLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def check(self) -> None:
-        """Raise UserError if the indices point outside of the matrix, which the products would not notice."""
+        """Raise UserError if indices point outside of the matrix, which products would not notice."""
         starts, columns = self.crow_indices, self.col_indices
         ends = int(starts[0]) == 0 and int(starts[-1]) == len(columns) == len(self.values)
         inside = not len(columns) or (int(columns.min()) >= 0 and int(columns.max()) < self.in_features)
@@ -114,7 +113,7 @@ class CSRLinear(nn.Module):
             raise UserError(f"{FILE} is broken: indices point outside of a matrix of {self.in_features} columns")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave torch's sparse tensor, which is made anew, out of copies."""
+        """Leave torch's sparse tensor out of copies; it is made anew there."""
         return {**self.__dict__, "_matrix": None}
 
     def extra_repr(self) -> str:
@@ -124,14 +123,14 @@ class CSRLinear(nn.Module):
 
 
 def to_cpu_sparse(model: nn.Module, break_even: float = BREAK_EVEN) -> nn.Module:
-    """Swap linear layers with enough zeros for :class:`CSRLinear`, and bring the rest to float32 on the CPU.
+    """Replace linear layers with enough zeros by :class:`CSRLinear`, and move the rest to float32 on the CPU.
 
-    Linear layers are ``nn.Linear``, subclasses that do no more than that (Falcon's), and GPT-2's ``Conv1D``; one that
+    Linear layers are ``nn.Linear``, subclasses with the same result (Falcon's), and GPT-2's ``Conv1D``; a layer that
     shares its weight with an embedding stays dense.
 
     Args:
-        model: Of transformers, or any module; changed in place.
-        break_even: Least share of zeros of a layer that is swapped.
+        model: A model of transformers, or any module; changed in place.
+        break_even: Least share of zeros of a layer that is replaced.
 
     Returns:
         The model, in evaluation mode.
@@ -159,7 +158,7 @@ def to_cpu_sparse(model: nn.Module, break_even: float = BREAK_EVEN) -> nn.Module
 
 
 def shares_of_zeros(model: nn.Module) -> dict[str, float]:
-    """Return the share of zeros of each linear layer that could be swapped, by module name."""
+    """Return the share of zeros of each linear layer that could be replaced, by module name."""
     return {name: float((_weight(layer) == 0).float().mean()) for name, layer in _linear(model).items()}
 
 
@@ -185,7 +184,7 @@ def _linear(model: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def _only_multiplies(module: nn.Module) -> bool:
-    """Say whether a layer is ``nn.Linear``, or derives from it and gives what that would; adapters give more."""
+    """Return whether a layer is ``nn.Linear``, or a subclass with the same result, unlike adapters."""
     if type(module) is nn.Linear:
         return True
     if not isinstance(module, nn.Linear) or "weight" not in module._parameters or any(module.children()):
@@ -194,23 +193,23 @@ def _only_multiplies(module: nn.Module) -> bool:
     x = torch.stack([ramp, ramp.square(), -ramp.cos()])
     try:
         y = module(x)
-    except Exception:  # of somebody else's forward, which wants something else
+    except Exception:  # a foreign forward may need other arguments
         return False
     return isinstance(y, Tensor) and torch.allclose(y, nn.functional.linear(x, module.weight, module.bias), 1e-3, 1e-4)
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    """Return W ``(out, in)``; Conv1D keeps its transpose."""
+    """Return W ``(out, in)``; Conv1D stores its transpose."""
     weight: Tensor = layer.weight.detach()  # type: ignore[operator]
     return weight if isinstance(layer, nn.Linear) else weight.T
 
 
 def save_cpu_sparse(model: Any, folder: str | Path) -> None:
-    """Save a model of transformers that :func:`to_cpu_sparse` made, for :func:`load_cpu_sparse`.
+    """Save a model of transformers that :func:`to_cpu_sparse` converted, for :func:`load_cpu_sparse`.
 
     Args:
-        model: With layers of compressed rows.
-        folder: To write ``config.json``, ``generation_config.json`` and ``cpu_sparse.safetensors`` in.
+        model: The model, with layers of compressed rows.
+        folder: Folder for ``config.json``, ``generation_config.json`` and ``cpu_sparse.safetensors``.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -225,33 +224,33 @@ def save_cpu_sparse(model: Any, folder: str | Path) -> None:
 
 @torch.no_grad()
 def _fill(model: nn.Module, file: Path) -> None:
-    """Read a model's tensors one by one, so that no more than one of them is in memory twice."""
+    """Read a model's tensors one by one, so that at most one of them is in memory twice."""
     state, filled = model.state_dict(), set[int]()
     with safe_open(file, framework="pt") as opened:
         names = list(opened.keys())
     for name in names:
-        with safe_open(file, framework="pt") as opened:  # anew, or the pages that were read stay mapped
+        with safe_open(file, framework="pt") as opened:  # reopened, else pages already read stay mapped
             t, ours = opened.get_tensor(name), state.get(name)
             if ours is None or (ours.shape, ours.dtype) != (t.shape, t.dtype):
                 raise UserError(f"{str(file)!r} is broken: {name} is not of this model; export it anew")
             ours.copy_(t)
             del t
         filled.add(ours.data_ptr())
-    if missing := [name for name, t in state.items() if t.data_ptr() not in filled]:  # shared ones are there once
+    if missing := [name for name, t in state.items() if t.data_ptr() not in filled]:  # shared ones are stored once
         raise UserError(f"{str(file)!r} is broken: {missing[0]} is not in it; export it anew")
 
 
 def load_cpu_sparse(folder: str | Path) -> Any:
-    """Load what :func:`save_cpu_sparse` wrote: plain tensors, so that nothing in the file is run.
+    """Load a model that :func:`save_cpu_sparse` wrote; the file has plain tensors, and none of its content is executed.
 
     Args:
-        folder: The export.
+        folder: Folder of the export.
 
     Returns:
         The model of transformers in evaluation mode, float32 on the CPU; ``generate`` works.
 
     Raises:
-        UserError: The folder is no such export, or its indices are broken.
+        UserError: The folder is not such an export, or its indices are broken.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
@@ -261,7 +260,7 @@ def load_cpu_sparse(folder: str | Path) -> Any:
         raise UnavailableError(f"{str(folder)!r} has no {FILE}: give a folder that elsa export --to cpu-sparse wrote")
     config = AutoConfig.from_pretrained(folder)
     build: Any = AutoModelForCausalLM.from_config
-    with no_init_weights():  # memory that is not written is not taken
+    with no_init_weights():  # unwritten memory costs nothing
         model = build(config, dtype=torch.float32)
     with safe_open(file, framework="pt") as opened:
         sizes = json.loads((opened.metadata() or {}).get("layers", "{}"))

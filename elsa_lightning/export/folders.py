@@ -1,4 +1,4 @@
-"""Model folders: written whole or not at all, and never in the place of something else."""
+"""Model folders: written atomically, and never in place of anything but a saved model."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from elsa_lightning.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # not of Unix
+except ImportError:  # not on Unix
     fcntl = None  # type: ignore[assignment]
 
-ADAPTER = "adapter"  # folder of a PEFT adapter inside that of its base
+ADAPTER = "adapter"  # folder of a PEFT adapter inside that of its base model
 RECORD = "elsa.json"
 CARD = "README.md"
 
-_WRITTEN = re.compile(  # what save_pretrained of models and tokenizers leaves, and the exports
+_WRITTEN = re.compile(  # files written by save_pretrained of models and tokenizers, and by exports
     r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab|preprocessor_config|elsa)\.json"
     r"|merges\.txt|(model|cpu_sparse)(-\d+-of-\d+)?\.(safetensors|safetensors\.index\.json|gguf)"
     r"|(tokenizer|spiece|sentencepiece[\w.]*)\.model|.*\.(jinja|spm)"
@@ -37,12 +37,12 @@ _WRITTEN_ADAPTER = re.compile(r"adapter_(config\.json|model\.safetensors)|README
 
 
 def what_else(folder: Path) -> str | None:
-    """Return the name of something in a folder that is no part of a model as this library writes it."""
+    """Return the name of a file in a folder that does not belong to a model as this library writes it, or None."""
     if not folder.exists():
         return None
     if not folder.is_dir():
         return folder.name
-    ours = (folder / RECORD).is_file()  # or the README is somebody's own
+    ours = (folder / RECORD).is_file()  # else the README may be the user's own
     for file in folder.iterdir():
         if file.name == ADAPTER and file.is_dir():
             others = [inner.name for inner in file.iterdir() if not _WRITTEN_ADAPTER.fullmatch(inner.name)]
@@ -56,11 +56,11 @@ def what_else(folder: Path) -> str | None:
 
 
 def check_replaceable(folder: Path, argument: str) -> None:
-    """Raise UserError if a folder cannot be written, or holds anything but a saved model, which would be lost.
+    """Raise UserError if a folder cannot be written, or holds files other than a saved model's, which would be lost.
 
     Args:
-        folder: To be written.
-        argument: What it was given as.
+        folder: The folder to write.
+        argument: The argument that named it, for the message.
     """
     place = next((p for p in folder.absolute().parents if p.exists()), Path())
     if not place.is_dir() or not os.access(place, os.W_OK):
@@ -80,9 +80,10 @@ def check_replaceable(folder: Path, argument: str) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of ``folder`` at the end, and is gone if the block raises.
+    """Yield an empty folder that replaces ``folder`` at the end, or is removed if the block raises.
 
-    A file at ``archive_of(whole)`` becomes the folder's archive; one of another model is never beside it.
+    A file at ``archive_of(whole)`` becomes the folder's archive; an older archive is removed first, so that it never
+    lies beside a new model.
     """
     with beside(folder) as temporary:
         whole = temporary / "whole"
@@ -97,13 +98,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def archive_of(folder: Path) -> Path:
-    """Return the name of a folder's archive, beside it."""
+    """Return the path of a folder's archive, beside the folder."""
     return folder.with_name(f"{folder.name}.tar.zst")
 
 
 @contextlib.contextmanager
 def beside(folder: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside another, gone at the end; what killed processes left there is cleared before."""
+    """Yield a temporary hidden folder beside another; first clear those that killed processes left there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clear(folder)
     for last in (False, False, True):
@@ -111,7 +112,7 @@ def beside(folder: Path) -> Iterator[Path]:
         with made as place:
             lock = _take(Path(place))
             if lock is None and not last and fcntl is not None:
-                continue  # another process took it for one that was left
+                continue  # another process took it for an abandoned one
             try:
                 yield Path(place)
             finally:
@@ -126,7 +127,7 @@ def _prefix(folder: Path) -> str:
 
 
 def _clear(folder: Path) -> None:
-    """Remove the hidden folders beside another whose processes are gone; a former folder without a new one returns."""
+    """Remove hidden folders whose processes are gone; restore a former folder that was not replaced."""
     for left in folder.parent.glob(f"{glob.escape(_prefix(folder))}*"):
         if (lock := _take(left)) is None:
             continue
@@ -137,7 +138,7 @@ def _clear(folder: Path) -> None:
 
 
 def _take(folder: Path) -> int | None:
-    """Lock a folder until what is returned is closed, or the process ends; None if another has it, or it is gone."""
+    """Lock a folder and return a descriptor that holds the lock; None if it is locked already or does not exist."""
     if fcntl is None:
         return None
     try:
@@ -155,10 +156,10 @@ def _take(folder: Path) -> int | None:
 
 
 def replace(whole: Path, folder: Path) -> None:
-    """Give a folder another's name; whoever is there is found under ``whole`` afterwards, or beside it.
+    """Rename ``whole`` to ``folder``; an existing folder is then found under ``whole``, or beside it as ``former``.
 
-    On Linux the two names are exchanged at once. Elsewhere the former one is moved away first, and a process that is
-    killed in between leaves it as ``former`` in the hidden folder beside it.
+    On Linux the two names are exchanged atomically. Elsewhere the existing folder is moved away first, and a process
+    that is killed in between leaves it as ``former`` in the hidden folder.
     """
     if folder.exists() and not _exchange(whole, folder):
         folder.rename(whole.with_name("former"))
@@ -167,7 +168,7 @@ def replace(whole: Path, folder: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; return False where the system or the file system cannot."""
+    """Exchange two names atomically; return False if the system or the file system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
@@ -189,21 +190,21 @@ def write(file: Path, text: str) -> None:
 
 
 def save_tokenizer(path: str, folder: Path) -> str | None:
-    """Save the tokenizer of a model, with its chat template; return why there is none, or None."""
+    """Save the tokenizer of a model, with its chat template; return the reason if that fails, or None."""
     from elsa_lightning.lm.text import load_tokenizer
 
     try:
         load_tokenizer(path).save_pretrained(folder)
-    except Exception as error:  # the model is worth more than its tokenizer, whatever is wrong with that
+    except Exception as error:  # a broken tokenizer must not lose the model
         return f"{path} has no tokenizer to save beside the model: {type(error).__name__}: {error}"
-    for name in ("tokenizer.model", "spiece.model"):  # which transformers reads and does not save, and others want
+    for name in ("tokenizer.model", "spiece.model"):  # transformers reads but does not save these
         if (Path(path) / name).is_file() and not (folder / name).exists():
             shutil.copyfile(Path(path) / name, folder / name)
     return None
 
 
 def zeros_in(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return (zeros, entries) of each matrix that a folder's safetensors files hold, one in memory at a time."""
+    """Return (zeros, entries) of each matrix in a folder's safetensors files, with one in memory at a time."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -214,7 +215,7 @@ def zeros_in(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def zeros_of(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
-    """Return (zeros, entries) of each matrix of a state."""
+    """Return (zeros, entries) of each matrix in a state dict."""
     return {name: count(t) for name, t in state.items() if t.dim() > 1}
 
 

@@ -1,4 +1,4 @@
-"""The formats of exports: what each may be told, and what it needs, found out before anything is trained or loaded."""
+"""The formats of exports: their options, and checks of what each needs before anything is trained or loaded."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from elsa_lightning.sets.base import parts
 from elsa_lightning.sets.structured import is_structured
 
 FORMATS = ("hf", "shrunk", "quantized", "cpu-sparse", "gguf")
-_BITS, _GROUP = 4, 128  # of quantized, where neither the user nor the set says
+_BITS, _GROUP = 4, 128  # of quantized, if neither the user nor the set determines them
 
 
 @dataclass(frozen=True)
 class Options:
-    """What an export may be told.
+    """The options of an export.
 
     Attributes:
-        bits: Of ``quantized``: 4 or 8; None takes those that hold the grid that the model was trained on, else 4.
-        group_size: Of ``quantized``; 0 is one scale a row; None takes that of the grid, else 128.
-        break_even: Least share of zeros of a layer that ``cpu-sparse`` swaps.
-        gguf_type: Numbers of ``gguf``: ``f32``, ``f16``, ``bf16``, ``q8_0`` or ``q4_0``, which keep zeros.
+        bits: For ``quantized``: 4 or 8; None takes as many as the grid needs on which the model was trained, else 4.
+        group_size: For ``quantized``: columns that share a scale; 0 for one scale a row; None takes the grid's, else
+            128.
+        break_even: For ``cpu-sparse``: least share of zeros of a layer that is converted.
+        gguf_type: For ``gguf``: type of the numbers, one that keeps zeros: ``f32``, ``f16``, ``bf16``, ``q8_0`` or
+            ``q4_0``.
         converter: Path of llama.cpp's ``convert_hf_to_gguf.py``; None looks for it among the commands.
     """
 
@@ -41,7 +43,7 @@ class Options:
     converter: str | None = None
 
     def on_grid(self, constraint: object) -> Options:
-        """Return the options with what is not given taken from the grid of a set, if it has one."""
+        """Return the options with missing ones filled in from the grid of a set, if it has one."""
         grids = {(each.bits, each.group_size): each for each in parts(constraint) if isinstance(each, Quantized)}
         grid = next(iter(grids.values())) if len(grids) == 1 else None
         bits = self.bits or (_BITS if grid is None else next(b for b in sorted(BITS) if b >= grid.bits))
@@ -51,12 +53,12 @@ class Options:
         return replace(self, bits=bits, group_size=size)
 
     def of(self, record: Record) -> Options:
-        """Return the options with what is not given taken from the set that a model was trained under."""
+        """Return the options with missing ones filled in from the set under which a model was trained."""
         return self.on_grid(next(iter(sets_of(record)), None))
 
 
 def sets_of(record: Record) -> list[Constraint]:
-    """Return the sets that a record names; one that cannot be made from its name is left out."""
+    """Return the sets that a record names; a set that cannot be made from its name is left out."""
     found = []
     for settings in record.method:
         try:
@@ -67,12 +69,12 @@ def sets_of(record: Record) -> list[Constraint]:
 
 
 def has_experts(sets: Iterable[Constraint]) -> bool:
-    """Say whether one of some sets, or of those they are made of, removes experts."""
+    """Return whether one of some sets, or one that they assign by pattern, removes experts."""
     return any(isinstance(each, Experts) for given in sets for each in parts(given))
 
 
 def check_format(to: str, options: Options) -> None:
-    """Raise UserError if a format is none, or what it needs is not installed."""
+    """Raise UserError if a format is unknown, or its requirements are not installed."""
     if to not in FORMATS:
         raise UserError(f"--to must be one of {', '.join(FORMATS)}, got {to!r}")
     if to == "gguf":
@@ -82,14 +84,14 @@ def check_format(to: str, options: Options) -> None:
 def check_run(
     to: str, options: Options, model: Any, sets: Sequence[Constraint] | None, tokenizer: str | None = None
 ) -> None:
-    """Raise UserError if a format cannot be made of what a run is going to leave.
+    """Raise UserError if the model that a run will produce cannot be exported to a format.
 
     Args:
         to: The format.
-        options: Of it.
-        model: Of transformers, before training.
-        sets: That the run constrains its weights to; None where that is not known beforehand.
-        tokenizer: Where the model's is, if that is known.
+        options: Its options.
+        model: The model of transformers, before training.
+        sets: The sets to which the run constrains its weights; None if not known beforehand.
+        tokenizer: Path of the model's tokenizer, if known.
     """
     if to != "shrunk" and has_experts(sets or ()):
         raise UserError(
@@ -126,14 +128,14 @@ def check_run(
 
 
 def _is_on_q4_0(constraint: Constraint) -> bool:
-    """Say whether a set may leave what Q4_0 holds; sets of several are left to what is packed."""
+    """Return whether a set may produce weights that Q4_0 holds; sets by pattern are checked only when packing."""
     if isinstance(constraint, Quantized):
         return constraint.bits == 4 and (constraint.group_size or BLOCK) % BLOCK == 0
     return isinstance(constraint, ByPattern)
 
 
 def _skeleton(model: Any) -> Any:
-    """Return a model of the same configuration without memory, and without what strategies and adapters made of it."""
+    """Return a model of the same configuration on the meta device, without wrappers of strategies and adapters."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -141,12 +143,12 @@ def _skeleton(model: Any) -> Any:
     try:
         with torch.device("meta"):
             return build(model.config)
-    except ValueError as error:  # which transformers cannot load by itself
+    except ValueError as error:  # transformers does not know the configuration
         raise UserError(f"the model cannot be exported, for transformers does not load it by itself: {error}") from None
 
 
 def _share(constraint: Constraint) -> float | None:
-    """Return the share of zeros that the sparsest tensor of a set will have, where the set alone says it."""
+    """Return the share of zeros of the sparsest tensor of a set, or None if the set alone does not determine it."""
     if isinstance(constraint, Quantized):
         return None if constraint.inside is None else _share(constraint.inside)
     if isinstance(constraint, NM):

@@ -1,4 +1,4 @@
-"""GGUF for llama.cpp, by llama.cpp's own converter; what it wrote is read back, and its zeros and values compared."""
+"""Exports GGUF for llama.cpp by its own converter; the file is read back, and its zeros and values are compared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from elsa_lightning.errors import UserError
 from elsa_lightning.export.blocks import BITS, check_file, pack_file
 from elsa_lightning.export.folders import count, save_tokenizer
 
-# and what of a norm is taken for rounding
+# types that keep zeros, and the relative change of the norm that counts as rounding
 KEEP_ZEROS = {"f32": 1e-6, "f16": 1e-2, "bf16": 2e-2, "q8_0": 5e-2, "q4_0": 1e-6}
 _LOSE_ZEROS = ("q4_1", "q5_1")
 
@@ -29,11 +29,11 @@ def check_gguf(kind: str, converter: str | None) -> list[str]:
     """Return the command of the converter.
 
     Args:
-        kind: Of numbers: ``f32``, ``f16``, ``bf16``, ``q8_0`` or ``q4_0``.
+        kind: Type of the numbers: ``f32``, ``f16``, ``bf16``, ``q8_0`` or ``q4_0``.
         converter: Path of llama.cpp's ``convert_hf_to_gguf.py``; None looks for it among the commands.
 
     Raises:
-        UserError: The kind loses zeros or is none that the converter writes, or converter or reader are missing.
+        UserError: The type loses zeros or the converter cannot write it, or converter or reader are missing.
     """
     if kind not in KEEP_ZEROS:
         why = "has an offset a block, in which zeros are lost" if kind.lower() in _LOSE_ZEROS else (
@@ -54,19 +54,19 @@ def check_gguf(kind: str, converter: str | None) -> list[str]:
 
 
 def write_gguf(model: Any, tokenizer: str, folder: Path, kind: str, command: list[str]) -> tuple[str, bool]:
-    """Write ``model.gguf`` and compare it with the model; return what to say of it, and whether anything was rounded.
+    """Write ``model.gguf`` and compare it with the model; return a message, and whether anything was rounded.
 
-    Of ``q4_0`` and ``q8_0`` what lies on a grid of so many bits, in groups of a multiple of 32, is packed exactly.
+    With ``q4_0`` and ``q8_0``, matrices on a grid of so many bits, in groups of a multiple of 32, are packed exactly.
 
     Args:
-        model: Of transformers.
-        tokenizer: Where its tokenizer is.
-        folder: To write.
+        model: The model of transformers.
+        tokenizer: Path of its tokenizer.
+        folder: The folder to write.
         kind: See :func:`check_gguf`.
-        command: Of the converter.
+        command: Command of the converter.
 
     Raises:
-        UserError: The converter does not know the model or its tokenizer, zeros or values are others, or ``q4_0`` would
+        UserError: The converter does not know the model or its tokenizer, zeros or values differ, or ``q4_0`` would
             round all of the model.
     """
     file = folder / "model.gguf"
@@ -98,12 +98,12 @@ def write_gguf(model: Any, tokenizer: str, folder: Path, kind: str, command: lis
 
 
 def check_convertible(model: Any, tokenizer: str | None, command: list[str]) -> None:
-    """Raise UserError if llama.cpp's converter knows the model or its tokenizer not; no weights are needed.
+    """Raise UserError if llama.cpp's converter does not know the model or its tokenizer; no weights are needed.
 
     Args:
-        model: Of transformers; its class and its configuration are looked at.
-        tokenizer: Where its tokenizer is; None where that is not known, and then nothing is looked at.
-        command: Of the converter.
+        model: The model of transformers; only its class and configuration are used.
+        tokenizer: Path of its tokenizer; None if unknown, and then nothing is checked.
+        command: Command of the converter.
     """
     if tokenizer is None:
         return
@@ -138,7 +138,7 @@ def _read(file: Path) -> list[Tensor]:
 
 
 def _compare(ours: list[tuple[int, Tensor]], theirs: list[tuple[int, Tensor]], kind: str) -> str:
-    """Compare matrices without their names, which the converter changes, and orders of rows, which it may change."""
+    """Compare matrices regardless of names and order of rows, which the converter changes."""
     zeros, written = (Counter((size, count(t)[0]) for size, t in tensors) for tensors in (ours, theirs))
     if kind != "q8_0" and zeros != written:
         raise UserError(

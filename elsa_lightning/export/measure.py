@@ -1,4 +1,4 @@
-"""Perplexity of an export, by the protocol of the run that made the model, and its speed beside the dense model's."""
+"""Measures an export: perplexity by the protocol of the run, and decoding speed beside the dense model's."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _NARROW = ("bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Measured:
-    """What perplexity is to be measured on.
+    """How an export is measured.
 
     Attributes:
         text: ``segments`` and ``labels``, int64 ``(segments, length)``; labels are -100 where nothing is scored.
-        precision: As Lightning names it.
-        protocol: In words, without the precision.
-        exact: Whether it must come out as recorded, up to the order of sums: nothing was rounded, and the precision is
-            that of the run.
-        dense: Folder of the dense model that the export is timed beside; None where the export decodes like that model.
+        precision: Precision, as Lightning names it.
+        protocol: Description in words, without the precision.
+        exact: Whether perplexity must equal the recorded one, up to the order of sums: nothing was rounded, and the
+            precision is that of the run.
+        dense: Folder of the dense model for comparing speed; None if the export decodes like that model.
     """
 
     text: dict[str, Tensor]
@@ -52,15 +52,15 @@ def check_measurable(record: Record, to: str) -> None:
 
 
 def prepare(source: Source, to: str, folder: Path) -> Measured:
-    """Return the text that a run measured on, and where the dense model is.
+    """Return the text on which the run measured, and the folder of the dense model.
 
     Args:
-        source: Of the export, before it is changed.
+        source: The source of the export, before it is changed.
         to: The format.
-        folder: To write the dense model to where it is in no folder yet, or there in another dtype.
+        folder: Folder for the dense model, if it is in none yet or has another dtype there.
 
     Raises:
-        UserError: The text is not there any more, or is another one now.
+        UserError: The text no longer exists, or has changed.
     """
     from elsa_lightning.lm.data import CalibrationData
 
@@ -96,10 +96,10 @@ def _dense(source: Source, to: str, folder: Path) -> Path | None:
 
 
 def judge(record: Record, measured: Measured, value: float, rounded: bool) -> tuple[Record, str]:
-    """Return the record with an export's perplexity, and what to say of it.
+    """Return the record with an export's perplexity, and a message about it.
 
     Raises:
-        UserError: It is another one than the run measured, though nothing was rounded.
+        UserError: The perplexity differs from the run's, although nothing was rounded.
     """
     recorded = record.perplexity.get("sparse")
     protocol = f"{measured.protocol}, {measured.precision}"
@@ -121,7 +121,7 @@ def judge(record: Record, measured: Measured, value: float, rounded: bool) -> tu
 
 
 def timed(record: Record, look: Look) -> tuple[Record, str]:
-    """Return the record with the speed of an export beside the dense model's, and what to say of it."""
+    """Return the record with the speeds of an export and of the dense model, and a message about them."""
     speed = look.speed
     threads = f"{speed['threads']} thread{'s' if speed['threads'] > 1 else ''}"
     where = f"{threads} of {processor()}"
@@ -136,7 +136,7 @@ def timed(record: Record, look: Look) -> tuple[Record, str]:
 
 
 def processor() -> str:
-    """Return what the system calls its processor."""
+    """Return the system's name of its processor."""
     told = Path("/proc/cpuinfo")
     lines = told.read_text().splitlines() if told.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""The projection of a checkpoint that was saved before its run had fixed the mask: as the run itself would make it."""
+"""Projects a checkpoint that was saved before its run had fixed the mask, exactly as the run itself would."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from elsa_lightning.selection import select
 
 @torch.no_grad()
 def project(model: nn.Module, state: dict[str, Any], optimizer_state: dict[str, Any]) -> None:
-    """Bring a model's weights onto the set of its run, weighed by the second moment of its optimizer.
+    """Project a model's weights onto the set of its run, weighted by the optimizer's second moment.
 
     Args:
         model: A Hugging Face model with the checkpoint's weights.
-        state: Of ADMM, in the checkpoint.
-        optimizer_state: Of the optimizer, in the checkpoint.
+        state: The checkpoint's state of ADMM.
+        optimizer_state: The checkpoint's state of the optimizer.
 
     Raises:
         UserError: The set cannot be read from its name, or the optimizer's state is not that of the model.
     """
     settings = state["settings"]
-    module = nn.ModuleDict({"model": model})  # names as in the module of the run
-    select(module, quiet=True)  # marks what is stored transposed
+    module = nn.ModuleDict({"model": model})  # names as in the run's module
+    select(module, quiet=True)  # marks transposed weights
     by_name = {clean(name): p for name, p in module.named_parameters()}
     names = [
         described.removesuffix(" channels_last").rpartition("(")[0] for described in settings["constrained tensors"]
@@ -57,15 +57,15 @@ def project(model: nn.Module, state: dict[str, Any], optimizer_state: dict[str, 
         state_dtype=settings["state_dtype"],
     )
     admm.load_state_dict(state)
-    admm.finish(resumable=True)  # without a word of the steps that are missing
+    admm.finish(resumable=True)  # resumable, so that it does not warn of missing steps
     admm.detach()
 
 
 def read_set(text: str) -> sets.Constraint:
-    """Return the set that ``repr`` of it names; nothing else is evaluated.
+    """Return the set whose ``repr`` is given; nothing but sets of this library and literals is evaluated.
 
     Raises:
-        UserError: It is none of the library's.
+        UserError: The text does not name a set of the library.
     """
     try:
         made = _value(ast.parse(text, mode="eval").body)

@@ -1,7 +1,7 @@
 """W4A16 and W8A16 in the ``pack-quantized`` format of compressed-tensors: packed integers, a scale a group, zeros kept.
 
-Written from codes and scales directly. Weights that lie on a symmetric grid (scale × integer, one scale a group) are
-found to do so, and lose nothing.
+Files are written directly from codes and scales. Weights that already lie on a symmetric grid (scale × integer, one
+scale a group) are recognised and stored without loss.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from elsa_lightning.errors import UserError
 from elsa_lightning.export.folders import edit
 
 BITS = (4, 8)
-_SIZES = (16, 32, 64, 128, 256)  # of groups, to propose
-_ROWS = 1 << 22  # entries looked at together
+_SIZES = (16, 32, 64, 128, 256)  # group sizes to propose
+_ROWS = 1 << 22  # entries processed at once
 
 
 class Grid(NamedTuple):
@@ -35,7 +35,7 @@ class Grid(NamedTuple):
     scales: Tensor
 
     def weight(self) -> Tensor:
-        """Return scale × code, rounded as who unpacks it rounds: in the dtype of the scales."""
+        """Return scale × code, rounded as at unpacking: in the dtype of the scales."""
         groups = self.codes.view(*self.scales.shape, -1).to(self.scales.dtype)
         return (groups * self.scales[..., None]).view(self.codes.shape)
 
@@ -44,7 +44,7 @@ def check_groups(model: nn.Module, bits: int, group_size: int) -> dict[str, nn.L
     """Return the linear layers to quantize by name: all but output layers.
 
     Args:
-        model: Of transformers.
+        model: The model of transformers.
         bits: 4 or 8.
         group_size: Entries of a row that share a scale; 0 for the whole row.
 
@@ -79,7 +79,7 @@ def check_groups(model: nn.Module, bits: int, group_size: int) -> dict[str, nn.L
 
 
 def _others(model: nn.Module) -> list[nn.Module]:
-    """Return layers that multiply as linear ones do, and are none to compressed-tensors."""
+    """Return layers that multiply like linear ones, but that compressed-tensors does not treat as such."""
     return [
         m
         for m in model.modules()
@@ -95,17 +95,17 @@ def find_grid(
     dtype: torch.dtype | None = None,
     product: torch.dtype | None = None,
 ) -> Grid:
-    """Return the symmetric grid of a weight: its own where it has one in the scales' dtype, else the nearest of a kind.
+    """Return the symmetric grid on which a weight lies, if there is one with scales of this dtype, else a rounded one.
 
-    The largest magnitude of a group is ``largest`` times its scale. Where all of a group are whole multiples of one,
-    ``largest`` is the number that shows it; else it is the largest code, 2^(bits−1) − 1, and the rest is rounded.
+    The scale of a group is its largest magnitude divided by a code: by one that makes all entries of the group whole
+    multiples of the scale, if there is one, else by the largest code, 2^(bits−1) − 1, and entries are rounded.
 
     Args:
         weight: ``(out, in)``, floating.
-        bits: Of the codes.
+        bits: Bits of the codes.
         group_size: Columns that share a scale; 0 for all.
-        dtype: Of the scales; None takes the weight's.
-        product: In which who unpacks multiplies; None takes the scales'.
+        dtype: The dtype of the scales; None takes the weight's.
+        product: The dtype in which unpacking multiplies; None takes the scales'.
     """
     dtype = dtype or weight.dtype
     product = product or dtype
@@ -123,21 +123,21 @@ def _grid(groups: Tensor, bits: int, dtype: torch.dtype, product: torch.dtype) -
     codes, scales = _coded(groups, _safe(largest / most, dtype), most)
     open_ = (~_exact(groups, codes, scales, product)).nonzero().flatten()
     if len(open_) > 256 and not _search(groups[open_[:: len(open_) // 128]], bits, dtype, product)[2].any():
-        return codes, scales  # none of a sample is on a grid
+        return codes, scales  # no group of a sample is on a grid
     found, its, done = _search(groups[open_], bits, dtype, product)
     codes[open_[done]], scales[open_[done]] = found[done], its[done]
     return codes, scales
 
 
 def _search(groups: Tensor, bits: int, dtype: torch.dtype, product: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes and scales of groups, and for which of them a grid was found that they lie on exactly."""
+    """Return codes and scales of groups, and a mask of the groups that lie exactly on a grid that was found."""
     most = (1 << (bits - 1)) - 1
     largest = groups.abs().amax(dim=1).double()
     codes = torch.zeros(groups.shape, dtype=torch.int8)
     scales = torch.ones(len(groups), dtype=dtype)
     done = torch.zeros(len(groups), dtype=torch.bool)
     for code in range(most, 0, -1):
-        for step in (0, 1, -1, 2, -2):  # product and quotient were rounded, and the scale may be near
+        for step in (0, 1, -1, 2, -2):  # rounding of product and quotient may shift the scale
             left = (~done).nonzero().flatten()
             if not len(left):
                 return codes, scales, done
@@ -149,7 +149,7 @@ def _search(groups: Tensor, bits: int, dtype: torch.dtype, product: torch.dtype)
 
 
 def _safe(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return scales in their dtype; 1 where a group is all zero or its scale would not be a number above 0."""
+    """Return scales cast to a dtype; 1 where the result is 0, as for a group of zeros, or not finite."""
     cast = scale.to(dtype)
     return torch.where((cast > 0) & cast.isfinite(), cast, torch.ones((), dtype=dtype))
 
@@ -158,7 +158,7 @@ def _neighbour(scale: Tensor, step: int) -> Tensor:
     if step == 0:
         return scale
     bits = torch.int16 if scale.dtype.itemsize == 2 else torch.int32 if scale.dtype.itemsize == 4 else torch.int64
-    moved = (scale.view(bits) + step).view(scale.dtype)  # the next number, of positive ones
+    moved = (scale.view(bits) + step).view(scale.dtype)  # neighbouring numbers, for positive scales
     return torch.where((moved > 0) & moved.isfinite(), moved, scale)
 
 
@@ -168,14 +168,14 @@ def _coded(groups: Tensor, scale: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def _exact(groups: Tensor, codes: Tensor, scale: Tensor, product: torch.dtype) -> Tensor:
-    """Say of which groups codes and scales give back every value."""
+    """Return a mask of the groups whose values codes and scales reproduce exactly."""
     return (codes.to(product) * scale.to(product)[:, None] == groups).all(dim=1)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Return codes ``(out, in)`` as int32 ``(out, ⌈in · bits / 32⌉)``, the first column in the lowest bits.
 
-    Codes are stored above 2^(bits−1), so that none is negative.
+    2^(bits−1) is added to the codes, so that none is negative.
     """
     each = 32 // bits
     unsigned = codes.to(torch.int64) + (1 << (bits - 1))
@@ -193,17 +193,17 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 @torch.no_grad()
 def write_quantized(model: Any, folder: Path, bits: int = 4, group_size: int = 128) -> dict[str, Any]:
-    """Write a model of transformers with its linear layers packed, and give the model the rounded weights.
+    """Write a model of transformers with its linear layers packed, and set the model's weights to the rounded ones.
 
     Args:
-        model: Its linear layers but the output layer are quantized, whatever else it has stays in its dtype.
-        folder: To write.
+        model: The model; its linear layers except the output layer are quantized, all else stays in its dtype.
+        folder: The folder to write.
         bits: 4 or 8.
         group_size: Entries of a row that share a scale; 0 for the whole row.
 
     Returns:
-        What rounding cost: ``layers``, ``exact layers``, ``relative error`` of the weights (‖W − Ŵ‖ / ‖W‖), and how
-        many layers are of kinds that stay as they are, if any.
+        The cost of rounding: ``layers``, ``exact layers``, ``relative error`` of the weights (‖W − Ŵ‖ / ‖W‖), and how
+        many layers are of kinds that are not quantized, if any.
 
     Raises:
         UserError: See :func:`check_groups`.
@@ -235,7 +235,7 @@ def write_quantized(model: Any, folder: Path, bits: int = 4, group_size: int = 1
 
 
 def _exchange(folder: Path, names: set[str], packed: dict[str, Tensor]) -> None:
-    """Put packed tensors in the place of weights in a folder's safetensors files."""
+    """Replace weights by packed tensors in a folder's safetensors files."""
     index = folder / "model.safetensors.index.json"
     where: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -283,7 +283,7 @@ def load_unpacked(folder: str | Path) -> Any:
     """Return the model of a quantized export with plain weights, without compressed-tensors.
 
     Args:
-        folder: That :func:`write_quantized` wrote.
+        folder: A folder that :func:`write_quantized` wrote.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 

@@ -1,4 +1,4 @@
-"""What is known of how a sparse model was made: for people (README.md), and for machines (elsa.json)."""
+"""The record of how a sparse model was made, written for people (README.md) and for machines (elsa.json)."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ _HUB_DATA = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext"}
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a model; what is not known is empty, and nothing is said of it.
+    """Facts about a model; unknown ones are empty, and left out of the card.
 
     Attributes:
-        format: The export's: ``hf``, ``shrunk``, ``quantized``, ``cpu-sparse`` or ``gguf``.
-        base_model: Hub name or folder of what was pruned.
+        format: Format of the export: ``hf``, ``shrunk``, ``quantized``, ``cpu-sparse`` or ``gguf``.
+        base_model: Hub name or folder of the model that was pruned.
         method: Set, form of the x-update and schedule, one mapping for each optimizer that was constrained.
         training: Optimizer, steps, precision, and the module's own arguments.
         data: Training text: ``name``, ``seq_len``, ``batch_size``.
-        perplexity: ``dense`` (or ``start``, of a start that was sparse), ``sparse``, ``protocol``; of an export that
-            was measured ``exported``, and ``exported in`` if that was another precision.
-        speed: Of an export that was measured ``exported``, tokens a second that it decodes, and ``dense``, the same of
-            the dense model beside it, with the ``protocol``.
-        evaluation: How it was measured, to do it again: arguments of CalibrationData, ``precision``, and ``first``, the
-            number of segments, where these were not all.
-        convergence: In words.
+        perplexity: ``dense`` (or ``start``, if the run began with a sparse model), ``sparse``, ``protocol``; for a
+            measured export also ``exported``, and ``exported in`` if the precision differs.
+        speed: For a measured export: ``exported``, its tokens a second in decoding, ``dense``, those of the dense model
+            beside it, and the ``protocol``.
+        evaluation: How to repeat the measurement: arguments of CalibrationData, ``precision``, and ``first``, the
+            number of segments, if not all were used.
+        convergence: Whether the run converged, in words.
         notes: What else a user must know, such as that the run had not ended.
-        command: That made the model.
-        dtype: Of the weights.
-        dense_bytes: Of an export: of the weights of the model that it was made of, stored dense.
+        command: The command that made the model.
+        dtype: The dtype of the weights.
+        dense_bytes: For an export: bytes of the weights of the exported model, stored dense.
         sparsity: (zeros, entries) of each matrix.
         export: What the export itself did.
-        versions: Of what it was made with.
+        versions: Versions of the software that made the model.
     """
 
     format: str = "hf"
@@ -78,25 +78,25 @@ class Record:
 
     @property
     def base_hub_name(self) -> str | None:
-        """The base model where it may be on the hub."""
+        """The name of the base model if it may be on the hub, else None."""
         name = self.base_model
         on_hub = name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name[0] not in "./~"
         return name if on_hub and not Path(str(name)).exists() else None
 
     @property
     def data_hub_name(self) -> str | None:
-        """The training text where it is one of the hub's."""
+        """The training text's name on the hub, if it is there."""
         return _HUB_DATA.get(str(self.data.get("name")))
 
     def of_model(self) -> Record:
-        """Return what is said of the model alone, whatever it was exported to."""
+        """Return the record without the facts about an export."""
         found = {name: value for name, value in self.perplexity.items() if not name.startswith("exported")}
         return dataclasses.replace(
             self, format="hf", export={}, sparsity={}, dtype=None, dense_bytes=None, perplexity=found, speed={}
         )
 
     def to_json(self) -> str:
-        """Return all that is known."""
+        """Return all known facts as JSON."""
         known = {name: value for name, value in dataclasses.asdict(self).items() if value or value == 0}
         zeros, size = self.zeros
         if size:
@@ -106,7 +106,7 @@ class Record:
 
 
 def read(folder: Path) -> Record | None:
-    """Return the record in a folder, or None where there is none that can be read."""
+    """Return the record in a folder, or None if there is none or it cannot be read."""
     try:
         known = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         known["sparsity"] = {name: (s["zeros"], s["entries"]) for name, s in known.get("sparsity", {}).items()}
@@ -117,14 +117,14 @@ def read(folder: Path) -> Record | None:
 
 
 def settings_of(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that a state of ADMM names."""
+    """Return the settings in a state dict of ADMM, without empty ones, and with the steps done."""
     settings = {name: value for name, value in state["settings"].items() if value is not None}
     tensors = settings.pop("constrained tensors", [])
     return {**settings, "constrained tensors": len(tensors), "steps": state["step"], "of": state["total_steps"]}
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what makes a model here."""
+    """Return the versions of Python and the main packages."""
     found = {"elsa-lightning": elsa_lightning.__version__, "python": platform.python_version()}
     for package in ("torch", "lightning", "transformers"):
         try:

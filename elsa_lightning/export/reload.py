@@ -1,4 +1,4 @@
-"""Reloads an export in a process of its own, with the public libraries alone.
+"""Reloads an export in a separate process, with public libraries alone, and measures it.
 
 ``python reload.py FOLDER GIVEN OUT PRECISION DENSE``
 """
@@ -19,21 +19,21 @@ from safetensors.torch import load_file, save_file
 
 _WEIGHTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-PROMPT, TOKENS, ROUNDS = 16, 8, 8  # of what is timed
-_SECONDS = 20.0  # after which no further round begins
+PROMPT, TOKENS, ROUNDS = 16, 8, 8  # tokens of the prompt, timed tokens, rounds
+_SECONDS = 20.0  # after so many seconds no further round begins
 
 
 class Look(NamedTuple):
-    """What an export gives back.
+    """What was measured on a reloaded export.
 
     Attributes:
-        logits: Of the token ids that were given.
-        zeros: Of every matrix, once the logits were computed.
-        how: What loaded the model.
-        perplexity: On the text that was given, or None.
-        speed: Tokens a second that are decoded, of the export and of the dense model (``exported``, ``dense``) with
-            their dtypes (``dtype``, ``dense_dtype``) and ``threads``; empty where no text or dense model was given, or
-            they take no more tokens.
+        logits: Logits of the given token ids.
+        zeros: (zeros, entries) of every matrix, counted after the logits were computed.
+        how: The loader that was used.
+        perplexity: Perplexity on the given text, or None.
+        speed: Tokens a second in decoding, of the export and of the dense model (``exported``, ``dense``), with their
+            dtypes (``dtype``, ``dense_dtype``) and ``threads``; empty if no text or dense model was given, or the
+            models can take no further tokens.
     """
 
     logits: torch.Tensor
@@ -44,13 +44,13 @@ class Look(NamedTuple):
 
 
 def main(folder: str, given: str, out: str, precision: str, dense: str) -> None:
-    """Write what an export gives back.
+    """Load an export and write the results of :func:`look`.
 
     Args:
-        folder: Of the export.
+        folder: Folder of the export.
         given: safetensors file with ``ids``, int64 ``(batch, length)``, and maybe ``segments`` and ``labels``.
         out: safetensors file to write.
-        precision: To measure perplexity in, as Lightning names them.
+        precision: Precision of the perplexity, as Lightning names it.
         dense: Folder of the dense model to decode in turn with the export, or empty.
     """
     found = look(Path(folder), load_file(given), precision, Path(dense) if dense else None)
@@ -60,7 +60,7 @@ def main(folder: str, given: str, out: str, precision: str, dense: str) -> None:
 
 @torch.no_grad()
 def look(folder: Path, given: dict[str, torch.Tensor], precision: str, dense: Path | None = None) -> Look:
-    """Load an export and return what it gives back; see :func:`main`."""
+    """Load an export and measure it; see :func:`main`."""
     model, how = load(folder)
     logits = model.eval()(given["ids"]).logits
     zeros = {name: int((t == 0).sum()) for name, t in model.state_dict().items() if t.dim() > 1}
@@ -74,10 +74,10 @@ def look(folder: Path, given: dict[str, torch.Tensor], precision: str, dense: Pa
 def speeds(model: Any, dense: Path, segments: torch.Tensor) -> dict[str, Any]:
     """Return tokens a second, medians over single tokens; see :class:`Look`.
 
-    The two models decode one sequence greedily, in turn, so that what else the machine does falls on both.
+    The two models decode one sequence greedily, in turn, so that other load on the machine affects both.
 
     Args:
-        model: The export's.
+        model: The exported model.
         dense: Folder of the dense model.
         segments: Token ids ``(segments, length)``; the prompt is the beginning of the first.
     """
@@ -102,7 +102,7 @@ def speeds(model: Any, dense: Path, segments: torch.Tensor) -> dict[str, Any]:
 
 
 class _Clock:
-    """What ``generate`` tells of every token, as of a streamer."""
+    """A streamer for ``generate`` that records the time of every token."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
@@ -115,13 +115,13 @@ class _Clock:
 
 
 def _times(model: Any, prompt: torch.Tensor, tokens: int) -> list[float]:
-    """Return the seconds of each token after the first, or of this one if there are no others."""
+    """Return the seconds of each token after the first, or of the first if there is only one."""
     clock = _Clock()
     model.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens,
         do_sample=False, num_beams=1, pad_token_id=0, streamer=clock,
     )  # fmt: skip
-    marks = clock.marks[1:] if tokens > 1 else clock.marks  # the prompt is told first
+    marks = clock.marks[1:] if tokens > 1 else clock.marks  # the streamer gets the prompt first
     return [after - before for before, after in itertools.pairwise(marks)]
 
 
@@ -130,15 +130,15 @@ def perplexity(model: Any, segments: torch.Tensor, labels: torch.Tensor, precisi
     """Return exp of the mean next-token negative log-likelihood, summed in float64.
 
     Args:
-        model: In evaluation mode.
+        model: The model, in evaluation mode.
         segments: Token ids ``(segments, length)``.
         labels: The same, -100 where nothing is scored.
-        precision: Of the weights, or of autocast around them, as Lightning names them.
+        precision: Precision of the weights, or of autocast around them, as Lightning names it.
     """
     each = [(module, name, b) for module in model.modules() for name, b in module._buffers.items() if b is not None]
     model.to(_WEIGHTS.get(precision, torch.float32))
     for module, name, buffer in each:
-        if name in module._non_persistent_buffers_set:  # frequencies of rotary embeddings, which no folder has rounded
+        if name in module._non_persistent_buffers_set:  # e.g. rotary frequencies, which must not be rounded
             module._buffers[name] = buffer
     narrow = _AUTOCAST.get(precision)
     total, count = 0.0, 0
@@ -152,7 +152,7 @@ def perplexity(model: Any, segments: torch.Tensor, labels: torch.Tensor, precisi
 
 
 def load(folder: Path) -> tuple[Any, str]:
-    """Return the model of an export, and what loaded it."""
+    """Return the model of an export, and the name of its loader."""
     if (folder / "cpu_sparse.safetensors").is_file():
         from elsa_lightning.export.cpu_sparse import load_cpu_sparse
 

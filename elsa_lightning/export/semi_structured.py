@@ -1,4 +1,4 @@
-"""2:4 zeros for the sparse tensor cores of NVIDIA GPUs, through torch's semi-structured tensors."""
+"""Converts linear layers with 2:4 zeros to torch's semi-structured tensors, for sparse tensor cores of NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from elsa_lightning.patterns import groups_of
 from elsa_lightning.report import some
 
 _DTYPES = (torch.float16, torch.bfloat16)
-_ROWS, _COLUMNS = 32, 64  # multiples that both of torch's kernels take in these dtypes (CUTLASS and cuSPARSELt)
-_CAPABILITY = (8, 0)  # from Ampere on
+_ROWS, _COLUMNS = 32, 64  # sizes must be multiples of these for both kernels of torch (CUTLASS and cuSPARSELt)
+_CAPABILITY = (8, 0)  # Ampere
 log = logging.getLogger(__name__)
 
 
 def why_not_semi_structured(model: nn.Module) -> dict[str, str | None]:
-    """Say of each linear layer why it has to stay dense on a GPU's 2:4 kernels, or None if it has not; on any device.
+    """Return for each linear layer the reason why 2:4 kernels cannot run it, or None if they can; on any device.
 
     Args:
-        model: Any module; ``nn.Linear`` are looked at.
+        model: Any module; its ``nn.Linear`` layers are examined.
     """
     used = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -49,19 +49,19 @@ def _why_not(layer: nn.Linear, shared: bool) -> str | None:
 
 @torch.no_grad()
 def to_semi_structured(model: nn.Module) -> nn.Module:
-    """Give the linear layers whose zeros are 2:4 torch's semi-structured weights, in place. For inference on a GPU.
+    """Convert the weights of linear layers with 2:4 zeros to semi-structured tensors, in place. For inference on a GPU.
 
-    A line of the log says how many these are, and why others stay dense. The tensors are for this process: save the
-    model before, with :class:`~elsa_lightning.callbacks.SaveHuggingFace` or ``elsa export --to hf``.
+    A log line tells how many layers were converted, and why others stay dense. The tensors are for this process only:
+    save the model before, with :class:`~elsa_lightning.callbacks.SaveHuggingFace` or ``elsa export --to hf``.
 
     Args:
-        model: On a CUDA device of compute capability 8.0 or more, float16 or bfloat16.
+        model: A model on a CUDA device of compute capability 8.0 or more, float16 or bfloat16.
 
     Returns:
         The model.
 
     Raises:
-        UserError: It is on another device, or no layer is 2:4.
+        UserError: The model is on another device, or no layer is 2:4.
     """
     devices = {p.device for p in model.parameters()}
     if torch.version.cuda is None or any(device.type != "cuda" for device in devices):

@@ -1,4 +1,4 @@
-"""Where an export begins: a model folder, the folder of a run, or a checkpoint."""
+"""Loads the model to export from a model folder, the folder of a run, or a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _EXACT = ("frozen", "finished", "suspended")  # phases whose checkpoints have ex
 
 @dataclass(frozen=True)
 class Source:
-    """A sparse model, loaded.
+    """A loaded sparse model.
 
     Attributes:
-        model: On the CPU, in evaluation mode.
-        record: What is known of it.
-        tokenizer: Folder or hub name to take the tokenizer from.
-        path: Where it was found.
+        model: The model, on the CPU, in evaluation mode.
+        record: Its record.
+        tokenizer: Folder or hub name of its tokenizer.
+        path: Where the model was found.
     """
 
     model: Any
@@ -47,15 +47,15 @@ class Source:
 
 
 def open_source(path: str | Path, model: str | None = None, dtype: str | None = None) -> Source:
-    """Load what is to be exported.
+    """Load the model to export.
 
     Args:
         path: A model folder, the folder of a run (with ``hf`` or ``checkpoints`` in it), or a checkpoint of Lightning.
-        model: Name or folder of the model that a checkpoint is of, where the checkpoint does not say so.
-        dtype: Of the weights; None takes the one that was given to the run.
+        model: Name or folder of a checkpoint's base model, if the checkpoint does not name it.
+        dtype: The dtype of the weights; None takes that of the run's original model.
 
     Raises:
-        UserError: There is no such thing, or nothing that can be exported.
+        UserError: The path does not exist, or has nothing that can be exported.
     """
     place = find(Path(path).expanduser())
     loaded = _of_folder(place) if (place / "config.json").is_file() else _of_checkpoint(place, model)
@@ -68,10 +68,10 @@ def open_source(path: str | Path, model: str | None = None, dtype: str | None = 
 
 
 def find(path: Path) -> Path:
-    """Return the model folder or checkpoint that a path leads to.
+    """Return the model folder or checkpoint at a path or in the folder of a run.
 
     Raises:
-        UserError: To none, or to several.
+        UserError: There is none, or several.
     """
     if not path.exists():
         raise UnavailableError(f"--from {str(path)!r} does not exist; give a model folder, a run's folder or a .ckpt")
@@ -104,7 +104,7 @@ def find(path: Path) -> Path:
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
-    """Bring a model to a dtype, zeros staying zeros and nothing becoming infinite."""
+    """Cast a model to a dtype, in which zeros stay zeros; raise UserError if a number would become infinite."""
     if getattr(model, "dtype", dtype) == dtype:
         return
     for name, p in model.named_parameters():
@@ -129,9 +129,9 @@ def _of_folder(folder: Path) -> Source:
     try:
         build: Any = AutoModelForCausalLM.from_pretrained
         model, found = build(folder, dtype="auto", output_loading_info=True)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:  # of an unknown kind, cut off, of other sizes
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:  # unknown architecture, cut off, wrong sizes
         raise UserError(f"--from {str(folder)!r} could not be loaded: {error}") from error
-    if missing := sorted(found["missing_keys"]):  # transformers puts random numbers in their place
+    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
         raise UserError(
             f"--from {str(folder)!r} has no weights for {some(missing)}: it is incomplete, or of another task than "
             f"causal language modelling"
@@ -165,13 +165,13 @@ def _of_checkpoint(file: Path, name: str | None) -> Source:
     notes = [note for place, (state, of) in enumerate(states) if (note := _settle(model, state, of, place, file))]
     if not states:
         notes = ["The checkpoint has no state of ElsaCallback: its weights are exported as they are."]
-    narrow = given in (torch.bfloat16, torch.float16)  # never wider than what was trained
+    narrow = given in (torch.bfloat16, torch.float16)  # not wider than the trained weights
     dtype = dtype_name(given) if narrow else None
     return Source(model, replace(record, notes=notes, dtype=dtype), model_path(name), file)
 
 
 def _read(file: Path) -> Any:
-    """Return a checkpoint, of several files too, read in the way that runs none of its code."""
+    """Return a checkpoint of one or several files, loaded without executing any code in it."""
     if file.is_dir():
         return _read_distributed(file)
     try:
@@ -195,7 +195,7 @@ def _read_distributed(folder: Path) -> dict[str, Any]:
 
 
 def _settle(model: nn.Module, state: dict[str, Any], optimizers: list[Any], place: int, file: Path) -> str | None:
-    """See to exact zeros, and return what to say of it."""
+    """Make the zeros exact, by a projection if need be, and return a note about that, or None."""
     step, total = state["step"], state["total_steps"]
     if state["phase"] in _EXACT:
         unfinished = state["phase"] == "suspended" or step < total
@@ -221,12 +221,12 @@ def _settle(model: nn.Module, state: dict[str, Any], optimizers: list[Any], plac
 
 
 def _build(path: str, revision: str | None, state: Mapping[str, Tensor], file: Path) -> tuple[Any, Any]:
-    """Return the model of a checkpoint, and the dtype of the model that it was made of."""
+    """Return the model of a checkpoint, and the dtype of its base model."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
-        given = config.dtype  # which building changes
+        given = config.dtype  # read before building, which changes it
     except (OSError, ValueError) as error:
         raise UnavailableError(f"the model {path!r} that {str(file)!r} is of could not be had: {error}") from error
     names = {clean(name): t for name, t in state.items()}
@@ -240,7 +240,7 @@ def _build(path: str, revision: str | None, state: Mapping[str, Tensor], file: P
     wrong = [*unexpected, *(set(missing) - set(getattr(model, "_tied_weights_keys", None) or ()))]
     if wrong:
         raise UserError(f"--from {str(file)!r} is not of the model {path!r}: {wrong[0]} does not fit; give --model")
-    with contextlib.suppress(OSError):  # it has none
+    with contextlib.suppress(OSError):  # there may be none
         model.generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
     return model, given
 

@@ -1,4 +1,4 @@
-"""What was written is loaded again, in a fresh process, and compared with what it was made of."""
+"""Verifies an export: loads it again, in a fresh process, and compares it with the model."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from elsa_lightning.export.folders import zeros_of
 
 @dataclass(frozen=True)
 class Made:
-    """What a folder must give back when it is loaded.
+    """The properties that a reloaded export must have.
 
     Attributes:
-        logits: Of :func:`probe`'s token ids.
+        logits: Logits of :func:`probe`'s token ids.
         sparsity: (zeros, entries) of each matrix.
-        tolerance: Largest difference of logits, relative to the largest of them.
+        tolerance: Largest allowed difference of logits, relative to the largest logit.
         does: What the export did, for the card.
-        rounded: Whether values are others than the model's.
-        checked: What to say of a folder that its writer has read back, and transformers does not load.
+        rounded: Whether values differ from the model's by rounding.
+        checked: Message about a folder that transformers cannot load, and that its writer has checked itself.
     """
 
     logits: Tensor
@@ -44,14 +44,14 @@ class Made:
 
 
 def probe(model: Any) -> Tensor:
-    """Return token ids that a model's logits are compared on, ``(2, 16)``."""
+    """Return the token ids for comparing a model's logits, ``(2, 16)``."""
     size = model.config.get_text_config().vocab_size
     return torch.randint(0, size, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def made_of(model: Any, does: dict[str, Any] | None = None) -> Made:
-    """Return what an export of a model must give back."""
+    """Return the properties that an export of a model must have."""
     logits = model(probe(model)).logits
     tolerance = 1e-4 if logits.dtype == torch.float32 else 2e-2
     return Made(logits.float(), zeros_of(model.state_dict()), tolerance, does or {})
@@ -66,19 +66,19 @@ def verify(
     folder: Path, ids: Tensor, made: Made, fresh: bool, text: Mapping[str, Tensor] | None = None, precision: str = "",
     dense: Path | None = None,
 ) -> tuple[str, reload.Look]:  # fmt: skip
-    """Load a folder and compare; return what to say of it, and what it gave back.
+    """Load an export and compare it; return a message, and what was measured.
 
     Args:
-        folder: Of the export.
-        ids: Of :func:`probe`.
-        made: What must come back.
-        fresh: Load it in a process of its own.
-        text: ``segments`` and ``labels`` to measure perplexity on, if that is wanted.
-        precision: To measure in, as Lightning names them.
-        dense: Folder of the dense model, to compare speed with.
+        folder: Folder of the export.
+        ids: Token ids from :func:`probe`.
+        made: The properties that it must have.
+        fresh: Load it in a separate process.
+        text: ``segments`` and ``labels`` for measuring perplexity, if that is wanted.
+        precision: Precision of that measurement, as Lightning names it.
+        dense: Folder of the dense model, for comparing speed.
 
     Raises:
-        UserError: It does not load, or logits or zeros are not those of the model.
+        UserError: The export does not load, or its logits or zeros are not those of the model.
     """
     look = _reloaded(folder, {"ids": ids, **(text or {})}, precision, fresh, dense)
     logits = look.logits.float()

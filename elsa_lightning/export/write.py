@@ -1,4 +1,4 @@
-"""Exports: written beside their place, reloaded, compared, and only then given their name."""
+"""Writes exports: into a temporary folder, which is reloaded, compared, and only then renamed to its final name."""
 
 from __future__ import annotations
 
@@ -44,26 +44,27 @@ def export(
     fresh: bool = True,
     say: Say = print,
 ) -> Path:
-    """Export a sparse model, and make sure that what was written is that model.
+    """Export a sparse model, and verify that the written files reproduce it.
 
     Args:
         source: A model folder, the folder of a run, or a checkpoint of Lightning.
         to: ``hf``, ``shrunk``, ``quantized``, ``cpu-sparse`` or ``gguf``.
-        output: Folder to write; a model that is there is replaced when the new one is complete.
-        model: Name or folder of the model that a checkpoint is of, where it does not say so.
-        dtype: Of the weights: ``float32``, ``bfloat16`` or ``float16``; None takes the one that was given.
-        options: Of single formats.
-        measure: Measure perplexity of what was written, as the run did; another one than the run's is an error, unless
-            values were rounded. And measure how fast it decodes on this machine's CPU, beside the dense model.
+        output: Folder to write; an existing model there is replaced when the new one is complete.
+        model: Name or folder of a checkpoint's base model, if the checkpoint does not name it.
+        dtype: The dtype of the weights: ``float32``, ``bfloat16`` or ``float16``; None takes that of the original
+            model.
+        options: Options of single formats.
+        measure: Measure the perplexity of the export as the run did; a value that differs from the run's is an error,
+            unless values were rounded. Also measure decoding speed on this machine's CPU, beside the dense model's.
         archive: Write the folder as one compressed file beside it too, ``OUTPUT.tar.zst``.
-        fresh: Reload what was written in a process of its own; False does it in this one, which is quicker.
-        say: Takes what there is to tell, line by line.
+        fresh: Reload the export in a separate process; False does so in this one, which is quicker.
+        say: Called with each line of output.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: Something given cannot be used, or what was written does not give the model back.
+        UserError: An argument cannot be used, or the written files do not reproduce the model.
     """
     folder, options = Path(output).expanduser(), options or Options()
     check_format(to, options)
@@ -120,7 +121,7 @@ def export(
 def _checked(
     whole: Path, record: Record, made: Made, ids: Tensor, given: Measured | None, fresh: bool
 ) -> Iterator[str]:
-    """Load what was written, measure it, and write its card; yield what to say."""
+    """Reload an export, measure it, and write its card; yield lines of output."""
     if made.rounded and record.perplexity and given is None:
         record = replace(record, notes=[*record.notes, _BEFORE_ROUNDING])
     if made.checked is not None:
@@ -163,7 +164,7 @@ def _shrunk(source: Source, folder: Path, options: Options, say: Say) -> Made:
 
 def _quantized(source: Source, folder: Path, options: Options, say: Say) -> Made:
     model = source.model
-    assert options.bits is not None and options.group_size is not None  # of Options.of
+    assert options.bits is not None and options.group_size is not None  # set by Options.of
     check_groups(model, options.bits, options.group_size)
     whole = made_of(model)
     does = write_quantized(model, folder, options.bits, options.group_size)

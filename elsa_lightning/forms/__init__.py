@@ -1,8 +1,8 @@
-"""The forms of the x-update.
+"""The forms of the x-update: the variants of ADMM that the ``prox`` argument selects.
 
-A form is one object behind :class:`Form`; :class:`elsa_lightning.ADMM` calls it and knows nothing of which it is. Two
-kinds: the weights approach the set (``coupled``, ``published``, ``decoupled``; s = z − u is kept), or lie on it after
-every step (``linearized``, ``feedback``; −u is kept). ``docs/method.md`` derives the default.
+A form is an object that implements :class:`Form`; :class:`elsa_lightning.ADMM` calls it without knowing which it is.
+There are two kinds: the weights approach the set (``coupled``, ``published``, ``decoupled``; s = z − u is stored), or
+lie on it after every step (``linearized``, ``feedback``; −u is stored). ``docs/method.md`` derives the default.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FORMS: dict[str, type[Form]] = {form.name: form for form in (Linearized, Decoup
 
 
 def make_form(prox: str | Form) -> Form:
-    """Return the form that a user's word names, or the user's own; raise ValueError if there is none."""
+    """Return the form of this name, or a form object as it is; raise ValueError for an unknown name."""
     if isinstance(prox, Form):
         return prox
     if prox not in _FORMS:

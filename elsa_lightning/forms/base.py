@@ -1,4 +1,4 @@
-"""What a form of the x-update is: how the optimizer's steps and the constraint come together."""
+"""The interface of a form: how the x-update combines the optimizer's steps with the constraint."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Importance = Callable[[ConstrainedTensor, slice], Tensor | None]  # F̂ of some 
 
 @dataclass(frozen=True)
 class Step:
-    """What a form is told after a step of the optimizer.
+    """The arguments of :meth:`Form.after_step`.
 
     Attributes:
-        optimizer: Which stepped.
-        tensors: The constrained tensors, by their place among all.
+        optimizer: The optimizer that made the step.
+        tensors: The constrained tensors with a split, by their index among all.
         constraint: The set.
         penalty: λ or κ.
-        seed: Makes the seed of the rounding of a parameter's split.
+        seed: Returns the seed for rounding a parameter's split.
         updates: Whether a z/u-update follows.
     """
 
@@ -45,17 +45,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Sums:
-    """What an update finds of each tensor, over all processes: each of shape ``(tensors,)``.
+    """What an update measures of each tensor, over all processes; every attribute has shape ``(tensors,)``.
 
     Attributes:
-        entries: How many it has.
-        kept: How many are kept.
-        former: How many were.
+        entries: Number of entries.
+        kept: Entries on the new mask.
+        former: Entries on the former mask.
         z: Σ z².
-        memory: Σ u² over what was not kept, before the update.
-        cut: Σ (v − z)², the memory after it.
-        steps: Σ d² of the optimizer's step just before it, off the former mask, where :meth:`Form.seen` measured it.
-        inner: The same on the mask, where the set fixes values.
+        memory: Σ u² off the former mask, before the update.
+        cut: Σ (v − z)², the same off the new mask, after it.
+        steps: Σ d² of the latest optimizer step off the former mask, where :meth:`Form.seen` measured it.
+        inner: Σ d² of that step on the former mask, where the set fixes values.
     """
 
     entries: Tensor
@@ -72,8 +72,8 @@ class Form(ABC):
     """One form of the x-update.
 
     Attributes:
-        name: The user's word for it.
-        penalty: Its default.
+        name: The name by which users select it.
+        penalty: The default penalty.
         on_set: Whether the weights lie on the set after every step.
     """
 
@@ -82,7 +82,7 @@ class Form(ABC):
     on_set: bool = False
 
     def check(self, schedule: Schedule, constraint: Constraint) -> None:
-        """Raise ValueError if the form cannot work so."""
+        """Raise ValueError if the form cannot work with this schedule or set."""
         if constraint.fixes_values and not self.on_set:
             raise UserError(
                 f"{type(constraint).__name__} fixes the values of kept weights, and prox {self.name!r} keeps one "
@@ -90,7 +90,7 @@ class Form(ABC):
             )
 
     def importance(self, moment: Tensor | None, first: bool) -> Tensor | None:
-        """Return what a squared change of each weight costs: √F̂, the metric of the optimizer's own steps.
+        """Return the cost of a squared change of each weight: √F̂, the metric of the optimizer's own steps.
 
         Args:
             moment: F̂, or None where the optimizer keeps no second moment.
@@ -99,75 +99,76 @@ class Form(ABC):
         return None if moment is None else moment.sqrt()
 
     def before_step(self, tensors: Sequence[ConstrainedTensor], penalty: float, scale: Tensor | None) -> None:
-        """Add to the final gradients.
+        """Add the form's own term to the final gradients.
 
         Args:
-            tensors: Those with a split.
+            tensors: The tensors with a split.
             penalty: λ or κ.
-            scale: Of the gradients, where a fused optimizer under a GradScaler takes it off by itself.
+            scale: The gradients' scale, where a fused optimizer under a GradScaler unscales them itself.
         """
         return
 
     @abstractmethod
     def after_step(self, step: Step) -> None:
-        """Follow the optimizer's step."""
+        """Complete the x-update after the optimizer's step."""
 
     @abstractmethod
     def former_z(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
-        """Return z of the last update, as the steps since have left it; what the mask does not keep is no matter."""
+        """Return z of the last update, as the steps since have changed it; entries off the mask are not used."""
 
     def seen(self, count: int, device: torch.device) -> Tensor:
-        """Return what this process saw of the step before an update, ``(tensors, 2)``, as in :class:`Sums`."""
+        """Return this process's ``steps`` and ``inner`` of :class:`Sums`, ``(tensors, 2)``."""
         return torch.zeros(count, 2, device=device)
 
     def forgets(
         self, optimizer: Optimizer, tensors: Mapping[int, ConstrainedTensor], progress: float
     ) -> dict[int, Forgets]:
-        """Return what memory below the resolution of the set's values loses in a step on a fixed mask, by place.
+        """Return how much of the dual on the mask each tensor forgets in a step on a fixed mask, by tensor index.
 
-        Nothing for those that forget nothing; else two lengths, both to be divided by the distance of neighbouring
-        values: the first gives the share that is lost, the second, where it is below 1, what that is multiplied with.
+        That dual exists where the set fixes values, and holds the rounding errors. Tensors that forget nothing are left
+        out. The others have two lengths, both to be divided by the distance of neighbouring values: the first gives the
+        share that is lost, the second a factor of this share while it is below 1.
 
         Args:
-            optimizer: Which stepped.
-            tensors: By their place among all.
-            progress: How much of the frozen phase is over.
+            optimizer: The optimizer that made the step.
+            tensors: The tensors by their index among all.
+            progress: The fraction of the frozen phase that is over.
         """
         return {}
 
     def factors(self, sums: Sums, rescale: float, penalty: float, span: int) -> Tensor:
-        """Return what the dual of each tensor is multiplied with at an update, ``(tensors,)``.
+        """Return the factor of each tensor's dual at an update, ``(tensors,)``.
 
         Args:
-            sums: What the update found.
+            sums: The measurements of the update.
             rescale: λ_old/λ_new, since u = y/λ for the true multiplier y.
-            penalty: From here on.
+            penalty: The penalty from now on.
             span: Optimizer steps of the ADMM phase.
         """
         return torch.full_like(sums.z, rescale)
 
     def rescale(self, before: float, after: float) -> float:
-        """Return λ_old/λ_new; at the first update there is no dual."""
+        """Return λ_old/λ_new; 0 at the first update, because there is no dual before it."""
         return before / after if after > 0 else 0.0
 
     @abstractmethod
     def settle(
         self, tensor: ConstrainedTensor, rows: slice, v: Tensor, mask: Tensor, z: Tensor, factor: Any, seed: Any
     ) -> None:
-        """Store the split, and z in the weights where they lie on the set.
+        """Store the split after an update; forms on the set also store z in the weights.
 
         Args:
-            tensor: Whose.
-            rows: Which.
+            tensor: The tensor.
+            rows: The rows to store.
             v: x + u.
-            mask: What z keeps.
+            mask: True where z keeps an entry.
             z: Π_S(v).
-            factor: Of the dual, see :meth:`factors`; 1 on the mask where the set fixes values.
-            seed: Of the rounding; see :meth:`ConstrainedTensor.seed`.
+            factor: Factor of the dual, see :meth:`factors`; 1 on the mask where the set fixes values.
+            seed: Seed for rounding the split; see :meth:`ConstrainedTensor.seed`.
         """
 
     def reopen(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
-        """Return the split of weights on the set without a dual."""
+        """Return the split of weights that lie on the set, for a dual of 0."""
         x = tensor.x(rows)
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -181,18 +182,18 @@ class Form(ABC):
         return x.to(torch.promote_types(x.dtype, torch.float32)) + self.dual(tensor, rows)
 
     def inverse_penalty(self, tensor: ConstrainedTensor, penalty: float, off: Tensor, kept: Tensor) -> Any:
-        """Return 1/λ of a tensor, in the metric of :meth:`direction`, for the stationarity of a run.
+        """Return 1/λ of a tensor, in the metric of :meth:`direction`, for measuring stationarity.
 
         Args:
-            tensor: Which.
+            tensor: The tensor.
             penalty: λ or κ.
-            off: Root mean square of :meth:`direction` over what is not kept.
-            kept: Root mean square of what is kept.
+            off: Root mean square of :meth:`direction` off the mask.
+            kept: Root mean square of the kept weights.
         """
         return peak_rate(tensor) / penalty
 
     def direction(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
-        """Return D⁻¹ ∇f of the latest batch, in float32, with D the root of the second moment where there is one."""
+        """Return D⁻¹ ∇f of the latest batch, in float32; D is the root of the second moment, 1 without one."""
         grad, moment = tensor.grad(rows).float(), tensor.importance(rows)
         if moment is None:
             return grad
@@ -205,16 +206,16 @@ class Form(ABC):
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any], device: torch.device) -> None:
-        """Restore it."""
+        """Restore what :meth:`state_dict` returned."""
         return
 
 
 def relative_rates(optimizer: Optimizer, peaks: Sequence[float]) -> tuple[dict[nn.Parameter, float], list[float]]:
-    """Return each parameter's learning rate over its largest, and the largest of each group.
+    """Return each parameter's learning rate divided by its largest one, and the largest rate of each group.
 
     Args:
-        optimizer: Asked at every step, because loading an optimizer's state replaces its groups.
-        peaks: The largest of each group so far.
+        optimizer: The optimizer; its groups are read at every step, because loading its state replaces them.
+        peaks: The largest rate of each group so far.
     """
     groups = optimizer.param_groups
     rates = [rate_of(group) for group in groups]
@@ -226,7 +227,7 @@ def relative_rates(optimizer: Optimizer, peaks: Sequence[float]) -> tuple[dict[n
 
 
 def peak_rate(tensor: ConstrainedTensor) -> float:
-    """Return the largest learning rate of a tensor, as far as its group says."""
+    """Return the largest learning rate of a tensor that is known from its parameter group."""
     group = _group(tensor)
     return max(rate_of(group), _known_peak(group))
 

@@ -1,4 +1,4 @@
-"""Forms in which the weights lie on the set after every step and −u is kept: linearized, the default, and feedback."""
+"""Forms whose weights lie on the set after every step, and that store −u: linearized (the default) and feedback."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from elsa_lightning.sets.base import Constraint, project
 from elsa_lightning.stacks import by_rows, together
 from elsa_lightning.tensors import SCALE, SPLIT, ConstrainedTensor
 
-_STEPS = 4096  # what is derived from sums is rounded, so that it does not depend on the order of summation
+_STEPS = 4096  # θ is rounded to multiples of 1/_STEPS, so that it does not depend on the order of summation
 
 
 class OnSet(Form):
-    """Weights that stay on the set: from z the optimizer makes its step d; on the mask z ← z + d, off it u takes d.
+    """Base of forms whose weights stay on the set: the optimizer's step d is added to z on the mask, to u off it.
 
-    Only the support waits for the next projection. Where the set fixes values, v = z + u is what d is added to on the
+    Only the support stays fixed until the next projection. Where the set fixes values, d is added to v = z + u on the
     mask too, so that steps below the resolution of the values are remembered. The split is −u.
     """
 
     on_set = True
 
     def slowness(self, places: Sequence[int], penalty: float) -> Any:
-        """Return what d is divided by before the duals of tensors take it: a number, or of each ``(tensors,)``."""
+        """Return the divisor of d before it is added to the duals: one number, or one a tensor, ``(tensors,)``."""
         return penalty
 
     def after_step(self, step: Step) -> None:
@@ -63,7 +63,7 @@ class OnSet(Form):
             tensor.write(SPLIT, SCALE)
 
     def _in_one_pass(self, step: Step) -> dict[int, ConstrainedTensor]:
-        """Do it where a kernel can for all rows at once; return the other tensors."""
+        """Do the step of tensors that a fused kernel can handle, all rows at once; return the other tensors."""
         lines, others = [], {}
         for place, tensor in step.tensors.items():
             line = None
@@ -77,7 +77,7 @@ class OnSet(Form):
         return others
 
     def _inner_step(self, step: Step, index: int, tensor: ConstrainedTensor, piece: Piece) -> Tensor | None:
-        """Return the step on the mask where the set fixes values: all that is not a value is of this step."""
+        """Return the step on the mask where the set fixes values: before it, the weights lay exactly on these."""
         if not step.constraint.fixes_values:
             return None
         x, mask = tensor.x(piece.rows), tensor.mask(piece.rows)
@@ -85,25 +85,25 @@ class OnSet(Form):
         return moved - project(step.constraint, moved, mask, tensor.point(index, piece, moved))
 
     def watch(self, places: Sequence[int], tensor: ConstrainedTensor, d: Tensor, inner: bool = False) -> None:
-        """Look at a step of tensors off the mask, or on it, before an update."""
+        """Measure the last step before an update, of some tensors off the mask or, with ``inner``, on it."""
 
     def former_z(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
-        """Return the weights."""
+        """Return the weights, which are z."""
         return tensor.x(rows)
 
     def rescale(self, before: float, after: float) -> float:
-        """Remember what the first mask cuts, too: that of one batch's F̂ would stay for ever."""
+        """Return λ_old/λ_new, but 1 at the first update: else nothing cut by one batch's F̂ could return."""
         return 1.0 if before == 0 else super().rescale(before, after)
 
     def settle(
         self, tensor: ConstrainedTensor, rows: slice, v: Tensor, mask: Tensor, z: Tensor, factor: Any, seed: Any
     ) -> None:
-        """Store −u; x ← z. What the set's values do not hold on the mask is remembered whole."""
+        """Store −u, and z in the weights; on the mask the split is the rounding error, which has factor 1."""
         tensor.set_split(rows, (z - v).mul_(factor), seed)
         tensor.x(rows).copy_(z)
 
     def reopen(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
-        """Return zeros."""
+        """Return zeros: −u of a dual of 0."""
         return torch.zeros_like(super().reopen(tensor, rows))
 
     def dual(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
@@ -119,16 +119,16 @@ def on_values(
     constraint: Constraint, place: int, tensor: ConstrainedTensor, piece: Piece, split: Tensor,
     forgets: Forgets | None = None, importance: Importance | None = None,
 ) -> Tensor:  # fmt: skip
-    """Bring weights that a step moved back to the set's values; return the split, which remembers what that takes.
+    """Round kept weights to the set's values after a step; return the split, which remembers the rounding error.
 
     Args:
         constraint: The set.
-        place: Of the tensor among all.
-        tensor: Whose weights.
-        piece: Which rows.
-        split: Their split, with what was lost before.
-        forgets: How much of that is forgotten first; see :meth:`Form.forgets`.
-        importance: F̂ of some rows, where the numbers that groups of entries share are to be chosen anew.
+        place: Index of the tensor among all.
+        tensor: The tensor.
+        piece: The rows.
+        split: Their split, with the rounding errors so far.
+        forgets: How much of these is forgotten first; see :meth:`Form.forgets`.
+        importance: Returns F̂ of some rows, if the numbers that groups of entries share are to be chosen anew.
     """
     x, mask = tensor.x(piece.rows), tensor.mask(piece.rows)
     point = tensor.point(place, piece, x)
@@ -143,7 +143,7 @@ def on_values(
     z = project(constraint, v, mask, point)
     x.copy_(z)
     lost = z - v
-    if apart is not None:  # beyond the last value it would grow for ever, and the values with it when they are chosen
+    if apart is not None:  # beyond the last value u would grow for ever, and stretch the scale that is chosen next
         most = torch.maximum(split.abs(), apart)
         lost = torch.minimum(torch.maximum(lost, -most), most)
     return chosen(mask, lost, split)
@@ -152,16 +152,16 @@ def on_values(
 class Feedback(OnSet):
     """``u ← u + d/κ`` off the mask, and nothing is ever forgotten: error feedback (Lin et al., 2020, arXiv:2006.07253).
 
-    Not ADMM: the dual never enters an x-update, so an entry off the mask with a steady gradient grows until it is
-    kept, and from the exact optimum the weights walk away. A larger κ makes the memory slower. It does well in short
-    runs and gets worse in long ones.
+    This is not ADMM: the dual never enters an x-update, so v of a pruned entry with a steady gradient grows until it is
+    kept, and even from the exact optimum the weights walk away. A larger κ makes u grow more slowly. ``feedback`` does
+    well in short runs and gets worse in long ones.
     """
 
     name = "feedback"
     penalty = 2.0
 
     def check(self, schedule: Schedule, constraint: Constraint) -> None:
-        """Raise ValueError for a penalty that is 0 or begins there."""
+        """Raise ValueError unless the penalty is constant and above 0."""
         if schedule.penalty == 0 or schedule.shape != "constant":
             raise UserError(
                 f"prox 'feedback' divides the optimizer's steps by the penalty, so it must be above 0 and constant; "
@@ -170,44 +170,46 @@ class Feedback(OnSet):
 
 
 class Linearized(OnSet):
-    """Linearised ADMM in the optimizer's metric, with weights on the set; the default. Derived in ``docs/method.md``.
+    """Linearised ADMM in the optimizer's metric, with weights on the set: the default, derived in ``docs/method.md``.
 
         off the mask, every step       u ← u + d/ρ            ρ = 16 σ √n / w, of each tensor
         every update                   u ← θ u                θ ≤ 1 such that ‖u‖ does not grow beyond w/κ
 
-    d is the optimizer's step from z, w the root mean square of what is kept, n the steps of the ADMM phase, at least
-    1000, and σ the root mean square of what a step adds to a sum of steps without drift, measured at each update off
-    the mask. So over a whole run chance alone brings an entry to a 16th of w, in a short run to less, whatever the rate
-    and the batch: what returns has a drift that stands out from its noise. θ is the x-update's own pull λ u, with the
-    least λ of each tensor that holds the dual: its fixed points are u = −D⁻¹∇f/λ, λ-stationary points. A larger κ holds
-    it to less.
+    d is the optimizer's step from z, w the root mean square of the kept weights, n the steps of the ADMM phase, at
+    least 1000. σ is the root mean square of what one step adds to a sum of steps without drift, measured off the mask
+    at each update. So noise alone brings an entry over a whole run to w/16, in a short run to less, whatever learning
+    rate and batch size are: an entry returns only if its drift stands out from its noise. θ is the x-update's own pull
+    λ u, with the least λ of each tensor that bounds the dual: its fixed points are u = −D⁻¹∇f/λ, λ-stationary points.
+    A larger κ bounds the dual to less.
 
-    Where the set fixes values, memory below their distance s is whole while the mask moves, so that weights whose best
-    place is between two values change between these. In the frozen phase λ grows,
+    Where the set fixes values at a distance s, rounding errors are kept in u on the mask. While the mask moves nothing
+    of them is forgotten, so weights whose optimum is between two values change between these. In the frozen phase
+    λ grows:
 
         on a fixed mask, every step    u ← (1 − c ‖d‖/s) u    c from 0 to 8, ‖d‖ the root mean square of a step
 
-    less by L/s where the sum L of these since the mask was fixed is below s, until all rest: a drift d moves a weight
-    as long as it is above c/2 ‖d‖, so the clearest cases are settled first and the others make up for them.
+    While L, the sum of ‖d‖ since the mask was fixed, is below s, c is multiplied by L/s. A weight with drift d changes
+    its value as long as |d| > c/2 ‖d‖, so the clearest cases come to rest first and the others make up for them, until
+    all weights rest.
     """
 
     name = "linearized"
     penalty = 4.0
 
     _NOISE = 1 / 16
-    _LEAST_STEPS = 1000  # what fewer say counts for less beside a weight that a long training made
+    _LEAST_STEPS = 1000  # shorter runs count as this long: few steps say little beside a weight from a long training
     _SETTLED = 8.0
 
     def __init__(self) -> None:
-        self._slow: Tensor = torch.empty(0)  # ρ of each tensor; 1 until a step was seen
+        self._slow: Tensor = torch.empty(0)  # ρ of each tensor; 1 until a step was measured
         self._memory: Tensor = torch.empty(0)  # root mean square of u after the last update
         self._peaks: list[float] = []
-        self._steps: dict[tuple[int, ...], Tensor] = {}  # Σ d² of this process, of tensors at these places
-        self._rates: dict[int, float] = {}  # from the root mean square of d to σ
-        self._inner: dict[tuple[int, ...], Tensor] = {}  # Σ d² on the mask
-        self._relative: dict[int, float] = {}  # learning rates over the largest
-        self._pace: Tensor = torch.empty(0)  # root mean square of d on the mask at the largest rate
-        self._paths: dict[int, float] = {}  # Σ of learning rates over the largest, since the mask was fixed
+        self._steps: dict[tuple[int, ...], Tensor] = {}  # Σ d² off the mask on this process, by tensor indices
+        self._rates: dict[int, float] = {}  # factors from the root mean square of d to σ
+        self._inner: dict[tuple[int, ...], Tensor] = {}  # Σ d² on the mask, likewise
+        self._relative: dict[int, float] = {}  # learning rates divided by the largest
+        self._pace: Tensor = torch.empty(0)  # root mean square of d on the mask, at the largest learning rate
+        self._paths: dict[int, float] = {}  # Σ of relative learning rates since the mask was fixed
 
     def slowness(self, places: Sequence[int], penalty: float) -> Any:
         """Return ρ."""
@@ -226,7 +228,7 @@ class Linearized(OnSet):
         super().after_step(step)
 
     def watch(self, places: Sequence[int], tensor: ConstrainedTensor, d: Tensor, inner: bool = False) -> None:
-        """Measure how large a step is."""
+        """Add up Σ d² of the last step before an update."""
         if tensor.part.counts:
             seen = self._inner if inner else self._steps
             squares = d.to(torch.promote_types(d.dtype, torch.float32)).square().reshape(len(places), -1).sum(dim=1)
@@ -234,7 +236,7 @@ class Linearized(OnSet):
             seen[key] = seen[key] + squares if key in seen else squares
 
     def seen(self, count: int, device: torch.device) -> Tensor:
-        """Return Σ d² off the mask and on it of the step before an update, ``(tensors, 2)``, of this process."""
+        """Return Σ d² of the step before an update, off the mask and on it, of this process, ``(tensors, 2)``."""
         steps = torch.zeros(count, 2, dtype=exact_dtype(device), device=device)
         for column, seen in enumerate((self._steps, self._inner)):
             for places, squares in seen.items():
@@ -255,7 +257,7 @@ class Linearized(OnSet):
         return found
 
     def factors(self, sums: Sums, rescale: float, penalty: float, span: int) -> Tensor:
-        """Return θ, and take the new ρ."""
+        """Return θ, and update ρ."""
         count = len(sums.z)
         if len(self._slow) != count:
             self._slow, self._memory = torch.ones_like(sums.z), torch.zeros_like(sums.z)
@@ -282,13 +284,13 @@ class Linearized(OnSet):
         return torch.where(off > 0, kept / (penalty * off.clamp_min(torch.finfo(off.dtype).tiny)), 0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return ρ, what the dual was, how large steps were, and the largest learning rates."""
+        """Return ρ, the size of the dual, the size and path of the steps, and the largest learning rates."""
         numbers = {"slow": self._slow, "memory": self._memory, "pace": self._pace}
         paths = {str(place): path for place, path in self._paths.items()}
         return {**{name: t.tolist() for name, t in numbers.items()}, "peaks": list(self._peaks), "paths": paths}
 
     def load_state_dict(self, state_dict: dict[str, Any], device: torch.device) -> None:
-        """Restore them."""
+        """Restore what :meth:`state_dict` returned."""
         self._slow, self._memory, self._pace = (
             torch.tensor(state_dict[name], device=device, dtype=exact_dtype(device))
             for name in ("slow", "memory", "pace")
@@ -298,7 +300,7 @@ class Linearized(OnSet):
 
 
 def _walk(group: dict[str, Any]) -> float:
-    """Return how much further a sum of steps without drift goes than if they were independent: momentum repeats."""
+    """Return how much further steps without drift walk than independent ones, because momentum repeats them."""
     beta = float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0) or 0.0)
     return math.sqrt((1 + beta) / max(1e-6, 1 - beta))
 

@@ -1,4 +1,4 @@
-"""Forms in which the weights approach the set and s = z − u is kept: coupled, published, decoupled."""
+"""Forms whose weights approach the set, and that store s = z − u: coupled, published, decoupled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from elsa_lightning.tensors import ConstrainedTensor
 
 
 class Pull(Form):
-    """s is v on the mask and −u off it; the weights themselves are the optimizer's."""
+    """Base of these forms: the split is s = z − u, which is v on the mask and −u off it; projections leave x alone."""
 
     def former_z(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
         """Return s, which is z on the mask."""
@@ -23,14 +23,14 @@ class Pull(Form):
     def settle(
         self, tensor: ConstrainedTensor, rows: slice, v: Tensor, mask: Tensor, z: Tensor, factor: Any, seed: Any
     ) -> None:
-        """s ← z − u, which is v on the mask and −u off it."""
+        """Store s = z − u, which is v on the mask and −u off it."""
         tensor.set_split(rows, chosen(mask, v, v * -factor), seed)
 
 
 class Coupled(Pull):
     """λ(x − s) is added to the gradient after accumulation and clipping, and goes through the optimizer's moments.
 
-    As published, but for the first projection, which knows the gradient of the first step here.
+    This is the published form, except that the first projection already uses the gradient of the first step.
     """
 
     name = "coupled"
@@ -41,7 +41,7 @@ class Coupled(Pull):
         return moment
 
     def before_step(self, tensors: Sequence[ConstrainedTensor], penalty: float, scale: Tensor | None) -> None:
-        """g ← g + λ (x − s)."""
+        """Add the pull to the gradients: g ← g + λ (x − s)."""
         if penalty == 0:
             return
         for tensor in tensors:
@@ -53,7 +53,7 @@ class Coupled(Pull):
                 grad.add_((towards if scale is None else towards * scale).to(grad.dtype), alpha=penalty)
 
     def after_step(self, step: Step) -> None:
-        """Leave the weights as the optimizer has them."""
+        """Leave the weights as the optimizer's step left them."""
 
     def inverse_penalty(self, tensor: ConstrainedTensor, penalty: float, off: Tensor, kept: Tensor) -> Any:
         """Return 1/λ, in the plain metric."""
@@ -77,8 +77,8 @@ class Published(Coupled):
 class Decoupled(Pull):
     """ADMM in the optimizer's own metric: after its step x ← (x + γ s)/(1 + γ), γ = κ · lr/lr_max.
 
-    So does decoupled weight decay; the second moment stays an estimate of ∇f alone. lr_max is the group's ``max_lr`` or
-    ``initial_lr``, or the largest rate so far if that is more. λ in that metric is κ/lr_max.
+    As in decoupled weight decay, the pull bypasses the gradient, so the second moment estimates ∇f alone. lr_max is the
+    group's ``max_lr`` or ``initial_lr``, or the largest rate so far if that is more. λ in that metric is κ/lr_max.
     """
 
     name = "decoupled"
@@ -88,7 +88,7 @@ class Decoupled(Pull):
         self._peaks: list[float] = []  # largest learning rate of each group
 
     def after_step(self, step: Step) -> None:
-        """x ← (x + γ s)/(1 + γ)."""
+        """Pull the weights towards s: x ← (x + γ s)/(1 + γ)."""
         if step.penalty == 0:
             return
         rates, self._peaks = relative_rates(step.optimizer, self._peaks)
@@ -103,5 +103,5 @@ class Decoupled(Pull):
         return {"peaks": list(self._peaks)}
 
     def load_state_dict(self, state_dict: dict[str, Any], device: torch.device) -> None:
-        """Restore them."""
+        """Restore what :meth:`state_dict` returned."""
         self._peaks = list(state_dict["peaks"])

@@ -1,1 +1,1 @@
-"""Where the entries of a parameter lie, and how the method's own numbers beside them are kept."""
+"""Where the entries of a parameter lie in memory and over processes, and in which formats the ADMM state is stored."""

@@ -1,7 +1,7 @@
-"""All there is of FSDP1 (``FullyShardedDataParallel``): flat slices, and state as it can save it.
+"""Support of FSDP1 (``FullyShardedDataParallel``): flat slices, and optimizer state in the form that it can save.
 
-FSDP1 keeps each parameter as a flat slice, from any entry of a row to any other, and tells neither shape nor place. It
-saves an optimizer's state only where it is of the parameter's own shape, in one dtype, with the same names for all.
+FSDP1 keeps each parameter as a flat slice, which begins and ends at any entry and does not tell its shape and place. It
+saves an optimizer's state only in the parameter's own shape, in one dtype, and with the same keys for all parameters.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _NO_MASK = -1.0
 
 
 def mark_slices(model: nn.Module) -> None:
-    """Tell the parameters which part of them this process holds, for :func:`elsa_lightning.layout.sharded.part_of`.
+    """Attach to each parameter the part that this process holds, for :func:`elsa_lightning.layout.sharded.part_of`.
 
-    Under HYBRID_SHARD each replica counts within itself, so that all of them find the same.
+    Under HYBRID_SHARD each replica counts within itself, so all replicas get the same results.
 
     Raises:
-        ValueError: Weights do not lie in memory in the order of their shape.
+        ValueError: Weights are not contiguous.
     """
     for unit in _units(model):
         flat = unit._handle.flat_param
@@ -49,9 +49,9 @@ def mark_slices(model: nn.Module) -> None:
 
 
 def settle(model: nn.Module) -> None:
-    """Return the parameters to their slices where they were left whole after a forward pass, and free the whole."""
+    """Reshard parameters that a forward pass left whole, and free the whole ones."""
     for unit in _units(model):
-        if hasattr(unit._handle.flat_param, "_full_param_padded"):  # since the first forward pass
+        if hasattr(unit._handle.flat_param, "_full_param_padded"):  # exists from the first forward pass on
             unit._handle.reshard(free_unsharded_flat_param=True)
 
 
@@ -67,7 +67,7 @@ def _units(model: nn.Module) -> list[Any]:
 
 @torch.no_grad()
 def whole_on_first(t: Tensor) -> Tensor | None:
-    """Return a tensor that may be sharded whole on the first process's CPU, and None on the others; all of them ask."""
+    """Gather a tensor on the first process's CPU and return it, None on the others; all processes must call this."""
     if isinstance(t, DTensor):
         t = t.full_tensor()
     elif (part := part_of(t)).start is not None:
@@ -80,7 +80,7 @@ def whole_on_first(t: Tensor) -> Tensor | None:
 
 
 class FlatSlice(Rows):
-    """A flat slice: a piece is some of its entries, ``(1, n)``; bits and blocks lie as in the flattened whole."""
+    """The layout of a flat slice: a piece is some entries, ``(1, n)``; bytes and blocks are those of the whole."""
 
     @property
     def start(self) -> int:
@@ -89,11 +89,11 @@ class FlatSlice(Rows):
 
     @property
     def count(self) -> int:
-        """How many entries there are."""
+        """Number of entries."""
         return self.shape.numel()
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield entries of one matrix that lie within one block of ``limit``, counted from the whole's first."""
+        """Yield entries of one matrix within one block of ``limit`` entries of the flattened whole."""
         at, entries, size = 0, self.count, math.prod(self.part.shape[-2:])
         while at < entries:
             place = self.start + at
@@ -102,15 +102,15 @@ class FlatSlice(Rows):
             at = stop - self.start
 
     def take(self, t: Tensor, rows: slice) -> Tensor:
-        """Return entries, in the same memory."""
+        """Return a view of entries."""
         return t[None, rows]
 
     def width(self, rows: slice) -> int:
-        """Return how many entries."""
+        """Return the number of entries."""
         return int(rows.stop - rows.start)
 
     def before(self, rows: slice, each: int) -> int:
-        """Return how many entries of their first group lie before these, maybe on another process."""
+        """Return how many entries of the first group lie before these, maybe on another process."""
         return (self.start + int(rows.start)) % each
 
     def groups(self, t: Tensor, rows: slice, each: int) -> Tensor:
@@ -123,7 +123,7 @@ class FlatSlice(Rows):
         return (-(-(self.count + self.start % each) // each) if self.count else 0,)
 
     def index(self, rows: slice, axis: int) -> Tensor:
-        """Return where entries lie along an axis, ``(1, n)``."""
+        """Return the indices of entries along an axis of the whole tensor, ``(1, n)``."""
         place = torch.arange(rows.start, rows.stop, device=self.device)[None] + self.start
         rows_, n = self.part.shape[-2:]
         return (place // n % rows_, place % n, place // (rows_ * n))[axis]
@@ -133,26 +133,26 @@ class FlatSlice(Rows):
 
 
 class HasDense(Protocol):
-    """A parameter whose state of ours can be had with one number an entry, and given back."""
+    """A parameter whose ADMM state can be read and written with one number an entry."""
 
     def has(self, key: str) -> bool:
-        """Say whether there is state of this name."""
+        """Return whether there is state of this name."""
 
     def dense(self) -> dict[str, Tensor]:
-        """Return what there is."""
+        """Return the existing state, one number an entry."""
 
     def take_dense(self, dense: dict[str, Tensor]) -> None:
-        """Take it back."""
+        """Store state from :meth:`dense`."""
 
 
 class DenseState:
     """Saves and loads an optimizer's state with one number an entry, for every parameter that lies in flat slices.
 
     Args:
-        optimizer: Whose it is.
+        optimizer: The optimizer.
         tensors: Its constrained tensors.
-        ours: Names of the method's tensors in its state.
-        kept: Those of them that ``dense`` returns, the mask first.
+        ours: Keys of the method's tensors in its state.
+        kept: The keys that ``dense`` returns, the mask's first.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class DenseState:
         self._hook = optimizer.register_state_dict_post_hook(self._saved)
 
     def remove(self) -> None:
-        """Save as the optimizer does by itself from here on."""
+        """Remove the hook, so that the optimizer saves its state unchanged again."""
         self._hook.remove()
 
     def _saved(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class DenseState:
                 continue
             wide = torch.promote_types(p.dtype, torch.float32)
             state = {key: t for key, t in state_dict["state"].get(index, {}).items() if key not in self.ours}
-            if not state and p.requires_grad:  # without a gradient so far
+            if not state and p.requires_grad:  # no gradient so far
                 state = {key: _nothing(value, p, wide) for key, value in theirs.items() if key not in self.ours}
             if not state:
                 continue
@@ -195,7 +195,7 @@ class DenseState:
         return {**state_dict, "state": states}
 
     def take(self) -> None:
-        """Turn what was loaded into the state of the constrained tensors, whatever their layout is now."""
+        """Convert loaded dense state to the state of the constrained tensors, in whatever layout they are now."""
         for p in [p for group in self.optimizer.param_groups for p in group["params"]]:
             state = self.optimizer.state.get(p, {})
             if self.mask not in state or not state[self.mask].is_floating_point():
@@ -205,13 +205,13 @@ class DenseState:
                 dense = {key: t for key, t in dense.items() if key == self.kept[-1]}
             if p in self.tensors:
                 self.tensors[p].take_dense(dense)
-            if float(state.get("step", 1)) == 0:  # it stood for a parameter without gradient
+            if float(state.get("step", 1)) == 0:  # a placeholder: the parameter had no gradient
                 for key in state.keys() - set(self.ours):
                     del state[key]
 
 
 def _nothing(like: Any, p: Tensor, wide: torch.dtype) -> Any:
-    """Return the state of a parameter that was never stepped, in place of what others have."""
+    """Return placeholder state of a parameter that was never stepped, in the form that others have."""
     if isinstance(like, Tensor) and like.dim():
         return torch.zeros_like(p, dtype=wide)
     return torch.zeros_like(like) if isinstance(like, Tensor) else 0

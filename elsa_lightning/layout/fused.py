@@ -1,11 +1,11 @@
-"""What happens to every weight at every step on a GPU, in one pass over it, by Triton: a launch for all tensors.
+"""Fused Triton kernels for what happens to every weight at every step: one pass, one launch for all tensors of a kind.
 
-The same is done operation by operation elsewhere, with the same result to the bit, where there is no Triton, no GPU, or
-where a layout is not rows below each other. There a step of float8 state takes some forty launches for each tensor and
-moves ten times the bytes.
+Without Triton, without a GPU, or where a layout is not rows below each other, :mod:`elsa_lightning.forms.on_set` and
+others do the same by single torch operations, with bit-identical results. Then a step of float8 state takes some forty
+launches for each tensor and moves ten times the bytes.
 
-Kernels work on groups of 32 entries of a row, the blocks of float8. What tensors there are they read from a table of
-addresses, a line for each.
+Kernels work on groups of 32 entries of a row, the blocks of float8. They find the tensors in a table of addresses with
+one line a tensor.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ except ImportError:  # a build of torch for CPUs comes without Triton
 
 log = logging.getLogger(__name__)
 
-_GROUPS = 64  # that a program works on
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # how a split is kept
+_GROUPS = 64  # groups for which one program works
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # by the dtype in which a split is stored
 _NOWHERE = Places(0, 0, 0)
 
 
 class Line(NamedTuple):
-    """Rows of weights that lie below each other in memory, and what goes with them.
+    """One line of the table: rows of weights that lie below each other in memory, with their state.
 
     Attributes:
         x: The weights ``(rows, n)``.
         packed: Their mask, ``(rows, ⌈n/8⌉)``.
-        split: Their split ``(rows, n)``, where it takes the step.
-        scale: Exponents of its blocks ``(rows, ⌈n/32⌉)``, where it is float8.
+        split: Their split ``(rows, n)``, if it takes the step.
+        scale: Exponents of its blocks ``(rows, ⌈n/32⌉)``, if it is float8.
         slow: What a step is divided by before the split takes it, one number.
-        places: Of the random numbers.
+        places: Where the random numbers begin.
     """
 
     x: Tensor
@@ -56,7 +56,7 @@ class Line(NamedTuple):
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Say whether kernels can work on these: matrices whose rows are whole, on a GPU that Triton compiles for."""
+    """Return whether the kernels can work on these tensors: contiguous matrices on a GPU that Triton compiles for."""
     return (
         all(t.dim() == 2 and t.stride(-1) == 1 and t.stride(0) == t.shape[1] for t in tensors)
         and all(t.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int8) for t in tensors)
@@ -66,7 +66,7 @@ def takes(*tensors: Tensor) -> bool:
 
 @cache
 def usable(device: torch.device) -> bool:
-    """Say whether Triton compiles for a device and gives what the operations give, which is tried once."""
+    """Return whether Triton compiles for a device and gives correct results; this is tried once."""
     if kernels is None or not (device.type == "cuda" or _interpreted()):
         return False
     try:
@@ -84,10 +84,10 @@ def usable(device: torch.device) -> bool:
 
 
 def step_off_mask(lines: Sequence[Line]) -> None:
-    """u ← u + d/ρ and x ← 0 off the masks: what stands there is the optimizer's step d, and the split is −u.
+    """Do u ← u + d/ρ and x ← 0 off the masks: x holds the optimizer's step d there, and the split is −u.
 
     Args:
-        lines: Any, each with a split.
+        lines: Any lines that have a split.
     """
     for alike in _alike(lines):
         split, slow = alike[0].split, alike[0].slow
@@ -96,22 +96,22 @@ def step_off_mask(lines: Sequence[Line]) -> None:
 
 
 def zero_off(lines: Sequence[Line]) -> None:
-    """x ← 0 off the masks, NaN too.
+    """Zero the weights off the masks, NaN included.
 
     Args:
-        lines: Any.
+        lines: Any lines.
     """
     for alike in _alike(lines):
         _launch(kernels.zero_off, alike)
 
 
 def add_rounded(now: Tensor, former: Tensor, places: Places) -> None:
-    """Write bfloat16 ``former + now``, rounded up or down at random, to ``now``.
+    """Write ``former + now``, rounded stochastically to bfloat16, to ``now``.
 
     Args:
         now: bfloat16 ``(rows, n)``.
         former: Likewise.
-        places: Of the random numbers.
+        places: Where the random numbers begin.
     """
     groups = now.shape[0] * -(-now.shape[1] // BLOCK)
     with _on(now.device):
@@ -121,7 +121,7 @@ def add_rounded(now: Tensor, former: Tensor, places: Places) -> None:
 
 
 def _alike(lines: Sequence[Line]) -> Iterable[list[Line]]:
-    """Return lines by what they are compiled for."""
+    """Group lines that can share a launch: by device, dtype, and dtype of the split."""
     kinds: dict[Any, list[Line]] = {}
     for line in lines:
         kinds.setdefault((line.x.device, line.x.dtype, line.split is not None and line.split.dtype), []).append(line)
@@ -149,10 +149,10 @@ def _launch(kernel: Any, lines: Sequence[Line], **options: Any) -> None:
 
 
 def _on(device: torch.device) -> Any:
-    """Return what makes a device the one that kernels are started on."""
+    """Return a context in which kernels are launched on a device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _interpreted() -> bool:
-    """Say whether Triton runs kernels on a CPU, as its tests do."""
+    """Return whether Triton interprets kernels on a CPU, as in tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"

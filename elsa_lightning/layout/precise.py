@@ -1,4 +1,4 @@
-"""What of a model stays float32 when its weights are cast."""
+"""Keeps the buffers of a model in float32 that must stay precise when its weights are cast."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import nn
 
 @contextmanager
 def precise_buffers(model: nn.Module) -> Iterator[None]:
-    """Keep float32 buffers that are not saved, such as frequencies of rotary embeddings, through a cast of a model.
+    """Preserve float32 buffers that are not saved, such as frequencies of rotary embeddings, while a model is cast.
 
-    transformers loads weights in 16 bits and computes these anew in float32; ``model.to(torch.bfloat16)`` rounds them,
-    and the model is another one than its saved folder.
+    transformers loads weights in 16 bits and computes these buffers anew in float32, whereas
+    ``model.to(torch.bfloat16)`` rounds them too, so the model would differ from its saved folder.
     """
     held = [
         (module, name, buffer)

@@ -1,7 +1,7 @@
-"""A process's part of a matrix, or of a stack of matrices, as rows below each other, some of them at a time.
+"""A process's part of a matrix, or of a stack of matrices, as rows below each other, processed some rows at a time.
 
-Whatever is done to a large tensor is done in pieces of rows, so that nothing of its size comes and goes. This is the
-layout of tensors that are whole or sharded as DTensors; :class:`elsa_lightning.layout.fsdp1.FlatSlice` has the other.
+Large tensors are processed in pieces of rows, so that temporary tensors stay small. This is the layout of tensors that
+are whole or sharded as DTensors; :class:`elsa_lightning.layout.fsdp1.FlatSlice` is that of FSDP1.
 """
 
 from __future__ import annotations
@@ -16,27 +16,33 @@ from torch import Tensor
 from elsa_lightning.layout.kernels import as_kernel, as_matrix
 from elsa_lightning.layout.sharded import Part, Places, local
 
-PIECE = 1 << 24  # entries worked on at once: enough to keep a device busy
-PIECE_ON_CPU = 1 << 18  # what its cache holds
-SMALL = 1 << 20  # entries up to which launching an operation takes longer than copying them into a stack and back
+PIECE = 1 << 24  # entries processed at once: enough to keep a device busy
+PIECE_ON_CPU = 1 << 18  # as many as its cache holds
+SMALL = 1 << 20  # up to so many entries, launching an operation takes longer than copying them into a stack and back
 SMALL_ON_CPU = 1 << 15
-STACK = 1 << 22  # entries of a stack at most: more save few launches, and are copied all the same
+STACK = 1 << 22  # largest stack, in entries: larger ones save few further launches, but cost the copies
 
-HOSTS = {"cpu"}  # kinds of devices on which operations branch, and whose results a host has without waiting
+HOSTS = {"cpu"}  # device types on which operations branch, and whose results the host has without synchronizing
 
 
 def is_host(device: torch.device) -> bool:
-    """Say whether the host computes there: what is fast then can be slow on a GPU, and the reverse."""
+    """Return whether a device is the host: which operations are fast there and which on a GPU differs."""
     return device.type in HOSTS
 
 
 def on_host(t: Tensor) -> bool:
-    """Say whether a tensor is where the host computes."""
+    """Return whether a tensor is on the host."""
     return is_host(t.device)
 
 
 class Piece(NamedTuple):
-    """Some rows of a part: of one matrix, or of some matrices of a stack. Of a flat slice ``rows`` are entries."""
+    """Some rows of one matrix, or of some whole matrices of a stack; in a flat slice ``rows`` counts entries.
+
+    Attributes:
+        rows: The rows of the local part.
+        matrix: Index of their first matrix in the whole stack.
+        matrices: Number of matrices.
+    """
 
     rows: slice
     matrix: int
@@ -44,12 +50,12 @@ class Piece(NamedTuple):
 
 
 class Rows:
-    """The part as local rows ``(rows, n)``; kernels ``(out, in, k, ...)`` whose part is a matrix have ``out`` of them.
+    """The part as local rows ``(rows, n)``; kernels ``(out, in, k, ...)`` whose part is a matrix have ``out`` rows.
 
     Args:
-        part: Which part of the parameter this process holds.
+        part: The part of the parameter that this process holds.
         x: Its local entries.
-        grain: Rows that no piece cuts, counted from the first row of a matrix.
+        grain: Pieces begin at multiples of so many rows, counted from the first row of a matrix.
         transposed: Whether the weights are ``(in, out)``.
     """
 
@@ -63,11 +69,11 @@ class Rows:
 
     @property
     def count(self) -> int:
-        """How many rows there are."""
+        """Number of local rows."""
         return math.prod(self.shape[:-1])
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield what is worked on at once."""
+        """Yield the pieces, each of which is processed at once."""
         *stack, rows, n = self.shape
         first, count = self.part.offsets[0] * math.prod(stack[1:]) if stack else 0, math.prod(stack)
         if self.shape.numel() == 0:
@@ -84,7 +90,7 @@ class Rows:
                 yield Piece(slice(i * rows + row, i * rows + min(row + at_once, rows)), first + i, 1)
 
     def take(self, t: Tensor, rows: slice) -> Tensor:
-        """Return rows of a tensor of this layout, in the same memory."""
+        """Return a view of rows of a tensor that has this layout."""
         t = local(t)
         if t.dim() > len(self.shape):
             t = as_matrix(t)
@@ -99,16 +105,16 @@ class Rows:
         return self.shape[-1]
 
     def before(self, rows: slice, each: int) -> int:
-        """Return how many entries of their first group of ``each`` lie before these rows."""
+        """Return how many entries of the first group of ``each`` lie before these rows."""
         return 0
 
     def aligned(self, t: Tensor, rows: slice, each: int) -> Tensor:
-        """Fill up ``t`` in front so that it begins with a whole group."""
+        """Pad ``t`` in front so that it begins with a whole group."""
         before = self.before(rows, each)
         return torch.nn.functional.pad(t, (before, 0)) if before else t
 
     def groups(self, t: Tensor, rows: slice, each: int) -> Tensor:
-        """Return what ``t``, with one number for every ``each`` entries of a row, has of these rows."""
+        """Return a view of these rows in ``t``, which has one number for every ``each`` entries of a row."""
         return self.take(t, rows)
 
     def room(self, each: int, rows: int = 1) -> tuple[int, ...]:
@@ -116,19 +122,19 @@ class Rows:
         return (*self.shape[:-2], -(-self.shape[-2] // rows), -(-self.shape[-1] // each))
 
     def noise(self, rows: slice, seed: int) -> Tensor:
-        """Return random int32 for rows, by their place in the whole."""
+        """Return random int32 for rows, which depend on the place in the whole tensor."""
         return self.part.noise(self.shape, rows, seed, self.device)
 
     def places(self, rows: slice, seed: int) -> Places | None:
-        """Return where :meth:`noise` begins in its tables; None where its rows do not follow these."""
+        """Return where :meth:`noise` begins in its tables; None where its rows are not consecutive there."""
         return self.part.places(self.shape, rows, seed)
 
     def index(self, rows: slice, axis: int) -> Tensor:
-        """Return where entries lie in the whole along an axis, broadcastable to ``(rows, n)``.
+        """Return the indices of entries along an axis of the whole tensor, broadcastable to ``(rows, n)``.
 
         Args:
-            rows: Which.
-            axis: 0 for the row of their matrix, 1 for the column, 2 for the matrix in its stack.
+            rows: The rows.
+            axis: 0 for the row in the matrix, 1 for the column, 2 for the matrix in its stack.
         """
         if axis == 1:
             return torch.arange(self.shape[-1], device=self.device)[None] + self.part.offsets[-1]

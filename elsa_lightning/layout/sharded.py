@@ -1,7 +1,7 @@
-"""Where a process's part of a parameter lies in the whole, and with whom it shares the parameter.
+"""Which part of a parameter a process holds, and which processes hold the rest.
 
 Every parameter is described by a :class:`Part`, whether one device holds it, DTensors shard it (FSDP2) or it is a flat
-slice (FSDP1, :mod:`elsa_lightning.layout.fsdp1`). What is counted over all entries is summed by :class:`Processes`.
+slice (FSDP1, :mod:`elsa_lightning.layout.fsdp1`). :class:`Processes` sums counts over all entries.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from elsa_lightning.errors import UserError
 from elsa_lightning.layout.kernels import is_kernel, matrix_shape
 
 SLICE = "_elsa_slice"  # attribute of a parameter that FSDP1 shards: its Part
-GROUP = "_elsa_group"  # and the processes it is sharded over
+GROUP = "_elsa_group"  # attribute with the processes over which FSDP1 shards it
 _WITHOUT_FLOAT64 = {"mps"}
 _MIX = (0x85EBCA6B - (1 << 32), 0xC2B2AE35 - (1 << 32))  # MurmurHash3's finalizer, as int32
-_TABLE = 1 << 16  # random numbers that there are; with as many of rows as of columns, 2³² of entries
-_SPREAD = 0x9E3779B1 - (1 << 32)  # 2³² over the golden ratio: a product's high bits depend on all bits
+_TABLE = 1 << 16  # random numbers in each table; a pair, of row and column, makes 2³² for entries
+_SPREAD = 0x9E3779B1 - (1 << 32)  # 2³² divided by the golden ratio: high bits of a product depend on all bits
 
 
 class Places(NamedTuple):
-    """Where random numbers of rows and columns begin in their tables, and what the former are combined with."""
+    """Where the random numbers of rows and columns begin in their tables, and the int32 XORed with those of rows."""
 
     row: int
     column: int
@@ -40,15 +40,15 @@ class Places(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """This process's part of a parameter; the whole of it where nothing is sharded.
+    """This process's part of a parameter; all of it where nothing is sharded.
 
     Attributes:
-        shape: Of the whole parameter, ``(out, in)`` or ``(experts, out, in)``; see :meth:`as_matrix`.
+        shape: Shape of the whole parameter, ``(out, in)`` or ``(experts, out, in)``; see :meth:`as_matrix`.
         offsets: Index of the part's first entry in each dimension of the whole.
-        counts: Whether this process counts the part: of several that hold the same entries one does.
-        order: Place among the parts, which decides between equals.
+        counts: Whether this process counts the part in sums: of several that hold the same entries only one does.
+        order: Index of the part among all parts, which decides ties.
         sharded: Whether other processes hold other entries.
-        start: Index of the first entry in the flattened whole, where the part is a flat slice of it (FSDP1).
+        start: Index of the first entry in the flattened whole, if the part is a flat slice of it (FSDP1).
     """
 
     shape: torch.Size
@@ -59,7 +59,7 @@ class Part:
     start: int | None = None
 
     def as_matrix(self, p: Tensor) -> Part:
-        """Return the part of a convolution's kernels as that of a matrix, unless shards cut its rows."""
+        """Return the part of a convolution's kernels as part of a matrix, unless shards cut its rows."""
         if not is_kernel(p, self.shape) or _cuts_rows(p):
             return self
         return replace(self, shape=matrix_shape(p, self.shape), offsets=self.offsets and (self.offsets[0], 0))
@@ -67,14 +67,14 @@ class Part:
     def noise(self, local: torch.Size, rows: slice, seed: int, device: torch.device) -> Tensor:
         """Return random int32 ``(rows, n)``, which depend on the seed and the place in the whole.
 
-        So a run draws the same numbers on any number of processes, and again when it is resumed. Hashes of the row and
-        of the column, spread by one product: the high bits of the numbers are the best.
+        So a run draws the same numbers on any number of processes, and again when it is resumed. The numbers are hashes
+        of row and column, combined and spread by one product: their high bits are the best.
 
         Args:
             local: Shape of the part.
-            rows: Which of its rows; of a flat slice, which of its entries, then ``(1, n)``.
+            rows: Some of its rows; in a flat slice some of its entries, with a result ``(1, n)``.
             seed: Any integer.
-            device: Where to.
+            device: The device of the result.
         """
         n = self.shape[-1]
         if self.start is not None:
@@ -93,17 +93,17 @@ class Part:
         return (_hashed(above, seed, 0)[:, None] ^ by_column).mul_(_SPREAD)
 
     def _first_row(self, local: torch.Size) -> int | None:
-        """Return which row of the whole the part's first is, None where there are gaps between its rows."""
+        """Return the index of the part's first row in the whole; None where the part's rows are not consecutive."""
         if local[1:-1] != self.shape[1:-1]:
             return None
         return self.offsets[0] * math.prod(self.shape[1:-1]) if len(local) > 1 else 0
 
     def places(self, local: torch.Size, rows: slice, seed: int) -> Places | None:
-        """Return where :meth:`noise` begins in its tables of random numbers; None where its rows do not follow it.
+        """Return where :meth:`noise` begins in its tables of random numbers; None where rows are not consecutive.
 
         Args:
             local: Shape of the part.
-            rows: Which of its rows.
+            rows: Some of its rows.
             seed: Any integer.
         """
         first = None if self.start is not None else self._first_row(local)
@@ -113,12 +113,12 @@ class Part:
         return Places(row % _TABLE, column % _TABLE, _mixed(~seed))
 
     def noises(self, local: torch.Size, seeds: Sequence[int], device: torch.device) -> Tensor:
-        """Return what :meth:`noise` returns of all rows of a matrix with each of some seeds, below each other.
+        """Return :meth:`noise` of all rows of a matrix for each of some seeds, concatenated along the rows.
 
         Args:
             local: Shape of the part, a matrix.
             seeds: Any integers.
-            device: Where to.
+            device: The device of the result.
         """
         numbers = [(_start(seed, 0), _start(seed, 1), _mixed(~seed)) for seed in seeds]
         by_row, by_column, flips = sent(numbers, device)[..., None].unbind(1)
@@ -129,24 +129,24 @@ class Part:
 
 
 def sent(numbers: Any, device: torch.device) -> Tensor:
-    """Return numbers of the host on a device, without waiting for what that does."""
+    """Copy numbers from the host to a device, without waiting for the device."""
     t = torch.tensor(numbers)
     return t if device.type != "cuda" else t.pin_memory().to(device, non_blocking=True)
 
 
 def _start(seed: int, of: int) -> int:
-    """Return at which place of a table of random numbers a seed begins."""
+    """Return the index in a table of random numbers at which a seed begins."""
     return (_mixed(2 * seed + of) & 0x7FFFFFFF) % _TABLE
 
 
 def _hashed(places: Tensor | slice, seed: int, of: int, device: torch.device | None = None) -> Tensor:
-    """Return random int32 of places: those of a table of its own, from a place that the seed says.
+    """Return random int32 for row or column indices, from a table in which the seed chooses the beginning.
 
     Args:
-        places: Integers from 0 on, or a range of them.
+        places: Indices from 0 on, or a range of them.
         seed: Any integer.
-        of: Which of the two tables.
-        device: Of a range.
+        of: The table: 0 for rows, 1 for columns.
+        device: The device of the result, if ``places`` is a range.
     """
     start, flips = _start(seed, of), _mixed(~seed)
     if isinstance(places, slice):
@@ -161,9 +161,9 @@ def _hashed(places: Tensor | slice, seed: int, of: int, device: torch.device | N
 
 @cache
 def random_bits(device: torch.device) -> Tensor:
-    """Return two tables of random int32, each twice in a row so that a range never leaves it, the same on any device.
+    """Return two tables of random int32, the same on any device; each is repeated so that ranges may wrap around.
 
-    They are hashes of places, which take a dozen operations: too many for every step.
+    They hold hashes of indices, which take a dozen operations: too many for every step.
     """
     bits = torch.arange(2 * _TABLE, device=device).to(torch.int32).bitwise_xor_(0x2545F491)
     for shift, factor in zip((16, 13), _MIX, strict=True):
@@ -181,14 +181,14 @@ def _mixed(seed: int) -> int:
 
 
 class Processes:
-    """The processes that hold the entries of some parameters between them, as the parameters themselves say.
+    """The processes among which some parameters are sharded.
 
     Attributes:
-        size: How many they are; 1 where nothing is sharded.
-        root: The first of them, by its place in the whole job: it counts what all of them hold.
+        size: Number of processes; 1 where nothing is sharded.
+        root: Global rank of the first of them, which counts entries that all of them hold.
 
     Args:
-        groups: A sum over each of these in turn is a sum over all of the processes.
+        groups: Process groups; summing over each of them in turn sums over all of the processes.
         root: See above.
     """
 
@@ -197,13 +197,13 @@ class Processes:
         self.size = math.prod(dist.get_world_size(group) for group in self.groups)
 
     def add(self, t: Tensor) -> Tensor:
-        """Return the sum of ``t``, in place, over the processes; each adds what it counts."""
+        """Sum ``t`` over the processes, in place, and return it; each process contributes what it counts."""
         for group in self.groups:
             dist.all_reduce(t, group=group)
         return t
 
     def any(self, flags: Collection[bool], device: torch.device) -> list[bool]:
-        """Say of each flag whether it is set on any of the processes."""
+        """Return for each flag whether it is set on any of the processes."""
         if not self.groups:
             return list(flags)
         found = torch.tensor([float(flag) for flag in flags], device=device)
@@ -211,10 +211,10 @@ class Processes:
 
 
 def processes_of(parameters: Iterable[nn.Parameter]) -> Processes:
-    """Return the processes over which parameters are sharded: those of their own meshes, not all there are.
+    """Return the processes over which parameters are sharded: those of their meshes, not all of the job.
 
     Raises:
-        ValueError: Parameters are sharded over meshes of which none contains the others.
+        ValueError: Parameters are sharded over several meshes, and none contains all others.
     """
     parameters = list(parameters)
     if (group := next((getattr(p, GROUP) for p in parameters if hasattr(p, GROUP)), None)) is not None:
@@ -244,17 +244,17 @@ def _replicated(p: DTensor) -> bool:
 
 
 def whole(t: Tensor) -> Part:
-    """Return the part that is all of a tensor; a number is a vector of one."""
+    """Return the part that is all of a tensor; a scalar counts as a vector of one entry."""
     shape = t.shape or torch.Size((1,))
     return Part(shape, (0,) * len(shape))
 
 
 def part_of(p: Tensor, root: int = 0) -> Part:
-    """Return the part that this process holds of a parameter.
+    """Return the part of a parameter that this process holds.
 
     Args:
         p: The parameter.
-        root: The process whose copy counts, where several hold the same entries.
+        root: The process that counts entries which several processes hold.
     """
     if isinstance(p, DTensor):
         return _part_of_dtensor(p, root)
@@ -263,9 +263,9 @@ def part_of(p: Tensor, root: int = 0) -> Part:
 
 
 def parts_of(parameters: Iterable[nn.Parameter], processes: Processes) -> dict[nn.Parameter, Part]:
-    """Return the parts that this process holds of parameters that are counted together, as matrices or stacks of them.
+    """Return this process's parts of parameters that are counted together, as matrices or stacks of them.
 
-    Where none is sharded each process counts for itself; else what all of them hold whole is counted by the first.
+    If none is sharded, each process counts for itself; else the first one counts the parameters that all hold whole.
     """
     parts = {p: part_of(p, processes.root).as_matrix(p) for p in parameters}
     if not processes.groups:
@@ -285,7 +285,7 @@ def _part_of_dtensor(p: DTensor, root: int) -> Part:
     assert coordinate is not None
     if _replicated(p):
         return Part(p.shape, tuple(offsets), dist.get_rank() == root)
-    order, counts = 0, root in mesh.mesh  # on a mesh of some of the processes, the copy with the first one counts
+    order, counts = 0, root in mesh.mesh  # if a mesh has only some processes, the copy that includes root counts
     for place, size, placement in zip(coordinate, mesh.shape, placements, strict=True):
         if isinstance(placement, Replicate):
             counts = counts and place == 0
@@ -294,17 +294,17 @@ def _part_of_dtensor(p: DTensor, root: int) -> Part:
     return Part(p.shape, tuple(offsets), bool(counts), order, True)
 
 
-_WRAPPED = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # which state dicts leave out
+_WRAPPED = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # state dicts leave these out
 _COMPILED = re.compile(r"\b_orig_mod\.")
 
 
 def clean(name: str) -> str:
-    """Return a parameter's name before FSDP1, activation checkpointing or torch.compile wrapped its modules."""
+    """Return a parameter's name without the prefixes of FSDP1, activation checkpointing and torch.compile."""
     return _COMPILED.sub("", _WRAPPED.sub("", name))
 
 
 def match_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Rename what is about to be loaded where only torch.compile differs: one of the two was compiled, the other not.
+    """Rename entries of a state dict that differ only in the prefix of torch.compile, because one model was compiled.
 
     Register it with ``register_load_state_dict_pre_hook``. FSDP1 and activation checkpointing rename by themselves.
     """
@@ -320,12 +320,12 @@ def match_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
 
 
 def local(t: Tensor) -> Tensor:
-    """Return this process's entries, in the same memory."""
+    """Return a view of this process's entries."""
     return t.to_local() if isinstance(t, DTensor) else t
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """Return what sums are kept in: float64 where the device has it."""
+    """Return the dtype for exact sums: float64 where the device has it."""
     return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
 
 
@@ -334,9 +334,9 @@ def laid_out_like(p: Tensor, t: Tensor, n: int, rows: int | None = None) -> Tens
 
     Args:
         p: The parameter.
-        t: Local entries, ``(..., k)`` with the leading dimensions of the local part of ``p``; of kernels ``(out, k)``.
-        n: Length of the last dimension of the whole.
-        rows: Of the one before it; None for that of ``p``.
+        t: Local entries, ``(..., k)`` with the leading dimensions of the local part of ``p``; for kernels ``(out, k)``.
+        n: Length of the last dimension of the whole result.
+        rows: Length of the dimension before it; None for that of ``p``.
     """
     if not isinstance(p, DTensor):
         return t
@@ -346,13 +346,13 @@ def laid_out_like(p: Tensor, t: Tensor, n: int, rows: int | None = None) -> Tens
 
 
 def check_grain(name: str, p: Tensor, rows: int, columns: int) -> None:
-    """Raise ValueError if shards of ``p`` cut what must stay together.
+    """Raise ValueError if shards of ``p`` cut blocks of entries that must stay together.
 
     Args:
-        name: Of the parameter, for the message.
+        name: Name of the parameter, for the message.
         p: The parameter, ``(..., out, in)``.
-        rows: Rows that stay together, from each multiple of ``rows`` on.
-        columns: Entries of a row that stay together, likewise.
+        rows: Rows of a block; blocks begin at each multiple.
+        columns: Columns of a block, likewise.
     """
     if not isinstance(p, DTensor):
         return

@@ -1,7 +1,7 @@
-"""Kernels of :mod:`elsa_lightning.layout.fused` in Triton, on arrays ``(groups, 32)``: groups, and entries of each.
+"""The Triton kernels of :mod:`elsa_lightning.layout.fused`, on arrays ``(groups, 32)``: groups, and entries of each.
 
-They follow the operations of :mod:`elsa_lightning.layout.lowbit` to the bit, so divisions are rounded to nearest and
-float8 is made of integers, for which not every GPU has instructions either.
+Their results equal those of :mod:`elsa_lightning.layout.lowbit` to the bit, so divisions round to nearest, and float8
+is computed with integers; not every GPU has instructions for float8 anyway.
 """
 
 import torch
@@ -13,7 +13,7 @@ NAMES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 @triton.jit
 def _place(table, count, steps: tl.constexpr, groups: tl.constexpr):
-    """Return the line of the table that this program works on, and the groups, ``(groups, 1)``."""
+    """Return the line of the table on which this program works, and its groups, ``(groups, 1)``."""
     program = tl.program_id(0).to(tl.int64)
     low, high = tl.full((), 0, tl.int64), count.to(tl.int64) - 1
     for _ in tl.static_range(steps):  # the last line whose first program is not beyond this one
@@ -28,9 +28,9 @@ def _place(table, count, steps: tl.constexpr, groups: tl.constexpr):
 
 @triton.jit
 def _entries(rows, n, group, aligned: tl.constexpr):
-    """Return row and column of groups' entries, where they lie, which there are, and where their bits lie."""
+    """Return the groups' entries: row, column, offset in memory, whether they exist, and offset of their mask byte."""
     lane = tl.arange(0, 32)[None, :]
-    if aligned:  # rows are whole groups, so that all lie in one row of these
+    if aligned:  # rows are whole groups, so groups are contiguous
         each = n // 32
         row, column = group // each, (group % each) * 32 + lane
         return row, column, group * 32 + lane, (group < rows * each) & (lane >= 0), group * 4 + lane // 8
@@ -42,7 +42,7 @@ def _entries(rows, n, group, aligned: tl.constexpr):
 
 @triton.jit
 def _pointer(cell, dtype: tl.constexpr, aligned: tl.constexpr):
-    """Return the address that a cell of the table has."""
+    """Return the address in a cell of the table as a pointer."""
     pointer = tl.load(cell).to(tl.pointer_type(dtype))
     return tl.multiple_of(pointer, 16) if aligned else pointer
 
@@ -64,7 +64,7 @@ def _noise(bits, row, column, row_start, column_start, flips):
 
 @triton.jit
 def _to_bfloat16(values, noise):
-    """Return values rounded up or down, as :func:`elsa_lightning.layout.lowbit.round_to_bfloat16` does."""
+    """Return values rounded stochastically, as :func:`elsa_lightning.layout.lowbit.round_to_bfloat16` does."""
     bits = ((noise & 0xFFFF) + values.to(tl.int32, bitcast=True)) & -65536
     rounded = tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
     return rounded.to(tl.bfloat16)
@@ -77,7 +77,7 @@ def _power_of_two(exponent):
 
 @triton.jit
 def _from_float8(byte):
-    """Return what bytes of float8_e4m3fn stand for; not every GPU has instructions for it."""
+    """Return the values of bytes of float8_e4m3fn, since not every GPU has instructions for it."""
     exponent, mantissa = (byte >> 3) & 15, byte & 7
     normal = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
     value = tl.where(exponent == 0, mantissa.to(tl.float32) * 0.001953125, normal)
@@ -109,12 +109,12 @@ def step_off_mask(
     table, bits, count, steps: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr, groups: tl.constexpr,
     kind: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
-    """u ← u + d/ρ and x ← 0 off the masks."""
+    """Do u ← u + d/ρ and x ← 0 off the masks."""
     line, group = _place(table, count, steps, groups)
     row, column, at, there, at_bits = _entries(tl.load(line + 1), tl.load(line + 2), group, aligned)
     x = _pointer(line + 3, dtype, aligned) + at
     kept = _kept(line, at_bits, column, there)
-    value = tl.load(x, mask=there, other=0.0)  # whole vectors are faster to load and store than some of their entries
+    value = tl.load(x, mask=there, other=0.0)  # loading and storing whole vectors is faster than single entries
     tl.store(x, tl.where(kept, value, tl.zeros(value.shape, dtype)), mask=there)
     d = tl.where(kept, 0.0, value.to(tl.float32))
     slow = tl.load(_pointer(line + 7, tl.float64 if wide else tl.float32, False)).to(tl.float32)
@@ -142,7 +142,7 @@ def step_off_mask(
 
 @triton.jit(do_not_specialize=["count"])
 def zero_off(table, bits, count, steps: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr, groups: tl.constexpr):
-    """x ← 0 off the masks."""
+    """Zero the weights off the masks."""
     line, group = _place(table, count, steps, groups)
     _, column, at, there, at_bits = _entries(tl.load(line + 1), tl.load(line + 2), group, aligned)
     x, kept = _pointer(line + 3, dtype, aligned) + at, _kept(line, at_bits, column, there)
@@ -153,7 +153,7 @@ def zero_off(table, bits, count, steps: tl.constexpr, dtype: tl.constexpr, align
 def add_rounded(
     now, former, bits, row_start, column_start, flips, rows, n, aligned: tl.constexpr, groups: tl.constexpr
 ):  # fmt: skip
-    """Write the rounded sum of both to ``now``."""
+    """Write ``former + now``, rounded stochastically, to ``now``."""
     group = (tl.program_id(0).to(tl.int64) * groups + tl.arange(0, groups))[:, None]
     row, column, at, there, _ = _entries(rows, n, group, aligned)
     value = tl.load(former + at, mask=there, other=0.0).to(tl.float32)

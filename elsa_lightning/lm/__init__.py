@@ -1,4 +1,4 @@
-"""The language-model clients of the library; transformers and datasets load only when used."""
+"""Language models and their text for Lightning: CausalLM, CalibrationData; transformers and datasets load on use."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -9,13 +9,13 @@ EMBEDDED_MODEL = "pydocs-2m"
 
 
 def model_path(name: str) -> str:
-    """Return where ``transformers`` finds a model: the packaged folder of the embedded model, else ``name``.
+    """Return the path or name by which ``transformers`` finds a model: the embedded model's folder, or ``name``.
 
     Args:
         name: A hub name, a path, or the name of the embedded model.
 
     Raises:
-        FileNotFoundError: ``name`` is written as a path and nothing is there.
+        FileNotFoundError: ``name`` is written as a path that does not exist.
     """
     if name == EMBEDDED_MODEL and not Path(name).exists():
         return str(files("elsa_lightning").joinpath("models", name))

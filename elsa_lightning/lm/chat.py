@@ -1,6 +1,6 @@
-"""Rows to tokens: plain text, conversations, prompts with completions; and which of the tokens are scored.
+"""Tokenizes rows of text, conversations, or prompts with completions, and marks which tokens are scored.
 
-A token that is context only, such as the user's words, is kept as ``~id``, which is below 0.
+A token that is only context, such as the user's words, is stored as ``~id``, which is negative.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
 def column_of(columns: Iterable[str], text_column: str | None, name: str) -> str:
-    """Return the column that holds the text: ``text_column``, or of the known ones the first there is.
+    """Return the column that holds the text: ``text_column``, or the first known one that exists.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such column.
     """
     columns = list(columns)
     if text_column is None and {"prompt", "completion"} <= {*columns} and not {"text", "messages"} & {*columns}:
@@ -42,20 +42,20 @@ def column_of(columns: Iterable[str], text_column: str | None, name: str) -> str
 def encode(
     rows: Iterable[Row], column: str, tokenizer: PreTrainedTokenizerBase, name: str, batch: int
 ) -> Iterator[list[np.ndarray]]:
-    """Yield the tokens of the rows, ``batch`` rows at a time: int32, or int64 with ``~id`` for what is not scored.
+    """Yield the tokens of the rows, ``batch`` rows at a time: int32, or int64 with ``~id`` for context.
 
-    Plain text and completions are ended by the tokenizer's EOS token, conversations by their template. Rows without
-    text are left out, with a warning.
+    The tokenizer's EOS token ends plain text and completions; the template ends conversations. Rows without text are
+    skipped, with a warning.
 
     Args:
-        rows: Of one text.
-        column: Where the text is: strings, lists of messages, or ``completion``, before which ``prompt`` comes.
-        tokenizer: With a chat template, if there are conversations.
-        name: Of the text, for messages.
-        batch: Rows.
+        rows: The rows of one text.
+        column: The column with strings, with lists of messages, or ``completion``, whose context is ``prompt``.
+        tokenizer: The tokenizer; conversations need its chat template.
+        name: Name of the text, for messages.
+        batch: Rows in a batch.
 
     Raises:
-        UserError: Something else than text is in the column, or a conversation cannot be rendered.
+        UserError: The column holds something other than text, or a conversation cannot be rendered.
     """
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     empty = count = 0
@@ -87,13 +87,13 @@ def _are_messages(value: Any) -> bool:
 
 
 def _conversation(messages: list[Any], tokenizer: PreTrainedTokenizerBase, prompt: list[Any] | None) -> np.ndarray:
-    """Return a conversation's tokens, of which the assistant's are scored, or those that follow a prompt."""
+    """Return a conversation's tokens; scored are the assistant's, or all that follow ``prompt`` if there is one."""
     if prompt is not None:
         if not _are_messages(prompt):
             raise UserError(f"a completion of messages needs a prompt of messages, got {str(prompt)[:80]!r}")
         whole = _render(tokenizer, [*prompt, *messages])
         return _marked(tokenizer, whole, [_range(tokenizer, whole, _render(tokenizer, prompt, True), whole)])
-    if _GENERATION.search(str(tokenizer.chat_template)):  # the template says itself what is the assistant's
+    if _GENERATION.search(str(tokenizer.chat_template)):  # the template marks what is the assistant's
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
         out: Any = _render(tokenizer, messages, **options)
         ids = np.asarray(out["input_ids"], dtype=np.int64)
@@ -115,7 +115,7 @@ def _render(
     try:
         options = {"tokenize": False, **options}
         return tokenizer.apply_chat_template(messages, add_generation_prompt=answer_follows, **options)
-    except Exception as error:  # of templates, which raise what they like
+    except Exception as error:  # templates may raise anything
         raise UserError(
             f"the chat template of {tokenizer.name_or_path!r} cannot render {str(messages)[:200]}: {error}; messages "
             f"are a list of objects with 'role' and 'content'"
@@ -123,7 +123,7 @@ def _render(
 
 
 def _range(tokenizer: PreTrainedTokenizerBase, whole: str, before: str, after: str) -> tuple[int, int]:
-    """Return where in the whole an answer is, from what the template makes of the messages before and up to it."""
+    """Return begin and end of an answer in the text ``whole``, given the texts rendered before and up to the answer."""
     if not (whole.startswith(after) and after.startswith(before)):
         raise UserError(
             f"the chat template of {tokenizer.name_or_path!r} renders a message differently when others follow, so "
@@ -133,7 +133,7 @@ def _range(tokenizer: PreTrainedTokenizerBase, whole: str, before: str, after: s
 
 
 def _marked(tokenizer: PreTrainedTokenizerBase, text: str, scored: list[tuple[int, int]]) -> np.ndarray:
-    """Return the tokens of a text: ``id`` of those that begin in a scored range of characters, ``~id`` of others."""
+    """Return the tokens of a text: ``id`` for those that begin in a scored range of characters, ``~id`` for others."""
     if not tokenizer.is_fast:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path!r} does not say which characters its tokens are, as messages and "

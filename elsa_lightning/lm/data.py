@@ -1,4 +1,4 @@
-"""Calibration and evaluation text as a LightningDataModule."""
+"""CalibrationData: text for training and for measuring perplexity, as a LightningDataModule."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ _SPLITS: dict[str, tuple[Split, ...]] = {"fit": ("train", "validation"), "valida
 
 
 class CalibrationData(LightningDataModule):
-    """Text, tokenized once, cached, and packed to sequences of ``seq_len`` tokens.
+    """Text, tokenized once, cached, and packed into sequences of ``seq_len`` tokens.
 
-    Training batches are shuffled by ``seed``; a resumed run goes on at the very next sample. Evaluation joins
-    the held-out documents, cuts non-overlapping segments and drops the tail, as the literature does. Batches
-    are token ids ``(batch_size, seq_len)``, int64; of conversations, and of prompts with completions, a dict of
-    ``input_ids`` and ``labels``, which are -100 where the token is not the assistant's or the completion's.
+    Training batches are shuffled by ``seed``; a resumed run continues with the very next sample. Evaluation joins the
+    held-out documents, cuts non-overlapping segments and drops the tail, as is usual in the literature. Batches are
+    token ids ``(batch_size, seq_len)``, int64; for conversations, and prompts with completions, a dict of ``input_ids``
+    and ``labels``, which are -100 where the token is not the assistant's or the completion's.
 
     Args:
         name: ``pydocs`` (text that comes with Python, no network), ``c4`` (first shard of ``allenai/c4``),
             ``wikitext2``, or a file or folder of text: ``.txt``, ``.md``, ``.jsonl``, ``.json``, ``.parquet``, some of
-            them packed, or what ``save_to_disk`` of ``datasets`` wrote. Files and folders named train, validation
-            (valid, val, dev, eval) or test are these splits. Without such names the last 10 % is held out, half for
-            validation and half for test, unless ``eval_name`` is given.
-        eval_name: Text that perplexity is measured on, like ``name``, the whole of it or its own validation and test
-            splits; None takes the held-out part of ``name``.
+            them compressed, or a dataset written by ``save_to_disk`` of ``datasets``. Files and folders named train,
+            validation (valid, val, dev, eval) or test are these splits. Without such names the last 10 % is held out,
+            half for validation and half for test, unless ``eval_name`` is given.
+        eval_name: Text for measuring perplexity, given like ``name``: all of it, or its own validation and test splits;
+            None takes the held-out part of ``name``.
         text_column: Column of the files' rows that holds strings, or lists of messages, which the tokenizer's chat
-            template renders; None takes ``text``, ``messages``, or ``prompt`` and ``completion``, as there are.
+            template renders; None takes whichever exists of ``text``, ``messages``, and ``prompt`` with ``completion``.
         tokenizer: Hub name or folder; the command line fills in the model's.
         seq_len: Tokens a sequence.
-        batch_size: Sequences a batch, on each device.
-        eval_batch_size: Sequences an evaluation batch; None takes ``batch_size``.
-        train_sequences: Use only as many sequences as this; None uses all there are.
-        eval_segments: Measure only on as many segments as this; None measures on all.
-        bos_per_segment: Start every sequence with the BOS token; None does it for Gemma, which needs it.
+        batch_size: Sequences in a batch, on each device.
+        eval_batch_size: Sequences in an evaluation batch; None takes ``batch_size``.
+        train_sequences: Use at most so many sequences; None uses all.
+        eval_segments: Measure on at most so many segments; None measures on all.
+        bos_per_segment: Start every sequence with the BOS token; None does so for Gemma, which needs it.
         streaming: Download only the documents needed for ``train_sequences``, not the whole shard.
-        seed: Order of the training sequences.
+        seed: Seed of the order of training sequences.
         num_workers: Processes that load batches.
-        cache_dir: Where token files go; None puts them beside the cache of ``datasets``.
+        cache_dir: Folder for token files; None puts them beside the cache of ``datasets``.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class CalibrationData(LightningDataModule):
         self._resume: dict[str, int] = {"batches": 0}
 
     def prepare_data(self) -> None:
-        """Download and tokenize what is not cached yet, in one process a machine."""
+        """Download and tokenize what is not cached yet, in one process on each machine."""
         stage = "fit" if self.trainer is None or self.trainer.state.fn is None else self.trainer.state.fn.value
         for split in self._splits(stage):
             self._tokens(split)
@@ -125,7 +125,7 @@ class CalibrationData(LightningDataModule):
 
     @property
     def largest_token(self) -> int:
-        """The largest token id of the open token files, which are read for it."""
+        """The largest token id in the open token files; computing it reads them all."""
         return max((int(np.maximum(s.tokens, ~s.tokens).max()) for s in self._sets.values()), default=0)
 
     def _tokens(self, split: Split) -> np.ndarray:
@@ -161,14 +161,14 @@ class CalibrationData(LightningDataModule):
         return packed
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return shuffled batches ``(batch_size, seq_len)``; a batch that would not be full is dropped."""
+        """Return shuffled batches ``(batch_size, seq_len)``; an incomplete batch is dropped."""
         data = self._sets["train"]
         world, rank = self._world()
         sampler = ResumableSampler(data, num_replicas=world, rank=rank, shuffle=True, seed=self.seed, drop_last=True)
         self._loader = ResumableLoader(
             data, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers, drop_last=True
         )
-        # Lightning restores loaders too, but not when a module asked for the number of steps before
+        # Lightning restores loaders too, but not if a module asked for the number of steps before
         self._loader.load_state_dict(self._resume)
         self._resume = {"batches": 0}
         return self._loader
@@ -191,14 +191,14 @@ class CalibrationData(LightningDataModule):
         if world == 1:
             return DataLoader(data, batch_size=self.eval_batch_size, num_workers=self.num_workers)
         share = EvaluationShare(data, world, rank)
-        sampler: Any = DistributedSampler(share, num_replicas=1, rank=0, shuffle=False)  # Lightning leaves it alone
+        sampler: Any = DistributedSampler(share, num_replicas=1, rank=0, shuffle=False)  # so Lightning adds none
         return DataLoader(share, batch_size=self.eval_batch_size, num_workers=self.num_workers, sampler=sampler)
 
     def _world(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def protocol(self) -> str:
-        """Say what perplexity was measured on: text, segments, length and BOS policy."""
+        """Describe on what perplexity was measured: text, segments, length and BOS policy."""
         split: Split = "validation" if "validation" in self._sets else "test"
         data = self._sets[split]
         bos = ", BOS at each segment" if data.bos is not None else ""
@@ -206,7 +206,7 @@ class CalibrationData(LightningDataModule):
         return f"{self.eval_source.name} {split}, {len(data)} segments of {self.seq_len} tokens{bos}{scored}"
 
     def evaluation(self) -> dict[str, Any]:
-        """Return the arguments that make the same validation segments again, beside the tokenizer."""
+        """Return the arguments that, with the tokenizer, reproduce the validation segments."""
         theirs = None if self.eval_source.name == self.source.name else self.eval_source.name
         arguments = {
             "name": self.source.name,
@@ -230,14 +230,14 @@ class CalibrationData(LightningDataModule):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the epoch, and the settings that it is only meaningful with."""
+        """Return the position in the epoch, and the settings for which it is valid."""
         return {**self._settings(), "loader": self._resume if self._loader is None else self._loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to the checkpoint's place in the data, if training goes on.
+        """Restore the checkpoint's position in the data, if training continues.
 
         Raises:
-            UserError: A setting differs.
+            UserError: A setting differs from the checkpoint's.
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return

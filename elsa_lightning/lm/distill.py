@@ -1,4 +1,4 @@
-"""What a causal language model learns from the dense one that it began as."""
+"""Distillation of causal language models: a pruned model learns from the dense model that it was, or from a teacher."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from elsa_lightning.distillation import LOGITS_AT_ONCE, Distilled, Head, distill
 
 
 class BeforeHead:
-    """A hook on a model's head: keeps what comes to it, and shows it the first position alone.
+    """A hook on a model's head: keeps the head's input, and lets the head compute the first position alone.
 
     Args:
-        scale: Of what the head is shown, all positions then.
+        scale: If given, the head computes all positions, with its input multiplied by this.
     """
 
     def __init__(self, scale: float | None = None) -> None:
@@ -24,13 +24,13 @@ class BeforeHead:
         self.seen: list[Tensor] = []
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return what the head is to be given instead."""
+        """Return the arguments that the head gets instead."""
         shown = args[0][:, :1] if self.scale is None else args[0] * self.scale
         self.seen.append(args[0] if self.scale is None else shown)
         return (shown, *args[1:])
 
     def run(self, model: Any, **inputs: Any) -> tuple[Any, Tensor, Head | None]:
-        """Return the model's output, the input of its head, and the head; or logits and None if it passed none."""
+        """Return the model's output, the input of its head, and the head; or logits and None if no head was called."""
         head = model.get_output_embeddings()
         self.seen.clear()
         handle = head.register_forward_pre_hook(self)
@@ -42,15 +42,16 @@ class BeforeHead:
 
 
 class Distillation:
-    """The loss of a model beside its dense original.
+    """The loss of a model that learns from a teacher, such as its dense original.
 
-    Both models stop before their heads, which then see some positions at a time. Where logits are not what a head gives
-    (capped, scaled), or the loss not their cross-entropy alone, they are made whole.
+    Both models run up to their heads, which are then applied to some positions at a time. If a model's logits are not
+    simply its head's output (capped, scaled), or its loss is not their cross-entropy alone, all logits are computed at
+    once.
 
     Args:
-        teacher: The dense model, frozen and where it is needed; sharded ones too.
-        weight: Of its distribution, against the text's next token.
-        features: Of the distance from its blocks' outputs, which is added.
+        teacher: The frozen dense model, on the right device; it may be sharded.
+        weight: Weight of the teacher's distribution, against the text's next token.
+        features: Weight of the distance from the outputs of the teacher's blocks, which is added.
     """
 
     logits_at_once = LOGITS_AT_ONCE
@@ -67,7 +68,7 @@ class Distillation:
 
         Args:
             student: The model that is trained.
-            inputs: What it takes, ``labels`` among them.
+            inputs: Its inputs, including ``labels``.
         """
         others = {key: value for key, value in inputs.items() if key != "labels"}
         options = {"output_hidden_states": self.features > 0}
@@ -82,7 +83,7 @@ class Distillation:
             else:
                 wanted = self.teacher(**others, **options, use_cache=False)
                 y, teacher_head = wanted.logits, None
-        weight = self.weight if self.chunked else float(self.weight > 0)  # its own loss has the other share
+        weight = self.weight if self.chunked else float(self.weight > 0)  # the model's own loss has the rest
         found = distillation_loss(
             x[:, :-1], y[:, :-1], inputs["labels"][:, 1:], weight=weight, head=head, teacher_head=teacher_head,
             logits_at_once=self.logits_at_once,
@@ -98,11 +99,11 @@ class Distillation:
 
 @torch.no_grad()
 def _is_its_head(model: Any) -> bool:
-    """Return whether a model's logits are its head's, however large, and its loss is their cross-entropy."""
+    """Return whether a model's logits are its head's output, however large, and its loss is their cross-entropy."""
     if model.get_output_embeddings() is None:
         return False
     ids = (1 + torch.arange(8, device=model.device)[None]) % model.config.get_text_config().vocab_size
     output = model(input_ids=ids, labels=ids, use_cache=False)
     expected = F.cross_entropy(output.logits[0, :-1].float(), ids[0, 1:])
-    large, x, head = BeforeHead(scale=1024.0).run(model, input_ids=ids)  # where a cap shows
+    large, x, head = BeforeHead(scale=1024.0).run(model, input_ids=ids)  # so large that a cap shows
     return head is not None and torch.equal(head(x), large.logits) and torch.allclose(output.loss.float(), expected)

@@ -1,4 +1,4 @@
-"""Local text: which files there are, to which split they belong, and their rows."""
+"""Local text: finds files, assigns them to splits by their names, and reads their rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SPLITS: dict[str, Split] = {
 
 
 def loader(path: Path) -> str | None:
-    """Return what reads a file, as ``datasets`` names it, or None; ``saved`` is what ``save_to_disk`` wrote."""
+    """Return the loader of ``datasets`` for a file, ``saved`` for a dataset of ``save_to_disk``, or None."""
     if path.is_dir():
         return "saved" if (path / "state.json").is_file() and (path / "dataset_info.json").is_file() else None
     packed = _PACKED.get(path.suffix)
@@ -42,7 +42,7 @@ def find(path: Path) -> list[Path]:
     found = sorted(p for p in path.rglob("*") if loader(p) is not None and not _hidden(p, path))
     if saved := [p for p in found if loader(p) == "saved"]:
         return saved
-    documents = [p for p in found if p.name.lower() != "readme.md"]  # of data; of itself if there is nothing else
+    documents = [p for p in found if p.name.lower() != "readme.md"]  # a readme describes data; alone it is the data
     return documents or found
 
 
@@ -51,7 +51,7 @@ def _hidden(path: Path, root: Path) -> bool:
 
 
 def split_of(path: Path, root: Path) -> Split | None:
-    """Return the split that a folder or a file is named after, such as ``val/a.txt`` or ``x.test.jsonl``."""
+    """Return the split after which a folder or a file is named, such as ``val/a.txt`` or ``x.test.jsonl``, or None."""
     *folders, name = path.relative_to(root).parts if path != root else [""]
     if path.is_dir():
         folders, name = [*folders, name], ""
@@ -64,9 +64,9 @@ def split_of(path: Path, root: Path) -> Split | None:
 
 
 def by_split(path: Path) -> dict[Split | None, list[Path]]:
-    """Return the files of each split that names say, or all under None.
+    """Return the files by the split in their names, or all under None if no name has a split.
 
-    Files that say none are for training, unless others say that they are; then they are left out.
+    Files without a split in their name are for training, unless other files are named so; then they are left out.
     """
     files = find(path)
     parts: dict[Split | None, list[Path]] = {}
@@ -83,12 +83,12 @@ def rows(files: list[Path]) -> Iterator[Row]:
     """Yield the rows of files of one kind.
 
     Raises:
-        UserError: A file cannot be read, or there is nothing in them.
+        UserError: A file cannot be read, or the files are empty.
     """
     try:
         read = chain.from_iterable(_read(files))
         start = next(read)
-    except (Exception, StopIteration) as error:  # of the reader of each format
+    except (Exception, StopIteration) as error:  # each format's reader has its own exceptions
         reason = " ".join(str(error.__cause__ or error).split()) or "there is nothing in it"
         broken = files[0] if len(files) == 1 else next((file for file in files if not _is_readable(file)), files[0])
         raise UserError(
@@ -119,7 +119,7 @@ def _read(files: list[Path]) -> list[Iterable[Row]]:
 
 
 def _lines(file: Path) -> Iterator[Row]:
-    """Yield the objects of JSON lines, packed or not; ``datasets`` needs one more library for ``.zst``."""
+    """Yield the objects of JSON lines, compressed or not; ``datasets`` would need one more library for ``.zst``."""
     import pyarrow
 
     with pyarrow.input_stream(str(file), compression="detect") as stream:

@@ -1,4 +1,4 @@
-"""Hugging Face causal language models as a LightningModule."""
+"""CausalLM: trains any Hugging Face causal language model, as a LightningModule."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Batch = Tensor | Mapping[str, Tensor]
 
 
 def _inputs(batch: Batch) -> dict[str, Tensor]:
-    """Return what a model takes."""
+    """Return the inputs of a model."""
     inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
@@ -57,10 +57,10 @@ def _inputs(batch: Batch) -> dict[str, Tensor]:
 class CausalLM(LightningModule):
     """Any Hugging Face causal language model, trained on its next-token loss.
 
-    Knows nothing of pruning: add :class:`~elsa_lightning.ElsaCallback` to the Trainer. A pretrained model's
-    perplexity is measured on the validation data before the first step and after the last, and both are
-    printed at the end. With ``ModelParallelStrategy`` (FSDP2) it is sharded by its blocks, and no process ever holds
-    it whole; with ``FSDPStrategy`` (FSDP1) too, once every process has loaded it.
+    The module knows nothing of pruning: add :class:`~elsa_lightning.ElsaCallback` to the Trainer. A pretrained model's
+    perplexity is measured on the validation data before the first step and after the last, and both are printed at the
+    end. With ``ModelParallelStrategy`` (FSDP2) the model is sharded by its blocks, and no process ever holds it whole;
+    with ``FSDPStrategy`` (FSDP1) it is sharded by its blocks after every process has loaded it whole.
 
     Batches are token ids ``(batch, seq_len)``, or a mapping with ``input_ids`` and optionally
     ``attention_mask`` and ``labels`` (-100 is not scored), as Hugging Face collators make them.
@@ -69,23 +69,24 @@ class CausalLM(LightningModule):
         name: Hub name (``facebook/opt-125m``) or folder of the model; ``pydocs-2m`` is the small one that
             comes with the package and needs no network.
         pretrained: Load the weights. False starts from random weights with the model's configuration.
-        optimizer: Any torch optimizer. The published method uses Adam without weight decay; the second
-            moment of an Adam is what weighs the projection.
+        optimizer: Any torch optimizer. The published method uses Adam without weight decay; projections are
+            weighted by the second moment of an Adam.
         lr_schedule: Shape of the learning rate over the whole run, after the warm-up.
         warmup_steps: Optimizer steps of linear warm-up.
-        dtype: Dtype the weights are loaded in. Keep float32 and set ``trainer.precision`` to bf16-mixed
-            for mixed precision.
+        dtype: The dtype in which weights are loaded. For mixed precision keep float32 and set ``trainer.precision``
+            to bf16-mixed.
         distillation: Weight, from 0 to 1, of the dense model's next-token distribution in the training target,
-            beside the text's own next token. The dense model is held in bfloat16 (2 bytes a parameter) on each
-            device and costs one more forward pass a step.
-        teacher: Name or folder of the model that distillation learns from, where it is not this one as it was before
-            the first step: the dense model that a sparse one was made of, or a larger one of the same vocabulary.
+            against the text's own next token. The dense model takes 2 bytes a parameter (bfloat16) on each device,
+            and one more forward pass a step.
+        teacher: Name or folder of the teacher, if it is not this model as it was before the first step: the dense
+            model from which a sparse one was made, or a larger one with the same vocabulary.
         feature_distillation: Weight of the distance of the blocks' outputs from the dense model's
-            (``feature_distance``), added to the loss. Keeps what its blocks give, tokens × width × blocks in bfloat16.
+            (``feature_distance``), added to the loss. It stores the outputs of the dense model's blocks, tokens ×
+            width × blocks in bfloat16.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         attn_implementation: As in ``from_pretrained``; None lets transformers choose.
-        revision: Branch, tag or commit on the hub, of ``name``.
-        trust_remote_code: Run model code that comes from the hub. Only for sources you trust.
+        revision: Branch, tag or commit of ``name`` on the hub.
+        trust_remote_code: Run model code from the hub. Only for sources you trust.
     """
 
     def __init__(
@@ -135,19 +136,19 @@ class CausalLM(LightningModule):
         self.revision = revision
         self.trust_remote_code = trust_remote_code
         self.model: PreTrainedModel | None = None
-        self.given_dtype: torch.dtype | None = None  # that of the model's folder, once it was read
-        self._distillation: Distillation | None = None  # no submodule, and in no checkpoint
+        self.given_dtype: torch.dtype | None = None  # dtype in the model's folder, known once that was read
+        self._distillation: Distillation | None = None  # not a submodule, so not in checkpoints
         self.perplexity = TokenPerplexity()
         self.dense_perplexity: float | None = None
         self.final_perplexity: float | None = None
-        self.protocol: str | None = None  # of both, once they were measured
-        self._start: Zeros | None = None  # of the model before the first step
-        self._measured_by: dict[str, Any] | None = None  # how a checkpoint's run measured perplexity
+        self.protocol: str | None = None  # of both perplexities, once measured
+        self._start: Zeros | None = None  # zeros of the model before the first step
+        self._measured_by: dict[str, Any] | None = None  # how the run of a checkpoint measured perplexity
         self._table: str | None = None
         self.register_load_state_dict_pre_hook(match_names)  # type: ignore[no-untyped-call]
 
     def setup(self, stage: str) -> None:
-        """Refuse a teacher that cannot teach, before anything is loaded; only training needs it."""
+        """Refuse an unsuitable teacher before anything is loaded; only training needs one."""
         if stage == "fit" and self.teacher is not None:
             self._check_teacher(self._config(), self._config(self.teacher))
 
@@ -168,7 +169,7 @@ class CausalLM(LightningModule):
         return None if self._trainer is None else self.trainer.strategy
 
     def _load(self, dtype: str, name: str | None = None) -> Any:
-        """Return the model, or the teacher of this name, sharded where the strategy has a mesh of devices (FSDP2)."""
+        """Return the model, or the teacher of this name, sharded if the strategy has a device mesh (FSDP2)."""
         mesh, pretrained = self.device_mesh, self.pretrained or name is not None
         if mesh is None:
             return self._build(dtype, pretrained, name)
@@ -184,7 +185,7 @@ class CausalLM(LightningModule):
         return model
 
     def _source(self, name: str | None) -> tuple[str, str | None]:
-        """Return path and revision of the model, or path of the teacher."""
+        """Return path and revision of the model, or the path of the teacher and None."""
         return (self.path, self.revision) if name is None else (model_path(name), None)
 
     def _config(self, name: str | None = None) -> Any:
@@ -209,7 +210,7 @@ class CausalLM(LightningModule):
 
     @contextmanager
     def _found(self, name: str | None) -> Iterator[None]:
-        """Say what to do about a model that is not there."""
+        """Turn errors about a model that does not exist into a UserError with advice."""
         what, option = ("model", "model.name") if name is None else ("teacher", "model.teacher")
         try:
             yield
@@ -221,7 +222,7 @@ class CausalLM(LightningModule):
             ) from error
 
     def _check_teacher(self, own: Any, other: Any) -> None:
-        """Raise UserError unless a model of the one configuration can learn from a teacher of the other."""
+        """Raise UserError unless a model of configuration ``own`` can learn from a teacher of ``other``."""
         names = ["vocab_size", *(["num_hidden_layers", "hidden_size"] if self.feature_distillation > 0 else [])]
         for what in names:
             if (mine := getattr(own, what, None)) != (its := getattr(other, what, None)):
@@ -232,12 +233,12 @@ class CausalLM(LightningModule):
                 )
 
     def on_meta(self, name: str | None = None) -> Any:
-        """Return the model, or its teacher, without memory for its weights: only its configuration is read."""
+        """Return the model, or its teacher, on the meta device: only its configuration is read."""
         with torch.device("meta"):
             return self._build(self.dtype_name, False, name)
 
     def on_fit_start(self) -> None:
-        """Load the dense model that distillation learns from; with ``max_steps=0`` prune at once instead."""
+        """Load the teacher of distillation; with ``max_steps=0`` prune at once instead."""
         if self._trainer is not None and trains_nothing(self._trainer):
             self._prune_at_once()
         elif self.distils:
@@ -246,16 +247,16 @@ class CausalLM(LightningModule):
             self._distillation = Distillation(teacher, self.distillation, self.feature_distillation)
 
     def on_fit_end(self) -> None:
-        """Release the dense model."""
+        """Release the teacher."""
         self._distillation = None
 
     @property
     def distils(self) -> bool:
-        """Whether the dense model is learnt from."""
+        """Whether the run uses distillation."""
         return self.distillation > 0 or self.feature_distillation > 0
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or cast the module, all but float32 numbers that a model computes with, as transformers loads it."""
+        """Move or cast the module, but keep computed float32 buffers in float32, as transformers does at loading."""
         with precise_buffers(self):
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
@@ -263,14 +264,14 @@ class CausalLM(LightningModule):
         """Return the model's output (``loss``, ``logits``) and the labels of a batch; padding is not scored.
 
         Raises:
-            ValueError: The batch is neither token ids nor a mapping with them, or longer than the model can take.
+            ValueError: The batch is neither token ids nor a mapping with them, or too long for the model.
         """
         inputs = self._labelled(batch)
         assert self.model is not None
         return self.model(**inputs, use_cache=False), inputs["labels"]
 
     def _labelled(self, batch: Batch) -> dict[str, Tensor]:
-        """Return what the model takes, with labels."""
+        """Return the model's inputs, with labels."""
         inputs = _inputs(batch)
         assert self.model is not None
         ids = inputs["input_ids"]
@@ -281,7 +282,7 @@ class CausalLM(LightningModule):
         return inputs
 
     def check_length(self, config: Any, seq_len: int) -> None:
-        """Raise ValueError if sequences are longer than a model of this configuration can take."""
+        """Raise ValueError if sequences are too long for a model of this configuration."""
         longest = getattr(config, "max_position_embeddings", None)
         if longest is not None and seq_len > longest:
             raise UserError(
@@ -350,7 +351,7 @@ class CausalLM(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as Lightning does; under FSDP1, where it cannot clip by norm, as FSDP does."""
+        """Clip as Lightning does, but by FSDP1's own method under FSDP1, where Lightning cannot clip by norm."""
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDPStrategy) and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             cast(FullyShardedDataParallel, strategy.model).clip_grad_norm_(gradient_clip_val)
@@ -358,17 +359,17 @@ class CausalLM(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _prune_at_once(self) -> None:
-        """Measure before and after where there is only pruning in between."""
+        """Measure, prune without training, and measure again."""
         if not attached(self.trainer):
             return
-        self.trainer.fit_loop.epoch_loop.val_loop.setup_data()  # Lightning does when training begins
+        self.trainer.fit_loop.epoch_loop.val_loop.setup_data()  # Lightning does so only when training begins
         self.on_train_start()
         for admm in attached(self.trainer):
             admm.finish()
         self.on_train_end()
 
     def on_train_start(self) -> None:
-        """Measure the dense model, unless a checkpoint brought its perplexity along."""
+        """Measure the dense model; a resumed run has its perplexity from the checkpoint."""
         if self.pretrained and self.dense_perplexity is None and self.global_step == 0:
             self.dense_perplexity, self._start = self._measure("dense perplexity"), self._zeros()
             if self._start.sparse and self.distils and self.teacher is None:
@@ -378,20 +379,20 @@ class CausalLM(LightningModule):
                     f"set distillation to 0"
                 )
         for logger in self.trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):  # in one chart
+            if isinstance(logger, TensorBoardLogger):  # show both in one chart
                 names = ["val/perplexity", "val/dense_perplexity"]
                 logger.experiment.add_custom_scalars({"elsa": {"perplexity": ["Multiline", names]}})
         self._log_dense()
 
     def on_validation_start(self) -> None:
-        """See whether a resumed run measures on what its checkpoint did."""
+        """Check that a resumed run measures on the same text as the run of its checkpoint."""
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._forget_other_text()
 
     def _forget_other_text(self) -> None:
-        """Leave the dense perplexity out if it is of other text than this run's, which went on from a checkpoint."""
+        """Drop a checkpoint's dense perplexity if it was measured on other text than this run uses."""
         before = self._measured_by
-        if not before or not (now := self.evaluation()):  # not known, or not yet
+        if not before or not (now := self.evaluation()):  # unknown, or not known yet
             return
         self._measured_by = None
         if changed := sorted(key for key in {*now, *before} if now.get(key) != before.get(key)):
@@ -402,13 +403,13 @@ class CausalLM(LightningModule):
             )
 
     def _log_dense(self) -> None:
-        """Log the dense perplexity beside every measurement, so that it is a line."""
+        """Log the dense perplexity with every measurement, so that charts show it as a line."""
         if (dense := self.dense_perplexity) is not None:
             for logger in self.trainer.loggers:
                 logger.log_metrics({"val/dense_perplexity": dense}, step=self.global_step)
 
     def on_validation_end(self) -> None:
-        """Draw the line of the dense perplexity on."""
+        """Continue the line of the dense perplexity."""
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self._log_dense()
 
@@ -434,23 +435,23 @@ class CausalLM(LightningModule):
 
     @property
     def started_sparse(self) -> bool:
-        """Whether what the run began with was no dense model."""
+        """Whether the run began with a model that was sparse already."""
         return self._start is not None and self._start.sparse
 
     def _zeros(self) -> Zeros:
-        """Count the zeros of what the run constrains; without an ElsaCallback, of what it would constrain."""
+        """Count the zeros of the constrained weights; without an ElsaCallback, of those it would constrain."""
         constrained = [tensor.p for admm in attached(self.trainer) for tensor in admm.tensors.values()]
         return Zeros(*count_zeros(self, constrained or None), *count_zeros(self, self.parameters()))
 
     def teardown(self, stage: str) -> None:
-        """Print the closing table, now that no progress bar is drawn over it."""
+        """Print the closing table, now that no progress bar can overwrite it."""
         if self._table is not None:
             rank_zero_info(self._table)
             self._table = None
 
     @torch.no_grad()
     def _measure(self, title: str) -> float | None:
-        """Return the perplexity over the validation data, or None when there is none."""
+        """Return the perplexity over the validation data, or None without such data."""
         loaders = self.trainer.val_dataloaders
         if loaders is None or not self.trainer.enable_validation:
             return None
@@ -463,7 +464,7 @@ class CausalLM(LightningModule):
         hidden = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
         with self.trainer.precision_plugin.val_step_context():
             total = int(sum(self.trainer.num_val_batches))
-            every = 0.1 if sys.stderr.isatty() else 30.0  # seconds; in a file a bar cannot be drawn over
+            every = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a file gets a line at each refresh
             bar = tqdm(combined, title, total=total, leave=False, dynamic_ncols=True, disable=hidden, mininterval=every)
             for batch, _, _ in bar:
                 output, labels = whole(self.trainer.strategy.batch_to_device(batch))
@@ -483,19 +484,19 @@ class CausalLM(LightningModule):
         return f"{text}{part}, {self.trainer.precision}"
 
     def evaluation(self) -> dict[str, Any]:
-        """Return how this run measures perplexity, to do it again; empty where that is not known."""
+        """Return how this run measures perplexity, so that it can be repeated; empty if unknown."""
         data: Any = getattr(self.trainer, "datamodule", None)
         loaders = self.trainer.val_dataloaders
         if loaders is None or not hasattr(data, "evaluation") or not self.trainer.enable_validation:
             return {}
         done, whole = sum(self.trainer.num_val_batches), len(loaders)
-        if done < whole and self.trainer.world_size > 1:  # which segments these were depends on the processes
+        if done < whole and self.trainer.world_size > 1:  # the segments depend on the processes
             return {}
         found: dict[str, Any] = {**data.evaluation(), "precision": str(self.trainer.precision)}
         return found | ({"first": int(done) * data.eval_batch_size} if done < whole else {})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the dense perplexity, which a resumed run can no longer measure, and how it was measured."""
+        """Save the dense perplexity, which a resumed run can no longer measure, and how it was measured."""
         checkpoint["evaluation"] = self.evaluation()
         checkpoint["dense_perplexity"] = self.dense_perplexity
         checkpoint["start_zeros"] = self._start and list(self._start)
@@ -504,7 +505,7 @@ class CausalLM(LightningModule):
         """Restore the dense perplexity.
 
         Raises:
-            ValueError: A run is to go on from weights alone.
+            ValueError: A run is resumed from a checkpoint of weights alone.
         """
         self.dense_perplexity = checkpoint.get("dense_perplexity")
         self._measured_by = checkpoint.get("evaluation")

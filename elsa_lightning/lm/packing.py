@@ -1,4 +1,4 @@
-"""A stream of tokens as sequences: cut, shuffled, shared by processes, and resumed at the very next one."""
+"""A stream of tokens as sequences: cut, shuffled, distributed over processes, and resumed at the very next sequence."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Item = Tensor | dict[str, Tensor]
 
 
 class PackedTokens(Dataset[Item]):
-    """A stream of tokens cut into sequences of equal length; the tail that fills none is dropped.
+    """A stream of tokens cut into sequences of equal length; an incomplete last one is dropped.
 
-    Of a stream with tokens that are context only, sequences in which nothing is scored are left out.
+    If some tokens are only context, sequences in which nothing is scored are left out.
 
     Args:
-        tokens: Token ids ``(n,)``, may be memory-mapped; int64 if some are context only, which are ``~id``.
-        seq_len: Tokens a sequence.
-        bos: Token put at the start of every sequence, taking one of its places; None for none.
-        most: Take only as many sequences as this; None takes all.
+        tokens: Token ids ``(n,)``, may be memory-mapped; int64 if some tokens are only context, stored as ``~id``.
+        seq_len: Tokens in a sequence.
+        bos: Token at the start of every sequence, which counts as one of its tokens; None for none.
+        most: Take at most so many sequences; None takes all.
     """
 
     def __init__(self, tokens: np.ndarray, seq_len: int, bos: int | None = None, most: int | None = None) -> None:
@@ -31,7 +31,7 @@ class PackedTokens(Dataset[Item]):
         self.stride = seq_len - (bos is not None)
         self.has_context = tokens.dtype == np.int64
         self.places: Sequence[int] = range(len(tokens) // self.stride)
-        if self.has_context:  # the first token of a sequence is predicted by nothing
+        if self.has_context:  # the first token of a sequence is never predicted
             cut = tokens[: len(self.places) * self.stride].reshape(-1, self.stride)
             self.places = np.flatnonzero((cut[:, bos is None :] >= 0).any(axis=1)).tolist()
         self.places = self.places[:most]
@@ -40,7 +40,7 @@ class PackedTokens(Dataset[Item]):
         return len(self.places)
 
     def __getitem__(self, index: int) -> Item:
-        """Return a sequence: token ids, int64 ``(seq_len,)``; where some are context, with labels."""
+        """Return a sequence: token ids, int64 ``(seq_len,)``, or a dict with labels if some tokens are context."""
         start = self.places[index] * self.stride
         ids = torch.from_numpy(self.tokens[start : start + self.stride].astype(np.int64))
         if self.bos is not None:
@@ -51,9 +51,9 @@ class PackedTokens(Dataset[Item]):
 
 
 class EvaluationShare(Dataset[dict[str, Tensor]]):
-    """Every ``world``-th sequence from ``rank`` on, for as many steps on every process; none is scored twice.
+    """Every ``world``-th sequence from ``rank`` on; all processes get equally many, and none is scored twice.
 
-    Where the sequences run out early one more is given whose labels say that nothing is to be scored.
+    A process whose sequences run out early gets one more, whose labels exclude it from scoring.
     """
 
     def __init__(self, data: PackedTokens, world: int, rank: int) -> None:
@@ -73,7 +73,7 @@ class EvaluationShare(Dataset[dict[str, Tensor]]):
 
 
 class ResumableSampler(DistributedSampler[Item]):
-    """A seeded shuffle per epoch that can leave out the samples an interrupted epoch already gave."""
+    """A seeded shuffle per epoch that can skip the samples that an interrupted epoch already used."""
 
     skip = 0
 
@@ -83,9 +83,9 @@ class ResumableSampler(DistributedSampler[Item]):
 
 
 class ResumableLoader(DataLoader[Item]):
-    """A DataLoader whose state is its place in the epoch; Lightning saves and restores it.
+    """A DataLoader whose state is its position in the epoch; Lightning saves and restores it.
 
-    Batches are counted as they are handed out, so workers that read ahead do not disturb the count.
+    Batches are counted when they are handed out, so workers that read ahead do not affect the count.
     """
 
     _given = 0
@@ -102,7 +102,7 @@ class ResumableLoader(DataLoader[Item]):
     def __iter__(self) -> Iterator[Item]:  # type: ignore[override]
         self._given, self._skip = self._skip, 0
         assert self.batch_size is not None
-        if self.generator is None:  # a DataLoader draws a seed for its workers, which would disturb the model's dropout
+        if self.generator is None:  # else the workers' seed is drawn from the global state, which changes dropout
             self.generator = torch.Generator()
         self.sampler.skip = self._given * self.batch_size  # type: ignore[attr-defined]
         for batch in super().__iter__():

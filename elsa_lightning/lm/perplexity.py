@@ -1,4 +1,4 @@
-"""Perplexity that survives extreme logits and every precision plugin."""
+"""A perplexity metric that is exact for extreme logits and under every precision plugin."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class TokenPerplexity(Perplexity):
             self.count += (ids != ignore).sum().to(self.count.dtype)
 
     def compute(self) -> Tensor:
-        """Return the perplexity, a float64 scalar; infinite when it exceeds what that can hold."""
+        """Return the perplexity, a float64 scalar; infinite if it overflows."""
         return torch.exp(self.total_log_probs / self.count)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> TokenPerplexity:

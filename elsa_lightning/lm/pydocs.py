@@ -1,7 +1,7 @@
-"""The text every CPython carries: language reference topics, docstrings, standard-library sources.
+"""The text that comes with every CPython: language reference topics, docstrings, standard-library sources.
 
-About 12 MB of English and Python that need no network, which is what makes the embedded model, the
-demo and the tests run anywhere. The text differs slightly between Python versions.
+About 12 MB of English and Python that need no network, so that the embedded model, the demo and the tests
+run anywhere. The text differs slightly between Python versions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal
 
 Split = Literal["train", "validation", "test"]
 
-VERSION = 1  # of the choice of documents, for caches made of them
+VERSION = 1  # increased when the choice of documents changes, so that cached tokens are made anew
 
 # Tables and test suites are not prose or code that a language model should spend its capacity on;
 # pydoc_data holds the topics, which are documents of their own.
@@ -32,7 +32,7 @@ def documents(split: Split) -> Iterator[str]:
     A document belongs to a split by a hash of its name: 5 % validation, 5 % test, the rest train.
 
     Args:
-        split: Which documents.
+        split: The split.
 
     Yields:
         The text of one document: a topic, a built-in module's docstrings or a source file.
@@ -61,7 +61,7 @@ def _all_documents() -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(module: str) -> str:
-    """Return the docstrings of a module written in C, one paragraph a member."""
+    """Return the docstrings of a module written in C, with one paragraph for each member."""
     namespace = importlib.import_module(module)
     parts = [inspect.getdoc(namespace) or ""]
     for name, member in sorted(vars(namespace).items()):

@@ -1,4 +1,4 @@
-"""A Hugging Face model sharded over processes (FSDP2) that no device ever holds whole."""
+"""Builds a Hugging Face model sharded over processes (FSDP2), so that no device ever holds it whole."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from elsa_lightning.layout.sharded import local, part_of
 
 
 def build_sharded(build: Callable[[], Any], mesh: DeviceMesh, device: torch.device) -> Any:
-    """Return the model with room for this process's part of each weight, and nothing in it.
+    """Return the sharded model with uninitialized memory for this process's part of each weight.
 
     Args:
-        build: Makes the model, with weights that do not matter.
-        mesh: Processes to shard over.
-        device: Where the parts go.
+        build: Returns the model; its weights do not matter.
+        mesh: The processes over which it is sharded.
+        device: The device of the parts.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -41,7 +41,7 @@ def build_sharded(build: Callable[[], Any], mesh: DeviceMesh, device: torch.devi
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Build modules whose parameters take no memory and whose buffers are real."""
+    """Build modules with parameters on the meta device, but real buffers."""
     from transformers.initialization import no_init_weights
 
     modules: Any = nn.Module
@@ -59,7 +59,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder's blocks: what the model says must not be split, else its largest list of modules."""
+    """Return the decoder's blocks: modules that the model declares unsplittable, else its largest module list."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:
@@ -70,22 +70,22 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def block_policy(model: nn.Module) -> ModuleWrapPolicy:
-    """Return the policy that makes FSDP1 shard a decoder by its blocks."""
+    """Return the wrap policy with which FSDP1 shards a decoder by its blocks."""
     return ModuleWrapPolicy({type(block) for block in _blocks(model)})
 
 
 @torch.no_grad()
 def fill(model: nn.Module, path: str, revision: str | None, build: Callable[[], nn.Module]) -> None:
-    """Put weights into a sharded model.
+    """Load the weights of a sharded model.
 
-    Each process reads its own rows from safetensors that name the weights as the model does; where there are none,
-    the first process builds the model in its memory and sends the weights one by one.
+    Each process reads its own rows from safetensors whose names are those of the model's weights; without such files
+    the first process builds the whole model in its memory and broadcasts the weights one by one.
 
     Args:
-        model: From :func:`build_sharded`.
-        path: Folder or hub name; an empty one asks for ``build``.
-        revision: Of the hub's.
-        build: Makes the whole model with its weights, on the first process's CPU.
+        model: A model from :func:`build_sharded`.
+        path: Folder or hub name; empty to use ``build``.
+        revision: Branch, tag or commit on the hub.
+        build: Returns the whole model with its weights; called on the first process, for its CPU.
     """
     parameters = dict(model.named_parameters())
     files = _safetensors(path, revision) if path else {}
@@ -103,7 +103,7 @@ def fill(model: nn.Module, path: str, revision: str | None, build: Callable[[], 
 
 
 def _safetensors(path: str, revision: str | None) -> dict[str, str]:
-    """Return the file of each weight; empty where the model has no safetensors."""
+    """Return the file of each weight by name; empty if the model has no safetensors."""
     from transformers.utils.hub import cached_file
 
     def find(name: str) -> str | None:
@@ -139,14 +139,14 @@ def _read(parameters: dict[str, nn.Parameter], folder: str) -> None:
 
 
 def _place(p: Tensor) -> tuple[slice, ...]:
-    """Return where this process's part of a parameter is in the whole."""
+    """Return the slices of the whole parameter that are this process's part."""
     assert isinstance(p, nn.Parameter)
     offsets = part_of(p).offsets
     return tuple(slice(start, start + size) for start, size in zip(offsets, local(p).shape, strict=True))
 
 
 def _sent(t: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
-    """Return the first process's tensor on all of them."""
+    """Broadcast the first process's tensor, and return it on every process."""
     whole = torch.empty(shape, dtype=like.dtype, device=like.device)
     if t is not None:
         whole.copy_(t)

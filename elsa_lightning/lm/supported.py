@@ -1,4 +1,4 @@
-"""Which models and tokenizers :class:`~elsa_lightning.CausalLM` is for, said from their configurations."""
+"""Checks by their configurations whether :class:`~elsa_lightning.CausalLM` supports a model and its data."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from elsa_lightning.lm.text import load_tokenizer
 
 
 def decoder_config(path: str, name: str, **source: Any) -> Any:
-    """Return a model's configuration, and refuse one that does not predict the next token from those before it.
+    """Return a model's configuration; refuse models that do not predict the next token from those before it.
 
     Args:
-        path: Of the model.
-        name: The model's, for messages.
-        source: As ``AutoConfig.from_pretrained`` takes it.
+        path: Path or hub name of the model.
+        name: The model's name, for messages.
+        source: Further arguments of ``AutoConfig.from_pretrained``.
 
     Raises:
-        UserError: It is an encoder–decoder, reads images or sound, is trained on masked tokens, or is not known.
+        UserError: The model is an encoder–decoder, reads images or sound, is trained on masked tokens, or is unknown.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     try:
         config: Any = AutoConfig.from_pretrained(path, **source)
-    except ValueError as error:  # of a kind of model that transformers does not have, or code that is not trusted
+    except ValueError as error:  # an architecture unknown to transformers, or untrusted code
         raise UserError(f"model {name!r} could not be loaded: {error}") from error
     of_its_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     kind = None
@@ -46,23 +46,23 @@ def decoder_config(path: str, name: str, **source: Any) -> Any:
 
 
 def check_tokens(config: Any, data: Any, name: str) -> None:
-    """Refuse data whose tokens a model does not have, which would end in an index error on the device.
+    """Refuse data with tokens outside the model's vocabulary, which would cause an index error on the device.
 
     Args:
-        config: Of the model.
-        data: Batches, or a Trainer that has them; others than CalibrationData are not looked at. Tokens that were
-            added to a tokenizer are looked for in the text, once it is there.
-        name: The model's, for messages.
+        config: The model's configuration.
+        data: A data module, or a Trainer that has one; only CalibrationData is checked. Tokens that were added to a
+            tokenizer are searched for in the text, as soon as that is available.
+        name: The model's name, for messages.
 
     Raises:
-        UserError: The model's vocabulary is smaller.
+        UserError: The model's vocabulary is too small.
     """
     data = getattr(data, "datamodule", data)
     if not isinstance(data, CalibrationData):
         return
     try:
         tokenizer = load_tokenizer(data.tokenizer)
-    except UnavailableError:  # which the data says itself; the memory of a run can be planned without
+    except UnavailableError:  # the data module reports this; planning memory works without a tokenizer
         return
     size = config.get_text_config().vocab_size
     largest = tokenizer.vocab_size - 1

@@ -1,4 +1,4 @@
-"""Where text comes from, and the cached stream of tokens made of it."""
+"""The sources of text, built-in or local, and the cached stream of tokens made from each."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from elsa_lightning.lm.local import Row, Split
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_HELD_OUT = 0.05  # of a local text, for validation and again for test
+_HELD_OUT = 0.05  # fraction of a local text held out for validation, and the same again for test
 _C4_DOCUMENTS, _C4_SEGMENTS = 1100, 256  # the published C4 evaluation
 _DOCUMENTS_A_BATCH = 500
-_VERSION = 2  # of how a stream is made, for caches made before
+_VERSION = 2  # increased when streams are made differently, so that older caches are not used
 _NAMES = ("pydocs", "c4", "wikitext2")
 
 
@@ -39,12 +39,12 @@ class Source:
         name: One of the names above, or a path.
         streaming: Download C4 document by document rather than a whole shard.
         text_column: Column of a local text; None finds ``text``, ``messages``, or ``prompt`` and ``completion``.
-        hold_out: Whether the last tenth of a local text without splits of its own is kept from training.
+        hold_out: Whether the last tenth of a local text without splits of its own is excluded from training.
         without: Files of a local text that are not read.
-        argument: What named it, for errors.
+        argument: The argument that named it, for error messages.
 
     Raises:
-        UserError: ``name`` is none of these.
+        UserError: ``name`` is neither a known name nor a path.
     """
 
     name: str
@@ -82,16 +82,16 @@ class Source:
 
     @cached_property
     def parts(self) -> dict[Split | None, list[Path]]:
-        """The files of each split of a local text, all under None where names say nothing of splits."""
+        """The files of each split of a local text, all under None if no name has a split."""
         found = local.by_split(self.path) if self.is_local else {}
         kept = {split: [f for f in part if f.resolve() not in self.without] for split, part in found.items()}
         return {split: part for split, part in kept.items() if part}
 
     def part(self, split: Split) -> list[Path]:
-        """Return the files of a split of a local text; of validation and test one stands for both if it is alone.
+        """Return the files of a split of a local text; if only one of validation and test exists, it serves as both.
 
         Raises:
-            UserError: There are none.
+            UserError: There are no such files.
         """
         if not self.is_local:
             return []
@@ -106,18 +106,18 @@ class Source:
         return part
 
     def summary(self) -> str:
-        """Say how many files of which names each split of a local text has, and what is left out."""
+        """Describe the files of each split of a local text, and those that are left out."""
         unused = self.parts.get(None, []) if len(self.parts) > 1 else []
         shown = {split or "of no split, left out": part for split, part in self.parts.items() if split or unused}
         return f"{self.name}: " + ", ".join(f"{len(p)} files {s} ({p[0].name} …)" for s, p in shown.items())
 
     @property
     def is_cut(self) -> bool:
-        """Whether the last tenth of the stream is what is evaluated on."""
+        """Whether the last tenth of the stream is held out for evaluation."""
         return self.is_local and self.hold_out and self.parts.keys() == {None}
 
     def identity(self, split: Split) -> list[Any]:
-        """Return what a split's text depends on: if this is the same, so is the text."""
+        """Return everything on which a split's text depends, as a key of the cache."""
         if self.name == "pydocs":
             return ["pydocs", pydocs.VERSION, sys.version, split]
         if self.is_local:
@@ -129,8 +129,8 @@ class Source:
     def documents(self, split: Split) -> Iterable[str]:
         """Return the documents of a split of a text that is not local.
 
-        WikiText-2 and C4 have one published evaluation text each, WikiText-2's test and C4's validation
-        split: both ``validation`` and ``test`` mean that one.
+        WikiText-2 and C4 have one published evaluation text each, WikiText-2's test split and C4's validation
+        split; ``validation`` and ``test`` both return it.
 
         Raises:
             UnavailableError: A download failed.
@@ -151,7 +151,7 @@ class Source:
                 **hub[self.name], split="train" if split == "train" else held_out, streaming=self.streaming
             )
             return (row["text"] for row in rows)
-        except Exception as error:  # the hub's clients raise many unrelated types
+        except Exception as error:  # hub clients raise many unrelated types
             raise UnavailableError(
                 f"downloading {hub[self.name]['path']} ({self.name}) failed: {type(error).__name__}: {error}\n"
                 f"Without a network use --data.name pydocs (comes with Python) or --data.name PATH, a file or folder "
@@ -159,7 +159,7 @@ class Source:
             ) from error
 
     def evaluation_text(self, split: Split) -> str:
-        """Return the held-out documents joined as the literature joins them."""
+        """Return the held-out documents, joined as in the literature."""
         documents = self.documents(split)
         if self.name == "c4":
             return " ".join(islice(documents, _C4_DOCUMENTS))
@@ -175,22 +175,22 @@ def token_stream(
     limit: int | None = None,
     cache_dir: Path | None = None,
 ) -> np.ndarray:
-    """Return a split as one stream of tokens, from the cache or made now.
+    """Return a split as one stream of tokens, from the cache if possible.
 
     Documents follow each other, each ended by the tokenizer's EOS token. Held-out text that is not local is joined
-    and tokenized as one, as in the literature. Where a local text has no splits of its own, its stream's last parts are
-    held out, unless evaluation text was named.
+    and tokenized as one, as in the literature. If a local text has no splits of its own, the last parts of its stream
+    are held out, unless other text for evaluation was named.
 
     Args:
         source: The text.
-        split: Which part.
+        split: The split.
         tokenizer_path: Folder or hub name of the tokenizer.
-        seq_len: Tokens a sequence; the published C4 evaluation takes 256 of these.
-        limit: Tokens needed; None for all. Of a local text all are returned.
-        cache_dir: Where token files go; None puts them beside the cache of ``datasets``.
+        seq_len: Tokens in a sequence; the published C4 evaluation takes 256 sequences.
+        limit: Number of tokens needed; None for all. A local text is always returned whole.
+        cache_dir: Folder for token files; None puts them beside the cache of ``datasets``.
 
     Returns:
-        int32 ``(tokens,)``, memory-mapped; int64 where some tokens are context that is not scored, which are ``~id``.
+        int32 ``(tokens,)``, memory-mapped; int64 if some tokens are only context, stored as ``~id``.
     """
     tokenizer = load_tokenizer(tokenizer_path)
     if split != "train" and source.name == "c4":
@@ -216,7 +216,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder or hub name.
 
     Raises:
-        UnavailableError: There is none that knows any text.
+        UnavailableError: There is no tokenizer, or only an empty one.
     """
     from transformers import AutoTokenizer
 
@@ -227,7 +227,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             return tokenizer
     except (ValueError, OSError) as error:
         reason = f" ({error})"
-    # for some models transformers makes an empty one up, where there is none
+    # for some models without a tokenizer, transformers makes up an empty one
     raise UnavailableError(
         f"{path!r} has no tokenizer that knows any text: save the model's into its folder too (in "
         f"Python, CalibrationData takes another){reason}"
@@ -274,7 +274,7 @@ def _fingerprint(source: Source, split: Split, tokenizer: PreTrainedTokenizerBas
 
 
 def _write(file: Path, tokens: np.ndarray) -> None:
-    """Write under a temporary name and rename: a reader never sees half a file."""
+    """Write under a temporary name and rename, so that readers never see an incomplete file."""
     with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as temporary:
         np.save(temporary, tokens)
     Path(temporary.name).replace(file)

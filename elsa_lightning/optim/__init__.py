@@ -1,1 +1,1 @@
-"""Inside other people's optimizers."""
+"""Works with any torch optimizer: hooks on its step, its second moment, stochastic rounding, and an 8-bit Adam."""

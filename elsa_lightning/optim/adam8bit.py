@@ -21,18 +21,17 @@ _STATE = ("state1", "state2", "absmax1", "absmax2")
 class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
     """bitsandbytes' Adam8bit, with state that shards and reshards as the weights do.
 
-    The kernels are bitsandbytes' own. Blocks of 256 entries run along rows, never across: what is stored of a row
-    depends on that row alone, so checkpoints move between any numbers of processes unchanged. Rows that are no
-    multiple of 256 are filled up. Matrices from ``min_8bit_size`` entries on, counted over all processes, get 8-bit
-    state, everything else float32.
+    The kernels are bitsandbytes' own. Blocks of 256 entries run along rows, never across: the stored state of a row
+    depends on that row alone, so checkpoints can be loaded with any number of processes unchanged. Rows are padded to
+    a multiple of 256. Matrices with at least ``min_8bit_size`` entries, counted over all processes, get 8-bit state,
+    all other parameters float32.
 
-    On the flat slices of FSDP1 blocks begin with the slice, and state is saved as float32 numbers that are rounded to
-    the same 8 bits when it is loaded. What is a matrix there is known once
-    :func:`elsa_lightning.layout.fsdp1.mark_slices` has seen the model, which
-    :class:`~elsa_lightning.ElsaCallback` does.
+    On the flat slices of FSDP1, blocks begin with the slice, and state is saved as float32 numbers, which loading
+    rounds to the same 8 bits. There, matrices are recognised only after
+    :func:`elsa_lightning.layout.fsdp1.mark_slices`, which :class:`~elsa_lightning.ElsaCallback` calls.
 
     Args:
-        params: As of any optimizer; DTensors too.
+        params: Parameters or groups, as for any optimizer; DTensors too.
         lr: Learning rate.
         betas: Decay rates of the two moments.
         eps: Added to the denominator.
@@ -59,12 +58,12 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
         return len(shape) > 1 and shape.numel() >= int(self.args.min_8bit_size)
 
     def steps_rows(self, p: nn.Parameter) -> bool:
-        """Say whether a step of a parameter can be made some rows at a time."""
+        """Return whether a parameter can be stepped some rows at a time."""
         return self._in_8_bits(p) and part_of(p).start is None
 
     @torch.no_grad()
     def init_state(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
-        """Make room for the moments."""
+        """Create the moments."""
         state = self.state[p]
         state["step"] = 0
         if not self._in_8_bits(p):
@@ -82,7 +81,7 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
             return laid_out_like(p, empty, each * all_blocks)
 
         for index in "12":
-            flat = part_of(p).start is not None  # not filled up
+            flat = part_of(p).start is not None  # not padded
             state[f"state{index}"] = torch.zeros_like(x, dtype=torch.uint8) if flat else room(BNB_BLOCK, torch.uint8)
             state[f"absmax{index}"] = room(1, torch.float32)
         self._add_code_books(p)
@@ -95,7 +94,7 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
 
     @torch.no_grad()
     def update_step(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
-        """Make a step of one parameter's local entries."""
+        """Step one parameter's local entries."""
         state = self.state[p]
         state["step"] += 1
         x, grad = local(p), local(cast(Tensor, p.grad))
@@ -119,7 +118,7 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
                 self._step_rows(group, p, grad, rows)
 
     def _step_rows(self, group: dict[str, Any], p: nn.Parameter, grad: Tensor, rows: slice) -> None:
-        """Make a step of some rows of the local entries, which is what the whole's step makes of them."""
+        """Step some rows of the local entries, with the same result as a step of all."""
         state, (beta1, beta2) = self.state[p], group["betas"]
         x, grad, first, second, *scales = (
             t if t.dim() == 1 else t.view(-1, t.shape[-1])[rows]
@@ -135,7 +134,7 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
             x.copy_(weights[..., : x.shape[-1]])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state with the moments as they are and without the code books, which are the same for all."""
+        """Return the state with the moments as stored, without the code books, which are the same for all."""
         state_dict: dict[str, Any] = Optimizer.state_dict(self)
         return state_dict
 
@@ -149,7 +148,7 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
                 self._add_code_books(p)
 
     def _round(self, p: nn.Parameter) -> None:
-        """Round moments that FSDP1 saved to the nearest code, as bitsandbytes' kernel on a CPU does not near 0."""
+        """Round moments that FSDP1 saved to the nearest code; bitsandbytes' CPU kernel does not do so near 0."""
         state = self.state[p]
         moments = {index: local(state[f"state{index}"]).to(p.device) for index in "12"}
         self._make_room(p)
@@ -181,7 +180,7 @@ def _saved(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             codes, scales = state[f"state{key}"], states[index].pop(f"absmax{key}")
             scale = scales.repeat_interleave(BNB_BLOCK)[: codes.numel()]
             moment = scale * state[f"qmap{key}"][codes.int()]
-            if key == "1":  # the lowest code stands for -0.993, and what gave the scale must give it again
+            if key == "1":  # the lowest code is -0.993, but the entry that set the scale must set it again
                 moment = torch.where(codes == 0, -scale, moment)
             states[index][f"state{key}"] = moment
     return {**state_dict, "state": states}

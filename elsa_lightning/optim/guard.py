@@ -1,4 +1,4 @@
-"""Against gradients that are not finite: one would end in every weight, moment and dual."""
+"""Skips steps whose gradients are not finite, since a single one would spread to every weight, moment and dual."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from elsa_lightning.optim.rounding import hazard
 
 log = logging.getLogger(__name__)
 
-_MOST = 20  # skipped steps in a row
+_MOST = 20  # consecutive skipped steps after which the run fails
 
 
 class Guard:
     """Skips an optimizer's steps whose gradients are not finite, on all processes together.
 
-    That takes the one look at the device that a step makes: whether to step cannot be taken back afterwards.
+    The check is the only synchronization with the device in a step: a step, once made, cannot be taken back.
 
     Args:
-        optimizer: Any torch optimizer. Under a GradScaler this is the scaler's business.
-        processes: Those that must decide alike: they hold parts of the parameters, or copies of them (DDP).
+        optimizer: Any torch optimizer. Under a GradScaler the check is left to the scaler.
+        processes: The processes that must decide alike: they hold parts of the parameters, or copies of them (DDP).
     """
 
     def __init__(self, optimizer: Optimizer, processes: Processes) -> None:
         self.optimizer, self.processes = optimizer, processes
-        self.skipped = 0  # in a row
+        self.skipped = 0  # consecutive skipped steps
 
     def skips(self, step: int, loss: Any) -> bool:
-        """Say whether a step is skipped, and if so take its gradients away, so that the optimizer does nothing.
+        """Return whether a step is skipped; if so, remove its gradients, so that the optimizer does nothing.
 
         Args:
             step: Optimizer steps done, for the message.
-            loss: Of this step, or None.
+            loss: The loss of this step, or None.
 
         Raises:
-            ValueError: That goes on.
+            ValueError: Too many steps in a row were skipped.
         """
         if not self._broken():
             self.skipped = 0
@@ -89,7 +89,7 @@ class Guard:
         return any_broken([g.sum() for g in gradients]) and any_broken([t for g in gradients for t in g.aminmax()])
 
     def _where_not_finite(self, loss: Any) -> str:
-        """Say on which processes a loss is not finite; all that decided together ask."""
+        """Describe on which processes the loss is not finite; every process must call this."""
         if not self.processes.groups or not dist.is_initialized():
             return ""
         device = next(p.device for group in self.optimizer.param_groups for p in group["params"])

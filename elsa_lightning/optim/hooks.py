@@ -1,4 +1,4 @@
-"""Inside other people's optimizers: between the final gradients and the step, after the step, and at loading."""
+"""Hooks on any optimizer: between the final gradients and the step, after the step, and when its state is loaded."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-_KNOWN: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()  # whether tensors of ours are
+_KNOWN: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()  # whether vouch() was called
 
 
 def innermost(optimizer: Any) -> Optimizer:
-    """Return the torch optimizer that accelerate, Fabric or Lightning wrapped, whose hooks fire."""
+    """Return the torch optimizer inside a wrapper of accelerate, Fabric or Lightning: its hooks are those that fire."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer) and inner is not optimizer:
         optimizer = inner
     if not isinstance(optimizer, Optimizer):
@@ -27,16 +27,16 @@ def innermost(optimizer: Any) -> Optimizer:
 
 
 class StepHooks:
-    """Calls back at every step of an optimizer, whoever makes it, and keeps our state's dtypes when it is loaded.
+    """Calls back at every step of an optimizer, whoever calls it, and preserves our state's dtypes when it is loaded.
 
     Args:
         optimizer: Any torch optimizer.
-        keys: Names of our tensors in its state.
-        before: Called once the gradients of a step are final, with the loss where there is one. With a closure
-            (Lightning's automatic optimisation) they are when it returns, after accumulation and clipping.
+        keys: Keys of our tensors in its state.
+        before: Called when the gradients of a step are final, with the loss if there is one. With a closure
+            (Lightning's automatic optimisation) that is when the closure returns, after accumulation and clipping.
         after: Called after the step.
-        interrupted: Called before the step that follows one which raised; with ``catches`` at once.
-        catches: Whether to wrap ``optimizer.step``, without which nothing sees a step raise while it does.
+        interrupted: Called if a step raised: at once with ``catches``, else before the next step.
+        catches: Whether to wrap ``optimizer.step``, the only way to notice at once that a step raises.
     """
 
     def __init__(
@@ -49,16 +49,16 @@ class StepHooks:
         catches: bool = False,
     ) -> None:
         self.keys, self.before, self.after, self.interrupted = keys, before, after, interrupted
-        self._steps: list[FrameType] = []  # whose step is going on, outermost first
+        self._steps: list[FrameType] = []  # callers of the current, maybe nested, steps, outermost first
         self._stash: dict[nn.Parameter, dict[str, Any]] = {}
-        if optimizer not in _KNOWN:  # and then for good: somebody may load between two runs
+        if optimizer not in _KNOWN:  # never removed: state may be loaded between two runs
             optimizer.register_load_state_dict_post_hook(_forget)
             _KNOWN[optimizer] = False
-        # bitsandbytes loads state by itself and casts what is not named here
+        # bitsandbytes has its own loading, which casts tensors that are not named here
         if hasattr(optimizer, "non_castable_tensor_keys"):
             optimizer.non_castable_tensor_keys |= set(keys)
         self._optimizer = optimizer
-        untraced: Any = torch.compiler.disable  # a compiled step would be compiled anew at each of ours
+        untraced: Any = torch.compiler.disable  # a compiled optimizer step would recompile at every step of ours
         self._handles = [
             optimizer.register_step_pre_hook(untraced(self._before_step)),
             optimizer.register_step_post_hook(untraced(self._after_step)),
@@ -69,29 +69,29 @@ class StepHooks:
 
     @property
     def loaded(self) -> bool:
-        """Whether tensors of ours came into the state by loading, maybe before this was attached, and none vouches."""
+        """Whether the state has tensors of ours that were loaded, maybe before attaching, and not vouched for."""
         known = _KNOWN[self._optimizer]
         return not known and any(key in state for state in self._optimizer.state.values() for key in self.keys)
 
     def vouch(self) -> None:
-        """Say that what is in the state now is of a run in this process, or of one that it goes on with."""
+        """Declare that the state now belongs to a run of this process, or to one that it resumes."""
         _KNOWN[self._optimizer] = True
 
     def remove(self) -> None:
-        """Take the hooks off the optimizer."""
+        """Remove the hooks from the optimizer."""
         for handle in self._handles:
             handle.remove()
         if self._catching is not None and vars(self._optimizer).get("step") is self._catching:
-            vars(self._optimizer).pop("step")  # where somebody wrapped it since it stays, and does nothing
+            vars(self._optimizer).pop("step")  # if it was wrapped again it stays, and only passes through
             if self._former is not None:
                 vars(self._optimizer)["step"] = self._former
         self._catching = None
 
     def _catch(self, optimizer: Optimizer) -> Any:
-        """Wrap the step of one optimizer, as learning-rate schedules do, and return what it is now."""
+        """Wrap the step of one optimizer, as learning-rate schedules do, and return the wrapper."""
         inner, self._former = optimizer.step, vars(optimizer).get("step")
 
-        @functools.wraps(inner)  # with the mark by which a schedule knows that it has wrapped it
+        @functools.wraps(inner)  # copies the mark by which a schedule recognises a step that it has wrapped
         def step(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
             try:
                 return inner(*args, **kwargs)
@@ -105,12 +105,12 @@ class StepHooks:
         return method
 
     def reset(self) -> None:
-        """Forget a step that was interrupted."""
+        """Forget an interrupted step."""
         self._steps.clear()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         caller = _caller()
-        if self._steps and not _is_inside(caller, self._steps[0]):  # that step raised, and its post-hook never came
+        if self._steps and not _is_inside(caller, self._steps[0]):  # that step raised, so its post-hook never ran
             self.reset()
             self.interrupted()
         self._steps.append(caller)
@@ -118,7 +118,7 @@ class StepHooks:
             return None
         args = list(args)
         closure: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if not callable(closure):  # some take a loss
+        if not callable(closure):  # some optimizers take a loss there
             self._prepare(closure)
             return None
 
@@ -150,7 +150,7 @@ class StepHooks:
             self.after()
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Set our tensors aside: torch would cast them to the parameter's dtype."""
+        """Set our tensors aside, because torch would cast them to the parameter's dtype."""
         states = {index: dict(state) for index, state in state_dict["state"].items()}
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -173,7 +173,7 @@ def _forget(optimizer: Optimizer) -> None:
 
 
 def _caller() -> FrameType:
-    """Return the frame that called a hook, which torch.compiler.disable has wrapped."""
+    """Return the frame that called a hook, skipping those of torch.compiler.disable, which wraps it."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("torch._dynamo"):
         frame = frame.f_back
@@ -181,7 +181,7 @@ def _caller() -> FrameType:
 
 
 def _is_inside(frame: FrameType | None, outer: FrameType) -> bool:
-    """Say whether a call was made from within another that still runs."""
+    """Return whether a call was made within another one that still runs."""
     while frame is not None and frame is not outer:
         frame = frame.f_back
     return frame is outer

@@ -1,4 +1,4 @@
-"""The second moment that other people's optimizers keep."""
+"""Reads the second moment, F̂, from the state of any known optimizer, and a few other facts about optimizers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from elsa_lightning.layout.kernels import rows_of
 from elsa_lightning.layout.sharded import local
 
 _ROTATED = {"GG", "Q", "QL", "QR"}  # SOAP and Shampoo: their moments are of the gradient in another basis
-# of torch's optimizers, those of bitsandbytes with two states, RMSprop and Adadelta, Adagrad, vectors of Adafactor
+# keys of: Adam and its kin in torch, bitsandbytes with two states, RMSprop and Adadelta, Adagrad, Adafactor's vectors
 _KEPT = ("max_exp_avg_sq", "exp_avg_sq", "state2", "square_avg", "sum", "variance")
 _FACTORS = (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col"))  # torch's Adafactor; transformers'
 BNB_BLOCK = 256  # entries that share a scale in bitsandbytes
@@ -23,18 +23,18 @@ BNB_BLOCK = 256  # entries that share a scale in bitsandbytes
 def second_moment(optimizer: Optimizer, p: nn.Parameter, rows: slice | None = None) -> Tensor | None:
     """Return the diagonal empirical Fisher estimate F̂ of this process's part of a parameter, or None.
 
-    It is whatever the optimizer's own step divides by, squared: a running mean of squared gradients (the Adam family,
-    RMSprop, Adadelta) or with amsgrad the largest so far, their sum (Adagrad), the product of their means over rows and
-    columns (Adafactor, where nothing is sharded) or the square of their running maximum (Adamax); in 8 or 4 bits with
-    bitsandbytes and torchao.
+    F̂ is the square of what the optimizer's own step divides by: a running mean of squared gradients (the Adam family,
+    RMSprop, Adadelta) or with amsgrad its largest value so far, their sum (Adagrad), the product of their means over
+    rows and columns (Adafactor, where nothing is sharded) or the square of their running maximum (Adamax). bitsandbytes
+    and torchao keep it in 8 or 4 bits.
     A factor per tensor, such as the bias correction, changes no ranking within it. Moments of the gradient in another
     basis than the weights' (SOAP) say nothing about single weights.
 
     Args:
-        optimizer: Any.
+        optimizer: Any optimizer.
         p: One of its parameters.
-        rows: Only these rows ``(rows, n)`` of the matrices below each other, or these entries ``(1, n)`` of a flat
-            slice; None for all, in the shape of the part, kernels as a matrix.
+        rows: Return only these rows ``(rows, n)`` of the matrices below each other, or these entries ``(1, n)`` of a
+            flat slice; None for all, in the shape of the part, kernels as a matrix.
     """
     state, x = optimizer.state.get(p, {}), rows_of(p, local(p))
     if _ROTATED & state.keys():
@@ -43,7 +43,7 @@ def second_moment(optimizer: Optimizer, p: nn.Parameter, rows: slice | None = No
         if isinstance(state.get(row), Tensor) and isinstance(state.get(column), Tensor):
             if x.dim() == local(p).dim():
                 return _product(state[row], state[column], x, rows)
-            whole = _product(state[row], state[column], local(p), None)  # of kernels factored over their last two axes
+            whole = _product(state[row], state[column], local(p), None)  # kernels, factored over their last two axes
             return None if whole is None else _rows_of(rows_of(p, _laid_out(whole, p)), x, rows)
     if isinstance(largest := state.get("exp_inf"), Tensor):
         return None if largest.shape != p.shape else _rows_of(rows_of(p, _laid_out(largest, p)), x, rows).square()
@@ -68,7 +68,7 @@ def second_moment(optimizer: Optimizer, p: nn.Parameter, rows: slice | None = No
 
 
 def _laid_out(moment: Tensor, p: nn.Parameter) -> Tensor:
-    """Return a moment with its entries in memory as those of the weights, copied where the format was changed."""
+    """Return a moment in the memory format of the weights, copied if its format differs."""
     x, moment = local(p), local(moment)
     if type(moment) is not Tensor or moment.shape != x.shape or moment.stride() == x.stride():
         return moment
@@ -76,21 +76,21 @@ def _laid_out(moment: Tensor, p: nn.Parameter) -> Tensor:
 
 
 def _has_stepped(state: dict[str, Any]) -> bool:
-    """Say whether an optimizer that makes its state beforehand (Adagrad) has counted a step on the CPU."""
+    """Return whether an optimizer with state from the start (Adagrad) has stepped; True if its counter is on a GPU."""
     step = state.get("step", 1)
     return bool(step != 0) if not isinstance(step, Tensor) or step.device.type == "cpu" else True
 
 
 def _rows_of(moment: Tensor, x: Tensor, rows: slice | None) -> Tensor:
-    """Return rows of a moment without what pads them beyond those of the weights."""
+    """Return rows of a moment without padding beyond the length of the weights' rows."""
     if rows is None:
         return moment[..., : x.shape[-1]]
     return moment[None, rows] if x.dim() == 1 else moment.reshape(-1, moment.shape[-1])[rows, : x.shape[-1]]
 
 
 def _product(row: Tensor, column: Tensor, x: Tensor, rows: slice | None) -> Tensor | None:
-    """Return the moment that Adafactor keeps as means over columns and over rows, of each matrix of a stack."""
-    if isinstance(row, DTensor) or x.dim() < 2:  # the mean over all rows would take another process's
+    """Return the moment that Adafactor stores as means over columns and rows, for each matrix of a stack."""
+    if isinstance(row, DTensor) or x.dim() < 2:  # the mean over all rows would need those of other processes
         return None
     if row.dim() == x.dim():
         row, column = row.squeeze(-1), column.squeeze(-2)
@@ -104,7 +104,7 @@ def _product(row: Tensor, column: Tensor, x: Tensor, rows: slice | None) -> Tens
 
 
 def _of_blocks(kept: Tensor, block: int, rows: slice | None, blocks: Callable[[int, int], Tensor]) -> Tensor:
-    """Return the numbers of some rows; blocks run through rows, or along them where a row is whole blocks."""
+    """Return the dequantized numbers of some rows; blocks follow the flattened order, so rows may share one."""
     n = kept.shape[-1]
     start, stop = (0, kept.numel()) if rows is None else (rows.start * n, rows.stop * n)
     if rows is not None and kept.dim() == 1:
@@ -124,32 +124,32 @@ def _bnb_blocks(codes: Tensor, scales: Tensor, table: Tensor, first: int, last: 
 
 
 def _torchao_blocks(kept: Any, first: int, last: int) -> Tensor:
-    """Return numbers of one of torchao's tensors: its own arithmetic on a smaller one of its kind."""
+    """Dequantize some blocks of a torchao tensor, by making a smaller tensor of its class of them."""
     names, context = kept.__tensor_flatten__()
     tensors = {name: getattr(kept, name) for name in names}
     bytes_a_block = kept.codes.numel() // kept.scale.numel()
     tensors["codes"] = kept.codes.flatten()[first * bytes_a_block : last * bytes_a_block]
     tensors["scale"] = kept.scale[first:last]
     shape = ((last - first) * kept.block_size,)
-    context = [shape if isinstance(value, (tuple, list)) else value for value in context]  # 4 bits: of the numbers
+    context = [shape if isinstance(value, (tuple, list)) else value for value in context]  # 4 bits: a shape
     numbers: Tensor = type(kept).__tensor_unflatten__(tensors, context).dequantize()
     return numbers.flatten()
 
 
 def lays_out_anew(optimizer: Optimizer) -> bool:
-    """Say whether an optimizer makes weights contiguous at its step, as bitsandbytes' do."""
+    """Return whether an optimizer makes weights contiguous in its step, as those of bitsandbytes do."""
     update = getattr(type(optimizer), "update_step", None)
     return getattr(update, "__module__", "").startswith("bitsandbytes")
 
 
 def rate_of(group: dict[str, Any]) -> float:
-    """Return the learning rate of a parameter group; 1 where it has none of its own, as with relative steps."""
+    """Return the learning rate of a parameter group; 1 if it has none, as with relative steps."""
     rate = group.get("lr")
     return 1.0 if rate is None else float(rate)
 
 
 def set_up(optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> None:
-    """Let an optimizer create its state of some parameters by a step on zero gradients that moves nothing."""
+    """Make an optimizer create its state of some parameters, by a step on zero gradients with learning rate 0."""
     if optimizer.state:
         return
     chosen = set(parameters)

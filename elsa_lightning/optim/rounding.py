@@ -1,4 +1,4 @@
-"""Steps that bfloat16 weights do not lose, whatever optimizer makes them."""
+"""Stochastic rounding of bfloat16 weights under any optimizer, so that small steps are not lost."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ Seed = Callable[[nn.Parameter], int]
 
 
 def moves_alike_everywhere(optimizer: Optimizer) -> bool:
-    """Say whether a step depends on the gradients alone and not on where the weights are.
+    """Return whether a step depends on the gradients alone and not on the values of the weights.
 
-    So it is for Adam and its kin without weight decay. Others are told by what they do: two small parameters, one at 0,
-    get the same gradients from an optimizer of the same kind and settings, and a third is set to 0 before each step, as
-    :class:`WeightRounding` does. Where that leaves another state, positions are in it (an average of the weights, say).
+    This holds for Adam and its kin without weight decay. It is found out by trial: an optimizer of the same class and
+    settings steps two small parameters, one of them at 0, with the same gradients, and a third that is set to 0 before
+    each step, as :class:`WeightRounding` does. If the third ends with another state, that state depends on the weights'
+    values, such as an average of them.
     """
     groups = [group for group in optimizer.param_groups if group["params"]]
     return not any(group.get("weight_decay") for group in groups) and all(_is_alike(optimizer, g) for g in groups)
@@ -51,7 +52,7 @@ def _is_alike(optimizer: Optimizer, group: dict[str, Any]) -> bool:
                 p.sub_(before)
                 stepped.step()
                 p.add_(before)
-        except Exception:  # anybody's code: what cannot be tried is not relied on
+        except Exception:  # foreign code may raise anything; then the answer is no
             return False
         kept = {key: t for key, t in stepped.state.get(p, {}).items() if isinstance(t, Tensor) and t.shape == p.shape}
         found.append({"step": p.detach() - start, **kept})
@@ -70,7 +71,7 @@ def _is_close(one: Tensor, other: Tensor) -> bool:
 
 
 def hazard(optimizer: Optimizer) -> str | None:
-    """Return what of an optimizer's settings makes float16 weights NaN whatever the learning rate, or None."""
+    """Return a message if an optimizer's settings make float16 weights NaN at any learning rate, else None."""
     for group in optimizer.param_groups:
         eps = group.get("eps")
         if not isinstance(eps, float) or float(torch.tensor(eps, dtype=torch.float16)) > 0:
@@ -86,25 +87,26 @@ def hazard(optimizer: Optimizer) -> str | None:
 
 
 def steps_rows(optimizer: Optimizer) -> Callable[[nn.Parameter], bool] | None:
-    """Return what says which parameters an optimizer steps by rows, with :class:`Around`; None of others."""
+    """Return the optimizer's method that tells which parameters it steps by rows (see :class:`Around`), or None."""
     return getattr(optimizer, "steps_rows", None)
 
 
 class Around:
-    """What is done around the step of some rows of bfloat16 weights, by an optimizer that steps them piece by piece.
+    """Rounds bfloat16 weights around the step of some rows, in an optimizer that steps them piece by piece.
 
-    Such an optimizer has an attribute ``around``, and says with ``steps_rows(p)`` which parameters it steps so.
+    Such an optimizer has an attribute ``around``, and a method ``steps_rows(p)`` that tells which parameters it steps
+    so.
 
     Args:
-        parts: Which part of each parameter this process holds.
-        seed: Makes the seed of the rounding of a parameter.
+        parts: The part of each parameter that this process holds.
+        seed: Returns the seed for rounding a parameter.
     """
 
     def __init__(self, parts: Mapping[nn.Parameter, Part], seed: Seed) -> None:
         self.parts, self.seed = parts, seed
 
     def takes(self, p: nn.Parameter) -> bool:
-        """Say whether the rows of a parameter are rounded, and lie below each other in memory."""
+        """Return whether a parameter is bfloat16, and its rows lie below each other in memory."""
         x = local(p)
         return p.dtype == torch.bfloat16 and self.parts[p].start is None and x.dim() > 1 and x.is_contiguous()
 
@@ -115,7 +117,7 @@ class Around:
 
     @contextmanager
     def step(self, p: nn.Parameter, rows: slice) -> Iterator[None]:
-        """Set rows of the weights to 0, from which the optimizer steps; then they are themselves and the step."""
+        """Zero rows of the weights for the optimizer's step, then restore them with the step added."""
         layout = Rows(self.parts[p], local(p))
         now = layout.take(local(p), rows)
         former = now.clone()
@@ -131,26 +133,26 @@ class Around:
 class WeightRounding:
     """Rounds bfloat16 weights stochastically, whatever optimizer trains them.
 
-    To nearest, every step below half a unit of a weight's last place is lost. So the optimizer steps from 0, where
-    bfloat16 holds its step to 3 digits, and the step is added to the weights in float32 and rounded up or down at
-    random, exact in the mean. That takes an optimizer whose step does not depend on where the weights are, and a copy
-    of the weights while it steps: of a piece at a time where it steps by pieces, as
-    :class:`~elsa_lightning.optim.adam8bit.Adam8bit` does, else of all.
+    Rounding to nearest loses every step below half a unit of a weight's last place. So the optimizer steps from 0,
+    where bfloat16 holds the step to 3 digits; the step is then added to the weights in float32, and the sum is rounded
+    up or down at random, exact in the mean. This needs an optimizer whose step does not depend on the weights' values,
+    and a copy of the weights during the step: of one piece at a time if the optimizer steps by pieces, as
+    :class:`~elsa_lightning.optim.adam8bit.Adam8bit` does, else of all weights.
     """
 
     def __init__(self) -> None:
         self._before: dict[nn.Parameter, Tensor] = {}
         self._alike: dict[tuple[Any, ...], bool] = {}
-        self._stepping: Any = None  # an optimizer that rounds by itself
+        self._stepping: Any = None  # an optimizer that steps by pieces, during its step
 
     @torch.no_grad()
     def set_aside(self, optimizer: Optimizer, parts: Mapping[nn.Parameter, Part], seed: Seed) -> str | None:
-        """Zero the bfloat16 weights about to be stepped; return what to warn of where that cannot be done.
+        """Zero the bfloat16 weights about to be stepped; return a warning if that is not possible.
 
         Args:
-            optimizer: Which steps.
-            parts: Which part of each parameter this process holds.
-            seed: Makes the seed of the rounding of a parameter, for weights that are stepped by pieces.
+            optimizer: The optimizer about to step.
+            parts: The part of each parameter that this process holds.
+            seed: Returns the seed for rounding a parameter, for weights that are stepped by pieces.
         """
         half = (torch.bfloat16, torch.float16)
         low = [p for group in optimizer.param_groups for p in group["params"] if p.dtype in half]
@@ -182,11 +184,11 @@ class WeightRounding:
 
     @torch.no_grad()
     def put_back(self, parts: Mapping[nn.Parameter, Part], seed: Seed) -> None:
-        """Add the steps to the weights, some rows at a time.
+        """Restore the weights with their steps added, some rows at a time.
 
         Args:
-            parts: Which part of each parameter this process holds.
-            seed: Makes the seed of the rounding of a parameter.
+            parts: The part of each parameter that this process holds.
+            seed: Returns the seed for rounding a parameter.
         """
         for p, before in self._before.items():
             x = local(p)
@@ -204,7 +206,7 @@ class WeightRounding:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Return to the weights before a step that was interrupted."""
+        """Restore the weights from before an interrupted step."""
         for p, before in self._before.items():
             local(p).copy_(before)
         self._end()
@@ -216,7 +218,7 @@ class WeightRounding:
 
 
 def _add_rounded(layout: Rows, now: Tensor, former: Tensor, rows: slice, seed: int) -> None:
-    """Write the sum of both to ``now``, rows of a layout in bfloat16, rounded up or down at random."""
+    """Write ``former + now``, bfloat16 rows of a layout, to ``now``, rounded stochastically."""
     places = layout.places(rows, seed)
     if places is not None and fused.takes(now, former):
         fused.add_rounded(now, former, places)

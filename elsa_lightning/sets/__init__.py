@@ -1,4 +1,4 @@
-"""What weights are constrained to, one set a file."""
+"""The sets to which weights can be constrained, such as N:M or whole neurons, one a file."""
 
 from elsa_lightning.sets.base import Constraint, Point, Points
 from elsa_lightning.sets.block import Block

@@ -1,7 +1,7 @@
-"""What a set is, and how it sees the weights.
+"""The interface of a set, and of the points in which it sees the weights.
 
-A set S decides on all constrained tensors together. It is shown them as *points*, v = x + u, some rows at a time,
-wherever their entries are; it says which entries stay, and what values they take where these are not free.
+A set S decides about all constrained tensors together. It sees them as *points*, v = x + u, some rows at a time,
+wherever their entries are stored. It says which entries stay and, if their values are not free, what these become.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from elsa_lightning.layout.sharded import Part, whole
 
 @dataclass(frozen=True)
 class Point:
-    """Some rows of what is projected.
+    """Some rows of a tensor that is projected.
 
     Attributes:
         v: x + u, ``(rows, in)``: rows of one matrix, or some matrices of a stack below each other.
-        importance: F̂ of the shape of ``v``, or None where the optimizer keeps no second moment.
+        importance: F̂ in the shape of ``v``, or None where the optimizer keeps no second moment.
         tensor: Index of the tensor among the points.
-        name: Of the tensor.
-        piece: Which rows these are.
-        layout: Where they lie in the whole.
-        numbers: What :meth:`Constraint.fit` chose for these rows at the last update, or None.
-        dtype: Of the weights that z is stored in; None for that of ``v``.
-        stack: Indices of the tensors whose matrices these are, where there are several: see :meth:`Points.stacked`.
+        name: Name of the tensor.
+        piece: Which rows of the local part these are.
+        layout: Where the rows lie in the whole tensor.
+        numbers: The numbers that :meth:`Constraint.fit` chose for these rows at the last update, or None.
+        dtype: The dtype of the weights in which z is stored; None for that of ``v``.
+        stack: Indices of the tensors whose matrices are stacked here, if several are: see :meth:`Points.stacked`.
     """
 
     v: Tensor
@@ -55,27 +55,27 @@ class Point:
 
     @property
     def part(self) -> Part:
-        """Which part of the tensor this process holds."""
+        """The part of the tensor that this process holds."""
         return self.layout.part
 
     def place(self, axis: int) -> Tensor:
-        """Return where entries lie along an axis of the whole; see :meth:`Rows.index`."""
+        """Return the indices of the entries along an axis of the whole tensor; see :meth:`Rows.index`."""
         return self.layout.index(self.piece.rows, axis)
 
 
 class Points(ABC):
-    """The constrained tensors, wherever their entries are; iterating makes the local ones anew, some rows at a time.
+    """The points of the constrained tensors; each iteration computes the local ones anew, some rows at a time.
 
-    They stay as they are until the set has decided, however often and in whatever order it looks at them.
+    Their values do not change until the set has decided, so it may iterate as often and in any order as it likes.
 
     Attributes:
-        names: Of the tensors.
-        shapes: Of the whole tensors, ``(out, in)`` or ``(experts, out, in)``.
-        transposed: Whether they are stored ``(in, out)``.
+        names: Names of the tensors.
+        shapes: Shapes of the whole tensors, ``(out, in)`` or ``(experts, out, in)``.
+        transposed: Whether each is stored ``(in, out)``.
         parts: Largest number of parts that a tensor is sharded into.
-        device: Where the entries are.
+        device: The device of the entries.
         guesses: Thresholds of the last projection, which save :func:`elsa_lightning.sets.threshold.largest` a pass;
-            None where there is none before.
+            None if thresholds are not carried over.
     """
 
     guesses: dict[Hashable, Tensor] | None = None
@@ -90,7 +90,7 @@ class Points(ABC):
         """Yield the local rows, tensor by tensor."""
 
     def stacked(self) -> Iterator[Point]:
-        """Yield the local rows once, those of small matrices of one shape as a stack, in an order that stays."""
+        """Yield the local rows once, with small matrices of one shape as a stack; the order is always the same."""
         return iter(self)
 
     @abstractmethod
@@ -101,7 +101,7 @@ class Points(ABC):
         """Return the tensors that hold some matrices, and the index of the first matrix of each.
 
         Args:
-            matrices: Their indices among the matrices of all tensors; None for all.
+            matrices: Indices of the matrices among those of all tensors; None for all.
             starts: Index of the first matrix of each tensor here.
         """
         if matrices is None:
@@ -115,7 +115,7 @@ class Points(ABC):
 
 
 class WholePoints(Points):
-    """Tensors that one process holds.
+    """Points of whole tensors, all held by one process.
 
     Args:
         tensors: v and F̂ (or None) of each.
@@ -136,7 +136,7 @@ class WholePoints(Points):
         self.device = tensors[0][0].device
 
     def __iter__(self) -> Iterator[Point]:
-        """Yield each tensor at once."""
+        """Yield each tensor as one point."""
         for index, (v, importance) in enumerate(self.tensors):
             layout = Rows(whole(v), v, transposed=self.transposed[index])
             piece = Piece(slice(0, layout.count), 0, math.prod(v.shape[:-2]))
@@ -150,18 +150,18 @@ class WholePoints(Points):
 
 
 class Constraint(ABC):
-    """A set S over all constrained tensors together: a value, which YAML can build.
+    """A set S over all constrained tensors together: an immutable value, which YAML can build.
 
     A new set is a frozen dataclass with these methods; ``docs/architecture.md`` has the smallest one.
 
     Attributes:
-        grain: Rows × columns of ``(out, in)``, from each multiple on, that no piece and no shard may cut; 0 for all
-            there are. Of weights that are stored transposed it is turned.
-        fixes_values: Whether kept entries cannot take any value, so that :meth:`values` changes them.
-        inertia: τ of a proximal term τ ‖z − z_before‖² in the projection: what was cut is chosen as if it were 1 + τ
-            times smaller. For sets where an exchange costs much beside what it gains.
-        stacks: Whether :meth:`support` yields masks of :meth:`Points.stacked`, not of the points in their order.
-        decides_at_once: Whether it decides about all its tensors or about none, so that a run waits until each of them
+        grain: Size, rows × columns of ``(out, in)``, of the blocks that no piece and no shard may cut; 0 for all rows
+            or columns. For weights that are stored transposed, rows and columns are swapped.
+        fixes_values: Whether kept entries can take only certain values, so that :meth:`values` changes them.
+        inertia: τ of a proximal term τ ‖z − z_before‖² in the projection: entries that were cut are ranked as if they
+            were 1 + τ times smaller. For sets where exchanging entries costs much and gains little.
+        stacks: Whether :meth:`support` yields masks in the order of :meth:`Points.stacked` instead of the points'.
+        decides_at_once: Whether the set decides about all its tensors or none, so that a run waits until each of them
             has had a gradient.
     """
 
@@ -175,8 +175,8 @@ class Constraint(ABC):
         """Raise UserError, naming the tensor, if tensors of these names and shapes cannot be in the set.
 
         Args:
-            shapes: Of the whole tensors, by name.
-            transposed: Names of those that are stored ``(in, out)``.
+            shapes: Shapes of the whole tensors, by name.
+            transposed: Names of the tensors that are stored ``(in, out)``.
         """
         for name, shape in shapes.items():
             if len(shape) not in (2, 3):
@@ -186,59 +186,60 @@ class Constraint(ABC):
                 )
 
     def grain_of(self, name: str) -> tuple[int, int]:
-        """Return the grain of a tensor, where it is not the same for all."""
+        """Return the grain of a tensor; override this where it is not the same for all."""
         return self.grain
 
     def shared(self, name: str) -> tuple[int, int] | None:
-        """Return of which rows × columns of ``(out, in)`` :meth:`fit` chooses one number, or None if it has none.
+        """Return the size, rows × columns of ``(out, in)``, of the groups that share a number of :meth:`fit`, or None.
 
-        They divide the grain, and the tensor; 0 for all there are. Of transposed weights they are turned.
+        They divide the grain and the tensor; 0 stands for all rows or columns. For weights that are stored transposed,
+        rows and columns are swapped. None means that the set chooses no numbers.
         """
         return None
 
     def covers(self, name: str) -> bool:
-        """Say whether a tensor of this name can ever have zeros in this set; one that cannot is left alone."""
+        """Return whether the set can put zeros into a tensor of this name; other tensors are left alone."""
         return True
 
     def fitted(self, model: nn.Module) -> Self:
-        """Return the set with what it must know of a model; asked once, before training.
+        """Return the set with what it has to know about a model; called once, before training.
 
         Raises:
-            UserError: The set cannot be had of this model.
+            UserError: The set is not possible for this model.
         """
         return self
 
     def sized(self, shapes: Mapping[str, torch.Size], bytes_each: Mapping[str, float] | None = None) -> Self:
-        """Return the set for tensors of these names and shapes, where it is said in absolute numbers.
+        """Return the set with absolute numbers, such as a budget of weights, resolved for these tensors.
 
         Args:
-            shapes: Of the whole tensors, by name.
-            bytes_each: Of one entry of each; None for 4.
+            shapes: Shapes of the whole tensors, by name.
+            bytes_each: Bytes of one entry of each tensor; None for 4.
         """
         return self
 
     def members(self, names: Sequence[str]) -> list[tuple[Constraint, list[int]]]:
-        """Return the sets it is made of, each with the indices of its tensors, where these decide by themselves."""
+        """Return the independent sets that this one consists of, each with the indices of its tensors."""
         return [(self, list(range(len(names))))]
 
     def relaxed(self, tightness: float) -> Self:
-        """Return the looser set on the way to this one, where a ramp begins at 0; this set at 1."""
+        """Return the looser set of a ramp: its first set at ``tightness`` 0, this set at 1."""
         return self
 
     @abstractmethod
     def support(self, points: Points) -> Iterator[Tensor]:
-        """Yield which entries of each point Π_S keeps, in order, True where kept, with the point's number of entries.
+        """Yield the mask of each point in order, True where Π_S keeps an entry, with the point's number of entries.
 
-        ``points`` may be read in any order and as often as need be; every process does so equally often.
+        ``points`` may be read in any order and any number of times, but equally often on every process.
         """
 
     def fit(self, v: Tensor, point: Point) -> Tensor:
-        """Return the number of each group of entries (see :meth:`shared`) that holds until the next update.
+        """Choose the number of each group of entries (see :meth:`shared`), which holds until the next update.
 
         Args:
-            v: ``(rows, in)`` of the point, with 0 where nothing is kept.
-            point: Which rows these are, their importance, and their last numbers if there was an update before: of
-                this set, or of a looser one, or 0.
+            v: ``(rows, in)`` of the point, 0 off the mask.
+            point: The rows, with their importance and, after an update, their last numbers: chosen by this set or by a
+                looser one, or 0.
 
         Returns:
             ``(rows of groups, columns of groups)``, exact in bfloat16.
@@ -246,21 +247,21 @@ class Constraint(ABC):
         raise NotImplementedError
 
     def values(self, v: Tensor, point: Point) -> Tensor:
-        """Return what kept entries become; of its own values it changes none.
+        """Return the values that kept entries take; entries that have such a value already stay the same.
 
         Args:
-            v: ``(rows, in)`` of the point, with 0 where nothing is kept.
-            point: Which rows these are, and their numbers where they have some.
+            v: ``(rows, in)`` of the point, 0 off the mask.
+            point: The rows, with their numbers if they have some.
         """
         return v
 
     def resolution(self, point: Point) -> Tensor | None:
-        """Return how far apart the values of each entry are, in the shape of the point; None if unknown."""
+        """Return the distance of neighbouring values of each entry, in the shape of the point; None if unknown."""
         return None
 
 
 def parts(constraint: object) -> Iterator[object]:
-    """Yield a set and those that it is made of by pattern, and theirs."""
+    """Yield a set and, recursively, the sets that it assigns by pattern."""
     yield constraint
     inner = getattr(constraint, "sets", None)
     for each in inner.values() if isinstance(inner, Mapping) else ():
@@ -271,26 +272,26 @@ def check_set(value: object, name: str) -> None:
     """Raise UserError unless a value is a set.
 
     Args:
-        value: What was given.
-        name: Of the argument.
+        value: The value.
+        name: Name of the argument, for the message.
     """
     if not isinstance(value, Constraint):
         raise UserError(f"{name} must be a set, such as NM(2, 4) or Unstructured(0.9), got {value!r}")
 
 
 def weighted(v: Tensor, importance: Tensor | None) -> Tensor:
-    """Return √F v in float32, with the sign of v; v itself where there is no importance and it is float32."""
+    """Return √F v in float32, with the sign of v; v itself if it is float32 and there is no importance."""
     return v.float() if importance is None else (importance.sqrt() * v).float()
 
 
 def distance(v: Tensor, importance: Tensor | None) -> Tensor:
-    """Return √F |v| in float32, whose square is what zeroing each entry costs; it has the range of v."""
+    """Return √F |v| in float32: its square, which could overflow or underflow, is the cost of zeroing an entry."""
     signed = weighted(v, importance)
     return signed.abs() if importance is None else signed.abs_()
 
 
 def project(constraint: Constraint, v: Tensor, mask: Tensor, point: Point) -> Tensor:
-    """Return z: v on the mask, brought to the set's values where it fixes them, and 0 off it."""
+    """Return z: v on the mask, rounded to the set's values if it fixes them, and 0 off the mask."""
     z = masked(v, mask)
     if not constraint.fixes_values:
         return z
@@ -298,4 +299,4 @@ def project(constraint: Constraint, v: Tensor, mask: Tensor, point: Point) -> Te
     if point.numbers is None and constraint.shared(point.name) is not None:
         point = replace(point, numbers=constraint.fit(z, point))
     z = masked(constraint.values(z, point), mask)
-    return z.to(v.dtype if point.dtype is None else point.dtype).to(v.dtype)  # as the weights can hold it
+    return z.to(v.dtype if point.dtype is None else point.dtype).to(v.dtype)  # rounded to the weights' dtype

@@ -1,4 +1,4 @@
-"""Whole blocks of a matrix: what block-sparse kernels skip."""
+"""Block sparsity: whole blocks of a matrix are zero, which block-sparse kernels skip."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from elsa_lightning.sets.unstructured import AT_ONCE
 
 @dataclass(frozen=True)
 class Block(Constraint):
-    """A share of the blocks of each matrix may be non-zero; those at its edges may be smaller.
+    """A share of the blocks of each matrix may be non-zero; blocks at its edges may be smaller.
 
-    Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the blocks with the largest Σ Fᵢ vᵢ², unchanged.
-    Equal ones go to the upper, then to the left one.
+    The projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the blocks with the largest Σ Fᵢ vᵢ², unchanged.
+    Ties go to the upper, then to the left block.
 
     Args:
-        sparsity: Fraction of blocks that are zero, 0 ≤ sparsity < 1, in each matrix. At least one survives.
-        rows: Outputs of a block.
-        columns: Inputs of a block.
+        sparsity: Fraction of zero blocks in each matrix, 0 ≤ sparsity < 1. At least one block survives.
+        rows: Outputs in a block.
+        columns: Inputs in a block.
 
     Raises:
         UserError: A value is out of range.
@@ -42,11 +42,11 @@ class Block(Constraint):
         check_whole("columns", self.columns, "how many inputs a block has")
 
     def grain_of(self, name: str) -> tuple[int, int]:
-        """Return one block."""
+        """Return the size of a block."""
         return (self.rows, self.columns)
 
     def relaxed(self, tightness: float) -> Block:
-        """Return the set on the way from 70 % zeros, or all of them if they are fewer, to this one."""
+        """Return the set with a share of zeros that grows from 70 %, or less if the target is less, to the target."""
         start = min(self.sparsity, AT_ONCE)
         return replace(self, sparsity=start + (self.sparsity - start) * tightness)
 

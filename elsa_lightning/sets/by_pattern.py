@@ -1,4 +1,4 @@
-"""Other sets for other tensors, in one run."""
+"""Different sets for different tensors in one run, chosen by patterns of their names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from elsa_lightning.sets.base import Constraint, Point, Points, check_set
 
 @dataclass(frozen=True)
 class ByPattern(Constraint):
-    """To each tensor the set of the first pattern that its name matches; each set decides about its own tensors alone.
+    """Each tensor gets the set of the first pattern that its name matches; each set decides about its tensors alone.
 
     Args:
-        sets: Sets by regular expression, searched for in names of parameters: ``{"attn": NM(2, 4), "mlp":
+        sets: Sets by regular expression, which is searched for in names of parameters: ``{"attn": NM(2, 4), "mlp":
             Unstructured(0.9)}``. Tensors that no pattern matches stay dense.
 
     Raises:
@@ -54,20 +54,20 @@ class ByPattern(Constraint):
         return {name: shape for name, shape in shapes.items() if self._pattern(name) == pattern}
 
     def covers(self, name: str) -> bool:
-        """Say whether a pattern matches and its set can have zeros there."""
+        """Return whether a pattern matches and its set can put zeros there."""
         pattern = self._pattern(name)
         return pattern is not None and self.sets[pattern].covers(name)
 
     def grain_of(self, name: str) -> tuple[int, int]:
-        """Return the grain of its set."""
+        """Return the grain of the tensor's set."""
         return self._of(name).grain_of(name)
 
     def shared(self, name: str) -> tuple[int, int] | None:
-        """Return of which rows × columns its set chooses one number."""
+        """Return the rows × columns for which the tensor's set chooses one number."""
         return self._of(name).shared(name)
 
     def check(self, shapes: Mapping[str, torch.Size], transposed: Collection[str] = ()) -> None:
-        """Raise UserError if a pattern matches nothing, or a set cannot be had."""
+        """Raise UserError if a pattern matches nothing, or a set is not possible for its tensors."""
         for name in shapes:
             self._of(name)
         for pattern, each in self.sets.items():
@@ -114,10 +114,10 @@ class ByPattern(Constraint):
         return self._of(point.name).fit(v, point)
 
     def resolution(self, point: Point) -> Tensor | None:
-        """Return how far apart the values of the tensor's set are."""
+        """Return the distance of neighbouring values in the tensor's set."""
         return self._of(point.name).resolution(point)
 
     def values(self, v: Tensor, point: Point) -> Tensor:
-        """Return what the tensor's set makes of kept entries."""
+        """Return the values that kept entries take in the tensor's set."""
         each = self._of(point.name)
         return each.values(v, point) if each.fixes_values else v

@@ -1,4 +1,4 @@
-"""Whole experts of a mixture, and the router that passes them over."""
+"""Structured set of a mixture of experts: whole experts are zero, and the routers pass them over."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from elsa_lightning.sets.tied import Member, Tie
 class Experts(Share):
     """A share of each layer's experts adds nothing: their output matrices are zero, and the router passes them over.
 
-    Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the output matrices with the largest Σ Fᵢ vᵢ²,
-    unchanged. Equal ones go to the lower number. All else that these experts have is free, and is removed with them.
+    The projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the output matrices with the largest Σ Fᵢ vᵢ²,
+    unchanged. Ties go to the lower number. All other weights of these experts are not constrained, and are removed by
+    ``shrink`` with the experts.
 
     From :meth:`fitted` on, the routers of the model give an expert whose output matrix is zero the logit −∞, so that
-    its probability goes to the others, as in the smaller model without it; no gradient brings it back. Saved without
-    shrinking, a model in plain transformers would still choose it, and spend probability on nothing.
+    its probability goes to the others, as in the smaller model without it; no gradient brings the expert back. If the
+    model is saved without shrinking, routers of plain transformers still choose it, and waste probability on it.
 
     Args:
-        fraction: Share of the experts that is removed, 0 ≤ fraction < 1, to the nearest number; as many survive as
-            each token takes, at least.
+        fraction: Share of the experts that is removed, 0 ≤ fraction < 1, to the nearest number; at least as many
+            survive as each token uses.
 
     Raises:
         UserError: The fraction is out of range.
@@ -54,14 +55,14 @@ class Experts(Share):
         return ties
 
     def fitted(self, model: nn.Module) -> Self:
-        """Return the set with the ties of the model's tensors, and have its routers pass over experts that are zero."""
+        """Return the set with the ties of the model's tensors, and make its routers pass over zero experts."""
         new = super().fitted(model)
         pass_over(model)
         return new
 
 
 def pass_over(model: nn.Module) -> list[nn.Module]:
-    """Have a model's routers choose among the experts that are not zero; return the modules with the stacks."""
+    """Make a model's routers choose only among non-zero experts; return the modules that hold the experts."""
     known = find(model)
     pairs = list(filter(None, map(known.experts, range(known.blocks))))
     for router, experts in pairs:
@@ -71,15 +72,15 @@ def pass_over(model: nn.Module) -> list[nn.Module]:
 
 
 def zero_experts(experts: nn.Module) -> Tensor:
-    """Return which experts of a stack are zero, ``(experts,)``."""
+    """Return a mask of the zero experts of a stack, ``(experts,)``."""
     return ~experts.down_proj.any(dim=(1, 2))  # type: ignore[operator]
 
 
 class _PassOver:
-    """A forward hook of a router that chooses among the experts that are not zero.
+    """A forward hook of a router that makes it choose only among non-zero experts.
 
     Args:
-        experts: The module with the stacks.
+        experts: The module that holds the experts' stacks.
     """
 
     def __init__(self, experts: nn.Module) -> None:

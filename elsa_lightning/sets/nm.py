@@ -1,4 +1,4 @@
-"""N of every M neighbours along the input: the pattern that sparse matrix units compute."""
+"""N:M sparsity: N of every M neighbours along the input are kept, the pattern of sparse matrix units."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from elsa_lightning.sets.unstructured import AT_ONCE
 class NM(Constraint):
     """At most ``n`` of every ``m`` neighbouring weights of one output may be non-zero.
 
-    Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: of each group it keeps the ``n`` largest Fᵢ vᵢ², unchanged.
-    Equal ones go to the larger magnitude, then to the lower index. Groups begin at the multiples of ``m`` along the
-    input: of weights ``(out, in)`` along rows, of GPT-2's Conv1D ``(in, out)`` along columns, of kernels along the
+    The projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: of each group it keeps the ``n`` largest Fᵢ vᵢ², unchanged.
+    Ties go to the larger magnitude, then to the lower index. Groups begin at the multiples of ``m`` along the input:
+    for weights ``(out, in)`` that is along rows, for GPT-2's Conv1D ``(in, out)`` along columns, for kernels along the
     entries that one output multiplies.
 
     Args:
-        n: Weights that survive of each group.
-        m: Weights of a group.
+        n: Weights that survive in each group.
+        m: Weights in a group.
 
     Raises:
         UserError: Not 1 ≤ n ≤ m, or m does not divide the inputs of a tensor.
@@ -56,7 +56,7 @@ class NM(Constraint):
                 )
 
     def relaxed(self, tightness: float) -> NM:
-        """Return the set on the way from 70 % zeros, or all of them if they are fewer, to this one."""
+        """Return the set with a share of zeros that grows from 70 %, or less if the target is less, to the target."""
         zeros = (self.m - self.n) / self.m
         start = min(zeros, AT_ONCE)
         now = start + (zeros - start) * tightness
@@ -75,7 +75,7 @@ class NM(Constraint):
                 yield self._kept(score.view(-1, self.m), magnitude.view(-1, self.m)).view(point.v.shape)
 
     def _kept(self, score: Tensor, magnitude: Tensor) -> Tensor:
-        """Return the first ``n`` of each group ``(..., m)`` by score, magnitude and place."""
+        """Return a mask of the first ``n`` of each group ``(..., m)``, ordered by score, magnitude and place."""
         rank = torch.zeros(score.shape, dtype=torch.int16, device=score.device)
         place = torch.arange(self.m, device=score.device)
         for j in range(self.m):

@@ -1,4 +1,4 @@
-"""Neurons, heads, layers, experts: units whose removal leaves a smaller model, which ``shrink`` makes of the zeros."""
+"""Structured sets of Hugging Face models: neurons, heads and layers, whose zeros ``shrink`` cuts out of the model."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from elsa_lightning.sets.base import parts
 from elsa_lightning.sets.checks import check_budget, check_fraction, entries_of
 from elsa_lightning.sets.tied import Member, Tie, Tied
 
-_HEADER = 110  # bytes at most, beside its name, that a tensor has in the header of a safetensors file
-_WHOLE = sys.maxsize  # entries of a unit that has all there are
+_HEADER = 110  # bytes that a tensor takes at most, besides its name, in the header of a safetensors file
+_WHOLE = sys.maxsize  # Member.entries where a whole tensor belongs to one unit
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Structured(Tied):
-    """Units of a Hugging Face model, as many in every layer, since a config holds one number.
+    """Units of a Hugging Face model, equally many in every layer, since a config holds one number for all layers.
 
-    It learns their names from the model (:meth:`fitted`); on a ramp their number falls from all there are. A unit is
-    zero if its output weights are: it adds nothing then, whatever it computes, and all else that it has is free until
-    ``shrink`` cuts it away. So its output weights still have a gradient, by which it can return.
+    The set learns the tensors' names from the model (:meth:`fitted`); a ramp begins with all units. A unit counts as
+    zero if its output weights are zero: then it adds nothing, whatever it computes. Its other weights stay free until
+    ``shrink`` removes them, so the output weights still get a gradient, by which the unit can return.
     """
 
     _ties: tuple[Tie, ...] | None = field(default=None, init=False, repr=False, compare=False)
@@ -43,7 +43,7 @@ class Structured(Tied):
         """Return the ties in a model.
 
         Raises:
-            UserError: Its config cannot hold so many units.
+            UserError: The model's config cannot hold so many units.
         """
 
     def fitted(self, model: nn.Module) -> Self:
@@ -73,11 +73,11 @@ class Structured(Tied):
         return list(self._ties)
 
     def covers(self, name: str) -> bool:
-        """Say whether a unit has entries in this tensor."""
+        """Return whether a unit has entries in this tensor."""
         return self._ties is None or any(member.name == name for tie in self._ties for member in tie.members)
 
     def relaxed(self, tightness: float) -> Self:
-        """Return the set on the way from all units to those that survive."""
+        """Return the set with a number of units between all and those that survive."""
         if self._ties is None:
             return self
         kept = [tie.units - round((tie.units - tie.kept) * tightness) for tie in self._ties]
@@ -86,16 +86,16 @@ class Structured(Tied):
 
 @dataclass(frozen=True)
 class Share(Structured):
-    """A share of the units of each tie is removed, to the nearest number; one survives.
+    """A share of the units of each tie is removed, to the nearest number; at least one survives.
 
     Args:
-        fraction: The share, 0 ≤ fraction < 1.
+        fraction: The share that is removed, 0 ≤ fraction < 1.
 
     Raises:
         UserError: The fraction is out of range.
     """
 
-    units: ClassVar[str]  # what they are called
+    units: ClassVar[str]  # plural name of the units, for messages
 
     fraction: float
 
@@ -103,12 +103,12 @@ class Share(Structured):
         check_fraction("fraction", self.fraction, f"the share of {self.units} that is removed,")
 
     def kept(self, units: int) -> int:
-        """Return how many of so many units are left, one at least."""
+        """Return how many of so many units survive, at least one."""
         return max(1, units - round(self.fraction * units))
 
 
 def is_structured(constraint: object) -> bool:
-    """Say whether a set, or one of those it is made of, has units that ``shrink`` removes."""
+    """Return whether a set, or one that it assigns by pattern, has units that ``shrink`` removes."""
     return any(isinstance(each, Structured) for each in parts(constraint))
 
 
@@ -119,12 +119,12 @@ def is_structured(constraint: object) -> bool:
 class Neurons(Share):
     """A share of each layer's hidden neurons adds nothing: their columns in the down projection are zero.
 
-    Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the columns with the largest Σ Fᵢ vᵢ², unchanged.
-    Equal ones go to the lower number. The rows of these neurons in the gate and up projections, and their biases, are
-    free, and are removed with them.
+    The projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the columns with the largest Σ Fᵢ vᵢ², unchanged.
+    Ties go to the lower number. The rows of these neurons in the gate and up projections, and their biases, are not
+    constrained, and are removed by ``shrink`` with the neurons.
 
     Args:
-        fraction: Share of the neurons that is removed, 0 ≤ fraction < 1, to the nearest number; one survives.
+        fraction: Share of the neurons that is removed, 0 ≤ fraction < 1, to the nearest number; at least one survives.
 
     Raises:
         UserError: The fraction is out of range.
@@ -138,7 +138,7 @@ class Neurons(Share):
 
 
 def _width(known: Known) -> int:
-    """Return how many neurons a layer has."""
+    """Return the number of neurons of a layer."""
     family, config = known.family, known.config
     if not family.mlp_in:
         raise UserError(f"{config.model_type!r} has its neurons in experts: Experts(fraction) removes these whole")
@@ -158,13 +158,14 @@ def _neurons(known: Known, kept: int) -> list[Tie]:
 class Heads(Share):
     """A share of each layer's attention heads adds nothing, in whole groups of a key-value head with its query heads.
 
-    Their columns in the output projection are zero. Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps
-    the groups of columns with the largest Σ Fᵢ vᵢ², unchanged. Equal ones go to the lower number. The rows of these
-    heads in the query, key and value projections, and their biases, are free, and are removed with them.
+    The columns of these heads in the output projection are zero. The projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such
+    z: it keeps the groups of columns with the largest Σ Fᵢ vᵢ², unchanged. Ties go to the lower number. The rows of
+    these heads in the query, key and value projections, and their biases, are not constrained, and are removed by
+    ``shrink`` with the heads.
 
     Args:
-        fraction: Share of the groups that is removed, 0 ≤ fraction < 1, to the nearest number that is left; one
-            survives. Which fractions are possible depends on the model's config.
+        fraction: Share of the groups that is removed, 0 ≤ fraction < 1, to the nearest number; at least one survives.
+            Which fractions are possible depends on the model's config.
 
     Raises:
         UserError: The fraction is out of range.
@@ -201,19 +202,19 @@ def _heads(known: Known, kept: int) -> list[Tie]:
 
 @dataclass(frozen=True)
 class Width(Structured):
-    """Neurons and heads of each layer are removed, in like shares, so that the model has so many parameters.
+    """Neurons and heads of each layer are removed, in similar shares, so that the model has so many parameters.
 
-    Heads come in groups, so their share is the possible one next to that of the neurons, which make up the difference;
-    where the config cannot hold fewer heads the neurons alone do. The projection is that of :class:`Neurons` and
-    :class:`Heads`.
+    Heads come in groups, so their share is the possible one closest to that of the neurons, which make up the
+    difference; if the config cannot hold fewer heads, only neurons are removed. The projection is that of
+    :class:`Neurons` and :class:`Heads`.
 
     Args:
-        keep: Parameters of the smaller model in all, embeddings included, at most: 1.5e6, say.
-        keep_bytes: Bytes of its safetensors file at most, instead of ``keep``, in the dtype that the model is trained
-            in: one that is saved in fewer bits takes less.
+        keep: Largest number of parameters of the smaller model, embeddings included, such as 1.5e6.
+        keep_bytes: Largest size of its safetensors file in bytes, instead of ``keep``, in the dtype in which the model
+            is trained: saved in fewer bits it is smaller.
 
     Raises:
-        UserError: Not one of the two is given, or the number is not positive.
+        UserError: None or both of the two are given, or the number is not positive.
     """
 
     keep: float | None = None
@@ -253,7 +254,7 @@ class Width(Structured):
             raise UserError(f"{said} of a model of {high:,}: give from {low:,} to {high:,}")
 
         def order(choice: tuple[int, int]) -> tuple[bool, float, int]:
-            """Put shares alike first, and before all others what uses the whole budget."""
+            """Prefer choices that use the whole budget, then those with similar shares of neurons and heads."""
             whole = choice[0] <= width
             return not whole, whole * abs(choice[0] / width - choice[1] / groups), -choice[1]
 
@@ -265,7 +266,7 @@ class Width(Structured):
 
 
 def _size_of_all(known: Known, sizes: Mapping[str, int], reads: Iterable[str], writes: str) -> int:
-    """Return how many parameters the units of all blocks have, biases of what they write not among them."""
+    """Return how many parameters the units of all blocks have, without the biases of their output projection."""
     blocks = [known.block(index) for index in range(known.blocks)]
     names = [f"{name}.{kind}" for name in reads for kind in ("weight", "bias")]
     return sum(sizes.get(block + name, 0) for block in blocks for name in (*names, f"{writes}.weight"))
@@ -278,11 +279,12 @@ def _size_of_all(known: Known, sizes: Mapping[str, int], reads: Iterable[str], w
 class Layers(Share):
     """A share of the layers adds nothing: the output projections of attention and MLP are zero.
 
-    Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the layers with the largest Σ Fᵢ vᵢ² over both,
-    unchanged. Equal ones go to the lower number. All else that these layers have is free, and is removed with them.
+    The projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over such z: it keeps the layers with the largest Σ Fᵢ vᵢ² over both,
+    unchanged. Ties go to the lower number. All other weights of these layers are not constrained, and are removed by
+    ``shrink`` with the layers.
 
     Args:
-        fraction: Share of the layers that is removed, 0 ≤ fraction < 1, to the nearest number; one survives.
+        fraction: Share of the layers that is removed, 0 ≤ fraction < 1, to the nearest number; at least one survives.
 
     Raises:
         UserError: The fraction is out of range.
@@ -306,7 +308,7 @@ class Layers(Share):
 
 
 def constant_without_place(known: Known) -> str | None:
-    """Return the name of a bias that a block without its matrices adds and no earlier block could, or None."""
+    """Return the name of a bias that a removed block would still have to add and no other place can take, or None."""
     family = known.family
     names = {known.prefix + clean(name) for name, _ in known.model.named_parameters()}
     biases = {name: f"{known.block(0)}{name}.bias" in names for name in (family.attention_out, family.mlp_out)}

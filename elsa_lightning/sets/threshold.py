@@ -1,17 +1,17 @@
 """The exact largest entries of tensors that may be spread over processes.
 
-Radix selection of the k-th largest score, without sorting or gathering. Non-negative floats order as their bits do:
-counting entries by their highest bits, then, inside the bin that holds the k-th largest, by the next ones, finds the
-threshold exactly in three passes. Two are enough where it is near what the last two searches foretell, as between
-updates. Where entries equal the threshold, the larger magnitude and then the first place decides, in a further pass
-over these tensors alone. On a CPU the first pass, or the foretold threshold instead, leads to one that does all the
-rest: it stores a bit for each entry that is certainly kept, and the few entries that may be the threshold.
+The k-th largest score is found by radix selection, without sorting or gathering. Non-negative floats have the same
+order as their bits: counting entries by their highest bits, then, within the bin that holds the k-th largest, by the
+next bits, finds the threshold exactly in three passes. Two passes suffice if the threshold is near the one extrapolated
+from the last two searches, as it usually is between updates. Among entries that equal the threshold the larger
+magnitude and then the first place decides, in a further pass over these tensors alone. On a CPU the first pass, or the
+extrapolated threshold in its stead, is followed by a single pass: it stores a bit for each entry that is certainly
+kept, and the few entries that may be the threshold.
 
-On one GPU none of this is needed: the scores of one matrix at a time are made once and held, and ``torch.topk`` finds
-its threshold.
+If one GPU holds everything, ``torch.topk`` finds the threshold of one matrix at a time instead.
 
-Processes add their counts: what they exchange grows with the number of bins, not with the tensors. The result is the
-same for any sharding by rows and for any guess.
+Processes add up their counts, so the traffic between them grows with the number of bins, not with the tensors. The
+result is the same for any sharding by rows and for any guess.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ Sum = Callable[[Tensor], Tensor]
 Making = Callable[[Collection[int] | None], "Iterable[Scores]"]
 
 _ROUNDS = ((20, 11), (10, 10), (0, 10))  # lowest bit and number of bits of each pass over float32's 31
-_MANY = 1024  # pools from which on narrower histograms and a pass more take less memory than these
+_MANY = 1024  # with more pools, narrower histograms (_NARROW) and one more pass save memory
 _NARROW = ((23, 8), (15, 8), (7, 8), (0, 7))
-_NEAR = ((12, 11), (0, 12))  # around an earlier threshold, from 2/3 to 3/2 of it and beyond
-_CLOSE = 21  # logarithm of the integers around a guess, from 7/8 to 9/8 of it and beyond
-_INSIDE = ((10, 11), (0, 10))  # of which these are the rounds
+_NEAR = ((12, 11), (0, 12))  # rounds around a guess: bins that cover at least 2/3 to 3/2 of it
+_CLOSE = 21  # log2 of the number of keys that count as close to a guess: at least 7/8 to 9/8 of it
+_INSIDE = ((10, 11), (0, 10))  # rounds within these keys
 _INSIDE_NARROW = ((14, 7), (7, 7), (0, 7))
-_ABOVE_ALL = 0x7FFFFFFF  # as an integer, of no number that arithmetic makes
+_ABOVE_ALL = 0x7FFFFFFF  # a key above all others: no arithmetic yields a number with these bits
 HELD = 1 << 26  # entries of the largest matrix whose scores a GPU holds at once
-_FEW, _FEW_ENOUGH = 1 / 4, 1 << 16  # of entries that may be kept from a pass
+_FEW, _FEW_ENOUGH = 1 / 4, 1 << 16  # largest share, and in any case allowed number, of entries kept from a pass
 
 
 class Scores(NamedTuple):
-    """Local entries of a matrix, or of some matrices that follow each other; a matrix may come in several pieces.
+    """Scores of the local entries of one or some consecutive matrices; a matrix may come in several pieces.
 
     Attributes:
-        score: What counts by its magnitude, float32 ``(matrices, n)``.
-        tiebreak: What decides between equal scores by its magnitude, likewise.
-        first: Index of the first matrix among all matrices, or those of each, int64 ``(matrices,)``.
-        counts: Whether this process counts them: others may hold the same entries.
-        order: Place of this process among those that hold parts of these matrices.
+        score: Scores, compared by magnitude, float32 ``(matrices, n)``.
+        tiebreak: Decides between equal scores, also by magnitude, in the same shape.
+        first: Index of the first matrix among all matrices, or the index of each, int64 ``(matrices,)``.
+        counts: Whether this process counts these entries: others may hold the same ones.
+        order: Index of this process among those that hold parts of these matrices.
     """
 
     score: Tensor
@@ -60,11 +60,11 @@ class Scores(NamedTuple):
 
     @property
     def rows(self) -> slice | Tensor:
-        """Their indices among all matrices."""
+        """The indices of the matrices among all."""
         return self.first if isinstance(self.first, Tensor) else slice(self.first, self.first + len(self.score))
 
 
-_Entries = tuple[Scores, Tensor, Tensor | None]  # some, their keys as integers, and which take part; None for all
+_Entries = tuple[Scores, Tensor, Tensor | None]  # entries, their integer keys, and which take part (None for all)
 _Keys = Callable[[], Iterator[_Entries]]
 
 
@@ -77,14 +77,14 @@ def largest(
     Equal scores go to the larger tiebreak, then to the earlier matrix, part and entry.
 
     Args:
-        scores: Makes the entries anew for each pass; given indices of matrices, those of others may be left out.
+        scores: Computes the entries anew for each pass; given indices of matrices, it may leave out all others.
         pools: Index of the pool that each matrix's entries compete in, ascending int64 ``(matrices,)``.
         kept: Entries that survive in each pool, int64 ``(pools,)``, at least 1 and at most its size.
         add: Sums a tensor over all processes.
         parts: Largest number of parts of a matrix.
-        guesses: Last two thresholds of earlier searches, to which this one's is added: they save passes and change
-            nothing.
-        of: What is searched, as a key of ``guesses``.
+        guesses: The thresholds of the last two searches, updated by this one. They save passes, and never change the
+            result.
+        of: Identifies the search, as a key of ``guesses``.
     """
     former = None if guesses is None else guesses.get(of)
     guess = None if former is None else (2 * former[0] - former[1]).clamp_min(0)
@@ -101,7 +101,7 @@ def largest(
     if few is None:
         yield from masks
     else:
-        for mask, close in zip(masks, few, strict=True):  # a process without entries gets to the end of the masks, too
+        for mask, close in zip(masks, few, strict=True):  # strict: it runs masks to its end, where others communicate
             yield close.whole(mask)
 
 
@@ -114,8 +114,8 @@ def _largest_of_equals(
         scores: As of :func:`largest`, like ``pools``, ``add`` and ``parts``.
         pools: Likewise.
         score: The threshold of each pool.
-        places: How many of its equals survive.
-        unclear: Of which pools these are not all.
+        places: How many entries equal to it survive.
+        unclear: The pools in which not all of these survive.
         add: Likewise.
         parts: Likewise.
     """
@@ -154,12 +154,12 @@ def _largest_of_equals(
 
 
 def largest_of_each(scores: Making, kept: Tensor) -> Iterator[Tensor]:
-    """Yield what :func:`largest` does where each matrix is a pool of its own and one process holds all of it.
+    """Yield the masks of :func:`largest` if each matrix is a pool of its own and one process holds all of it.
 
-    Entries are made once, and those of one matrix are held at a time, or of those that come together.
+    Scores are computed once, and held for one matrix, or one batch of matrices, at a time.
 
     Args:
-        scores: As of :func:`largest`.
+        scores: As in :func:`largest`.
         kept: Entries that survive in each matrix, int64 ``(matrices,)``, on the host.
     """
     held: list[Scores] = []
@@ -167,7 +167,7 @@ def largest_of_each(scores: Making, kept: Tensor) -> Iterator[Tensor]:
         if held and not (isinstance(s.first, int) and s.first == held[0].first):
             yield from _of_one(held, kept)
             held = []
-        if isinstance(s.first, int) and len(s.score) == 1:  # maybe not all of it
+        if isinstance(s.first, int) and len(s.score) == 1:  # maybe only a piece of a matrix
             held.append(s)
             continue
         pools, ranks = torch.arange(len(s.score)), kept[s.rows.cpu() if isinstance(s.rows, Tensor) else s.rows]
@@ -184,7 +184,7 @@ def _of_one(pieces: Sequence[Scores], kept: Tensor) -> Iterator[Tensor]:
     n = len(bits)
     if 2 * k <= n:
         threshold = bits.topk(k, sorted=False).values.min()
-    else:  # the least of the k largest is the largest of the others and itself
+    else:  # the k-th largest is the (n − k + 1)-th smallest: fewer entries to find
         threshold = bits.topk(n - k + 1, largest=False, sorted=False).values.max()
     mask = bits > threshold
     equals, places = (bits == threshold).nonzero().squeeze(1), k - int(mask.sum())
@@ -196,7 +196,7 @@ def _of_one(pieces: Sequence[Scores], kept: Tensor) -> Iterator[Tensor]:
 
 
 def largest_of_rows(score: Tensor, tiebreak: Tensor, kept: int) -> Tensor:
-    """Return a mask of exactly ``kept`` largest entries of each row ``(..., n)``, all of which is at hand.
+    """Return a mask of exactly ``kept`` largest entries of each whole row ``(..., n)``.
 
     Equal scores go to the larger tiebreak, then to the earlier entry.
     """
@@ -207,22 +207,22 @@ def largest_of_rows(score: Tensor, tiebreak: Tensor, kept: int) -> Tensor:
 
 
 def order_bits(key: Tensor) -> Tensor:
-    """Return the magnitudes of floats as new integers of the same order; NaN comes above all."""
+    """Return the magnitudes of floats as new integers in the same order, with NaN above all."""
     return key.abs().view(torch.int32)
 
 
-_Found = tuple[Tensor, Tensor, Tensor]  # the k-th largest key, how many of its equals are among the k, how many are
+_Found = tuple[Tensor, Tensor, Tensor]  # the k-th largest key, how many equal to it are among the k, how many in all
 
 
 class _Close(NamedTuple):
-    """What a pass on a CPU keeps of a piece: all that the mask depends on where the threshold is close to a guess.
+    """What a pass on a CPU stores of a piece: enough to make its mask, if the threshold is close to the guess.
 
     Attributes:
-        scores: Entries that are close, of each matrix in front and filled up behind with what is above all.
-        among: Which these are, ``(matrices, most of a matrix)``.
-        found: Where they lie in the piece, flattened.
-        above: Packed bits of which entries of the piece are above all that are close.
-        shape: Of the piece.
+        scores: The entries close to the guess, left-aligned in each matrix and padded with ``_ABOVE_ALL``.
+        among: True for these entries, False for padding, ``(matrices, most of a matrix)``.
+        found: Their indices in the flattened piece.
+        above: Packed bits: which entries of the piece are above the close ones.
+        shape: Shape of the piece.
     """
 
     scores: Scores
@@ -233,7 +233,7 @@ class _Close(NamedTuple):
 
     @classmethod
     def of(cls, s: Scores, close: numpy.ndarray, above: numpy.ndarray) -> _Close:
-        """Keep what is close of a piece, given which entries are."""
+        """Store a piece, given which of its entries are close and which above."""
         found = numpy.flatnonzero(close)
         counts = numpy.array([len(found)] if len(close) == 1 else [numpy.count_nonzero(row) for row in close])
         among = numpy.arange(counts.max(initial=0)) < counts[:, None]
@@ -250,7 +250,7 @@ class _Close(NamedTuple):
         return cls(kept, torch.from_numpy(among), found.astype(numpy.int32), numpy.packbits(above), s.score.shape)
 
     def whole(self, mask: Tensor) -> Tensor:
-        """Return the mask of the piece from that of the entries that were kept."""
+        """Return the mask of the piece, given the mask of its close entries."""
         bits = numpy.unpackbits(self.above, count=self.shape.numel())
         bits[self.found] = mask.numpy()[0] if len(mask) == 1 else mask.numpy()[self.among.numpy()]
         return torch.from_numpy(bits).view(torch.bool).view(self.shape)
@@ -259,14 +259,14 @@ class _Close(NamedTuple):
 def _threshold(
     scores: Making, pools: Tensor, k: Tensor, add: Sum, guess: Tensor | None
 ) -> tuple[_Found, list[_Close] | None]:
-    """Return the k-th largest score of each pool, and what was kept of the entries that the masks depend on, if it was.
+    """Return the k-th largest score of each pool, and the close entries of each piece if a pass stored them, else None.
 
     Args:
-        scores: As of :func:`largest`, like ``pools`` and ``add``.
+        scores: As in :func:`largest`, like ``pools`` and ``add``.
         pools: Likewise.
         k: Rank in each pool, from 1.
         add: Likewise.
-        guess: A score of each pool that may be near.
+        guess: A key for each pool that may be near the threshold.
     """
 
     def keys() -> Iterator[_Entries]:
@@ -293,7 +293,7 @@ def _threshold(
 
 
 def _kth_largest(keys: _Keys, pools: Tensor, k: Tensor, add: Sum) -> _Found:
-    """Return the k-th largest key of each pool, from nothing; the arguments are those of :func:`_narrow_down`."""
+    """Return the k-th largest key of each pool, without a guess; the arguments are those of :func:`_narrow_down`."""
     found = _narrow_down(keys, pools, k, add, _ROUNDS if len(k) <= _MANY else _NARROW, None)
     assert found is not None
     return found
@@ -302,22 +302,22 @@ def _kth_largest(keys: _Keys, pools: Tensor, k: Tensor, add: Sum) -> _Found:
 def _among_close(
     scores: Making, pools: Tensor, k: Tensor, add: Sum, guess: Tensor
 ) -> tuple[_Found | None, list[_Close] | None]:
-    """Return what :func:`_threshold` does from one pass; None where a k-th largest is not close to its guess.
+    """Return the result of :func:`_threshold` in one pass; None for the keys if one is not close to its guess.
 
-    What is kept is None where too many are close, and they are made anew. The arguments are those of
+    If too many entries are close, they are not stored (None) but computed anew. The arguments are those of
     :func:`_threshold`.
     """
     rounds = _INSIDE if len(k) <= _MANY else _INSIDE_NARROW
     low = ((guess - (1 << (_CLOSE - 1))).clamp_min(0) >> rounds[0][0]) << rounds[0][0]
 
     def sides(s: Scores) -> numpy.ndarray:
-        """Return 0 where a key is close, more above and less below: all by numpy, several times as fast as torch."""
+        """Return 0 where a key is close, > 0 above, < 0 below: numpy is several times as fast as torch here."""
         side: numpy.ndarray = order_bits(s.score).numpy()
         side -= low[pools[s.rows], None].numpy()
         side >>= _CLOSE
         return side
 
-    few: list[_Close] | None = []  # None once they were too many, for good
+    few: list[_Close] | None = []  # None as soon as there are too many
     above, seen, held = torch.zeros_like(k), 0, 0
     for s in scores(None):
         side = sides(s)
@@ -341,7 +341,7 @@ def _among_close(
 
 
 def _at_least(bits: Tensor, threshold: Tensor) -> Tensor:
-    """Return ``bits >= threshold``, both from 0 on; torch compares slowly on a CPU. ``bits`` are used up."""
+    """Return ``bits >= threshold`` of non-negative integers, faster than torch on a CPU; ``bits`` are overwritten."""
     if not on_host(bits):
         return bits >= threshold
     return torch.sub(threshold - 1, bits, out=bits).bitwise_right_shift_(31).to(torch.bool)
@@ -350,21 +350,22 @@ def _at_least(bits: Tensor, threshold: Tensor) -> Tensor:
 def _narrow_down(
     keys: _Keys, pools: Tensor, k: Tensor, add: Sum, rounds: tuple[tuple[int, int], ...], first: Tensor | None
 ) -> _Found | None:
-    """Return the k-th largest key of each pool, or None where one is not in the bins of the first round.
+    """Return the k-th largest key of each pool, or None if one is not in the bins of the first round.
 
-    Where the last round does not go to the lowest bit it is the least key of the bin that the k-th largest is in.
+    If the last round does not reach bit 0, the key returned is the least of the bin that holds the k-th largest.
 
     Args:
-        keys: Makes the entries, their keys as integers, and which of them take part (None for all).
+        keys: Yields the entries, their integer keys, and which of them take part (None for all).
         pools: See :func:`largest`.
         k: Rank in each pool, from 1.
         add: Sums a tensor over all processes.
-        rounds: Lowest bit that counts, and logarithm of the number of bins; each round's are one bin of the last.
-        first: The lowest bin of the first round in each pool; None for 0, where there are all.
+        rounds: For each round the lowest bit that counts and log2 of the number of bins; the bins of a round divide one
+            bin of the round before.
+        first: The lowest bin of the first round in each pool; None if the bins cover all keys from 0.
     """
     base, equals, places = first, k, k
     for index, (shift, width) in enumerate(rounds):
-        counts = torch.zeros(len(k), (1 << width) + 1, dtype=torch.int64, device=k.device)  # the last is of all above
+        counts = torch.zeros(len(k), (1 << width) + 1, dtype=torch.int64, device=k.device)  # and a bin of all above
         for s, bits, among in keys():
             if s.counts:
                 mine = pools[s.rows]
@@ -384,10 +385,10 @@ def _narrow_down(
 
 
 def _histogram(bits: Tensor, among: Tensor | None, base: Tensor | None, shift: int, width: int) -> Tensor:
-    """Count the entries of each row by their bits from ``shift`` on: those below ``base``, 2^width bins, those above.
+    """Count the entries of each row by their bits from ``shift`` on: below ``base``, in 2^width bins, and above these.
 
-    What does not take part is counted below, so that there is nothing to select, which a GPU's host would wait for.
-    ``bits`` are used up.
+    Entries that do not take part count as below: selecting the others would make the host wait for a GPU. ``bits`` are
+    overwritten.
     """
     rows, bins = len(bits), 1 << width
     found = bits.bitwise_right_shift_(shift) if shift else bits
@@ -396,6 +397,6 @@ def _histogram(bits: Tensor, among: Tensor | None, base: Tensor | None, shift: i
     if rows > 1:
         found += torch.arange(rows, dtype=torch.int32, device=bits.device)[:, None] * (bins + 2)
     size = rows * (bins + 2)
-    if bits.is_cuda and not torch.are_deterministic_algorithms_enabled():  # bincount waits for least and largest
+    if bits.is_cuda and not torch.are_deterministic_algorithms_enabled():  # bincount waits for min and max
         return torch.histc(found, bins=size, min=0, max=size).view(rows, -1).to(torch.int64)
     return torch.bincount(found.flatten(), minlength=size).view(rows, -1)

@@ -1,4 +1,4 @@
-"""Entries that stay or go together, across tensors: a neuron, a head, a layer, an expert."""
+"""Base of structured sets: entries of several tensors, such as those of a neuron, are kept or cut together."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from elsa_lightning.sets.base import Constraint, Point, Points
 
 
 class Member(NamedTuple):
-    """How the entries of one tensor belong to units: unit ``first + index // entries``.
+    """How the entries of one tensor belong to units: an index along ``axis`` is of unit ``first + index // entries``.
 
     Attributes:
-        name: Of the tensor.
-        axis: What the index counts: 0 rows, 1 columns, 2 the matrices of a stack.
-        entries: How many of them one unit has.
-        first: Unit of the first one; with ``entries`` as many as there are, the whole tensor is of this unit.
+        name: Name of the tensor.
+        axis: The axis of the index: 0 for rows, 1 for columns, 2 for the matrices of a stack.
+        entries: How many indices belong to one unit.
+        first: Unit of index 0; if ``entries`` is the size of the axis, the whole tensor belongs to this unit.
     """
 
     name: str
@@ -35,9 +35,9 @@ class Tie(NamedTuple):
     """Units that compete with each other, such as the neurons of one layer.
 
     Attributes:
-        units: How many there are.
-        kept: How many survive.
-        members: The tensors that hold their entries.
+        units: Number of units.
+        kept: Number of units that survive.
+        members: The tensors that hold the units' entries.
     """
 
     units: int
@@ -48,13 +48,14 @@ class Tie(NamedTuple):
 class Tied(Constraint):
     """A set that keeps or cuts whole units.
 
-    Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over z whose units are zero but for ``kept`` of each tie: it keeps those
-    with the largest Σ Fᵢ vᵢ² over their entries in all members; equal ones go to the lower unit. An entry of units of
-    several ties stays if all of them do, an entry of none stays. Processes exchange one number a unit.
+    The projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over z with only ``kept`` non-zero units in each tie: it keeps the units
+    with the largest Σ Fᵢ vᵢ² over their entries in all members; ties in score go to the lower unit. An entry that
+    belongs to units of several ties stays if all of these do; an entry of no unit stays. Processes exchange one number
+    a unit.
 
-    Scores of units are sums over many entries and lie close together, so that those next to the border are soon in
-    another order, and each exchange takes out a whole unit that the others had adapted to. Hence the inertia: in a run
-    a unit that was cut returns when it remembers twice the size of one that is kept.
+    Scores of units are sums over many entries and lie close together, so their order near the border changes often, and
+    each exchange removes a whole unit to which the others had adapted. Hence the inertia: during a run a cut unit
+    returns only if its dual is twice the size of a unit that is kept.
     """
 
     inertia = 1.0
@@ -65,11 +66,11 @@ class Tied(Constraint):
         """Return the ties among tensors of these names and shapes.
 
         Raises:
-            ValueError: They have none.
+            ValueError: These tensors have no ties.
         """
 
     def check(self, shapes: Mapping[str, torch.Size], transposed: Collection[str] = ()) -> None:
-        """Raise UserError if a tie names tensors that are not constrained, or keeps more than it has."""
+        """Raise UserError if a tie names unconstrained tensors, or does not fit its tensors or its number of units."""
         super().check(shapes, transposed)
         for tie in self.ties(shapes):
             if not 0 < tie.kept <= tie.units:
@@ -99,8 +100,8 @@ class Tied(Constraint):
                 cost = cost if point.importance is None else cost * point.importance
                 for index, member in members[points.names[point.tensor]]:
                     units = _units(point, member)
-                    sums = cost.sum_to_size(units.shape)  # of whole rows or columns, where these are of one unit
-                    costs[index].index_put_((units.flatten(),), sums.flatten(), accumulate=True)  # in one order
+                    sums = cost.sum_to_size(units.shape)  # whole rows or columns belong to one unit
+                    costs[index].index_put_((units.flatten(),), sums.flatten(), accumulate=True)  # deterministic
         joined = torch.split(points.add(torch.cat(costs)), [tie.units for tie in ties])
         stays = []
         for tie, cost in zip(ties, joined, strict=True):

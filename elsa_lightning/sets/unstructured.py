@@ -1,4 +1,4 @@
-"""Single entries: a number of them, in each row, in each tensor or in all together, may be non-zero."""
+"""Unstructured sparsity: a number of single entries in each row, each tensor or all together may be non-zero."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ from elsa_lightning.sets.base import Constraint, Point, Points, check_set, dista
 from elsa_lightning.sets.checks import check_budget, check_fraction, entries_of, is_number
 from elsa_lightning.sets.threshold import Scores, largest, largest_of_each, largest_of_rows
 
-AT_ONCE = 0.7  # sparsity that a ramp begins with: so much is cut by the first projection, and may return
+AT_ONCE = 0.7  # sparsity at which a ramp begins: the first projection cuts so much, and entries may return later
 
 
 @dataclass(frozen=True, repr=False)
 class Unstructured(Constraint):
-    """(1 − sparsity) · n entries that may be non-zero, to the nearest.
+    """Of n entries, (1 − sparsity) · n, to the nearest, may be non-zero.
 
-    Its projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over z with so many non-zeros: it keeps the largest Fᵢ vᵢ², unchanged.
-    Equal ones go to the larger magnitude, then to the lower index, so that exactly so many survive.
+    The projection is argmin_z Σᵢ Fᵢ (zᵢ − vᵢ)² over z with so many non-zeros: it keeps the largest Fᵢ vᵢ², unchanged.
+    Ties go to the larger magnitude, then to the lower index, so that exactly so many entries survive.
 
     Args:
         sparsity: Fraction of zeros, 0 ≤ sparsity < 1. At least one entry survives.
-        scope: ``tensor``: the fraction holds in each tensor of n entries (in each expert of a fused tensor).
-            ``row``: for the inputs of each output, of n entries. ``model``: in all tensors together; they share the
-            budget by F v² relative to the tensor's mean.
-        keep: How many weights survive in all, instead of ``sparsity``: 30e6, say.
+        scope: Where the fraction holds. ``tensor``: in each tensor of n entries (in each expert of a fused tensor).
+            ``row``: in the n inputs of each output. ``model``: in all tensors together, which share the budget by F v²
+            relative to the tensor's mean.
+        keep: How many weights survive in all, instead of ``sparsity``, such as 30e6.
         floor: With scope ``model``: the least share of a tensor that survives, so that none is emptied.
-        ceiling: With scope ``model``: the largest share.
-        depth: With scope ``tensor``: how much more than ``sparsity`` the last block is pruned and less the first, in
-            between along a line; the fraction of all together stays. A tensor's block is the first number in its name.
-        keep_bytes: How many bytes the weights that survive take in all, instead of ``sparsity``: 60e6, say. Their
-            values count, in the dtype that they are trained in (inside ``Quantized``, in its bits); where they are
-            does not, nor what is not constrained.
+        ceiling: With scope ``model``: the largest share of a tensor that survives.
+        depth: With scope ``tensor``: by how much the sparsity of the last block is above ``sparsity``, and that of the
+            first below, linear in between; the overall fraction stays. A tensor's block is the first number in its
+            name.
+        keep_bytes: How many bytes the surviving weights take in all, instead of ``sparsity``, such as 60e6. Only their
+            values count, in the dtype in which they are trained (inside ``Quantized``, in its bits); their positions
+            and unconstrained weights do not.
 
     Raises:
         UserError: A value is out of range.
@@ -85,16 +86,16 @@ class Unstructured(Constraint):
             raise UserError(f"depth is for scope='tensor', got scope={self.scope!r}")
 
     def __repr__(self) -> str:
-        """Return what was said, and the scope."""
+        """Return the arguments that differ from their defaults, and the scope."""
         said = [f.name for f in fields(self) if f.name == "scope" or getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in said)})"
 
     def grain_of(self, name: str) -> tuple[int, int]:
-        """Return a whole row where each is projected by itself."""
+        """Return a whole row with scope ``row``, since each is projected by itself."""
         return (1, 0) if self.scope == "row" else self.grain
 
     def sized(self, shapes: Mapping[str, torch.Size], bytes_each: Mapping[str, float] | None = None) -> Unstructured:
-        """Return the set with the fraction that ``keep`` or ``keep_bytes`` is of these tensors."""
+        """Return the set with ``sparsity`` instead of ``keep`` or ``keep_bytes``."""
         if self.sparsity is not None:
             return self
         sizes = {name: shape.numel() for name, shape in shapes.items()}
@@ -108,14 +109,14 @@ class Unstructured(Constraint):
         return replace(self, sparsity=1 - max(1.0, kept) / total, keep=None, keep_bytes=None)
 
     def relaxed(self, tightness: float) -> Unstructured:
-        """Return the set on the way from ``AT_ONCE``, or all of the sparsity if that is less, to this one."""
+        """Return the set with a sparsity that grows from ``AT_ONCE``, or less if the target is less, to the target."""
         start = min(self._sparsity, AT_ONCE)
         now = start + (self._sparsity - start) * tightness
         return replace(self, sparsity=now, ceiling=max(self.ceiling, 1 - now))
 
     @property
     def stacks(self) -> bool:  # type: ignore[override]
-        """Whether masks are of stacks: not those of a set that derives from this one and has a support of its own."""
+        """Whether :meth:`support` yields masks of stacks; a subclass that overrides it does not."""
         return type(self).support is Unstructured.support
 
     @property
@@ -129,7 +130,7 @@ class Unstructured(Constraint):
         return max(1, entries - round(self._sparsity * entries))
 
     def support(self, points: Points) -> Iterator[Tensor]:
-        """Yield the masks of the largest entries, by F v²."""
+        """Yield the masks of the entries with the largest F v²."""
         if self.scope == "row":
             yield from self._of_rows(points)
             return
@@ -146,7 +147,7 @@ class Unstructured(Constraint):
             of, firsts = points.holding(matrices, starts)
             for point in of.stacked():
                 shape = (point.piece.matrices, point.v.numel() // point.piece.matrices)
-                score = weighted(point.v, point.importance).reshape(shape)  # the magnitude is taken when it counts
+                score = weighted(point.v, point.importance).reshape(shape)  # compared by magnitude
                 first, part = _matrices(point, firsts), point.part
                 found = Scores(score, point.v.float().reshape(shape), first, part.counts, part.order)
                 yield found if scales is None else found._replace(score=score / scales[found.rows, None])
@@ -161,7 +162,7 @@ class Unstructured(Constraint):
         each = list(range(len(sizes)))
         if scales is None:
             kept = self._by_depth(points.names, stacks, sizes) if self.depth else [self.kept(size) for size in sizes]
-            few = is_host(points.device) or points.device.type == "mps"  # whose topk finds few entries
+            few = is_host(points.device) or points.device.type == "mps"  # their topk finds few entries
             if points.parts == 1 and not few and max(sizes) <= threshold.HELD:
                 yield from largest_of_each(scores, torch.tensor(kept))
             else:
@@ -174,7 +175,7 @@ class Unstructured(Constraint):
     def _of_rows(self, points: Points) -> Iterator[Tensor]:
         for point in points.stacked():
             score, magnitude = distance(point.v, point.importance), point.v.abs().float()
-            if point.transposed:  # an output's weights stand below each other, and a piece has whole matrices
+            if point.transposed:  # the weights of an output are a column, and pieces have whole columns
                 shape = (point.piece.matrices, -1, point.v.shape[-1])
                 score, magnitude = (t.view(shape).transpose(1, 2) for t in (score, magnitude))
                 mask = largest_of_rows(score, magnitude, self.kept(score.shape[-1])).transpose(1, 2)
@@ -183,13 +184,13 @@ class Unstructured(Constraint):
                 yield largest_of_rows(score, magnitude, self.kept(score.shape[-1]))
 
     def _by_depth(self, names: Sequence[str], stacks: Sequence[int], sizes: Sequence[int]) -> list[int]:
-        """Return how many entries survive of each matrix: fewer the deeper it lies, as many as ever in all."""
+        """Return how many entries of each matrix survive: fewer in deeper blocks, with the same total."""
         found = [re.search(r"(?<![^.])\d+(?![^.])", name) for name in names]
         blocks = [None if match is None else int(match.group()) for match in found]
         last = max((block for block in blocks if block is not None), default=0)
         slopes = [0.0 if block is None or not last else self.depth * (2 * block / last - 1) for block in blocks]
         slope = [s for s, stack in zip(slopes, stacks, strict=True) for _ in range(stack)]
-        low, high = -1.0, 1.0  # what all are shifted by, so that the whole has its fraction
+        low, high = -1.0, 1.0  # bounds of the common shift that makes the total right
         for _ in range(60):
             shift = (low + high) / 2
             zeros = [min(0.999, max(0.0, self._sparsity + s + shift)) for s in slope]
@@ -200,9 +201,10 @@ class Unstructured(Constraint):
     def _bounded(
         self, points: Points, starts: Sequence[int], sizes: Sequence[int], masks: Iterator[Tensor]
     ) -> list[int]:
-        """Return how many entries survive of each matrix: as many as in ``masks``, but within floor and ceiling.
+        """Return how many entries of each matrix survive: as many as in ``masks``, but within floor and ceiling.
 
-        What is given to those below their floor is taken from the others, in proportion to what they have above it.
+        Matrices below their floor are raised to it at the expense of the others, in proportion to what these have
+        above their own floor.
         """
         counts = torch.zeros(len(sizes), dtype=exact_dtype(points.device), device=points.device)
         for point, mask in zip(points.stacked(), masks, strict=False):
@@ -215,7 +217,7 @@ class Unstructured(Constraint):
         least = [max(1.0, math.ceil(self.floor * size - 1e-6)) for size in sizes]
         most = [max(low, math.floor(self.ceiling * size + 1e-6)) for low, size in zip(least, sizes, strict=True)]
         total = self.kept(sum(sizes))
-        low, high = 0.0, 2.0  # how much of what each has above its floor it keeps, or of its room below the ceiling
+        low, high = 0.0, 2.0  # below 1: share kept of what is above the floor; above 1: of the room to the ceiling
         for _ in range(60):
             share = (low + high) / 2
             kept = [
@@ -235,10 +237,10 @@ def _tensors(point: Point) -> slice | Tensor:
 
 
 def _matrices(point: Point, starts: Sequence[int]) -> int | Tensor:
-    """Return the index of the first matrix of a point among all matrices, or those of its stack.
+    """Return the index of the first matrix of a point among all matrices, or the indices of a stack's matrices.
 
     Args:
-        point: Which.
+        point: The point.
         starts: Index of the first matrix of each tensor.
     """
     if point.stack:
@@ -247,7 +249,7 @@ def _matrices(point: Point, starts: Sequence[int]) -> int | Tensor:
 
 
 def one_of(sparsity: float | None, constraint: Constraint | None) -> Constraint:
-    """Return the set that a user asks for by a fraction of zeros or as a value; raise UserError unless it is one."""
+    """Return the set given by a fraction of zeros or as an object; raise UserError unless exactly one is given."""
     if (sparsity is None) == (constraint is None):
         raise UserError(
             f"give sparsity (a fraction, such as 0.9) or constraint, one of the two; got sparsity={sparsity}, "
@@ -259,7 +261,7 @@ def one_of(sparsity: float | None, constraint: Constraint | None) -> Constraint:
 
 
 def _scales(points: Points) -> Tensor:
-    """Return the root of the mean of F v² of each tensor, float32 ``(tensors,)``."""
+    """Return the root mean square of √F v of each tensor, float32 ``(tensors,)``."""
     squares = torch.zeros(len(points.shapes), dtype=exact_dtype(points.device), device=points.device)
     for point in points.stacked():
         if point.part.counts:
