@@ -163,6 +163,21 @@ class ADMM:
             self.tensors.remove()
         _ATTACHED.get(self.optimizer, weakref.WeakSet()).discard(self)
 
+    def _give_up(self, parameters: Collection[nn.Parameter]) -> None:
+        """Leave parameters to another ADMM, and go on holding the zeros of the rest."""
+        rest = [tensor for tensor in self.tensors.values() if tensor.p not in parameters]
+        if not rest or self.tensors.flat:
+            if masked := [tensor.name for tensor in rest if tensor.has(MASK)]:
+                log.warning(
+                    "Elsa: the zeros of %s are held no longer, because another ADMM takes over some tensors of a model "
+                    "sharded with FSDP1: give it these too.", some(masked),
+                )  # fmt: skip
+            return self.detach()
+        self.tensors.give_up(parameters)
+        self._waiting = [tensor for tensor in self._waiting if tensor.p not in parameters]
+        self._masked = len(self.tensors.holding(MASK))
+        return None
+
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse to be copied or pickled, because the optimizer's hooks would not be copied along."""
         raise UserError(
@@ -503,10 +518,10 @@ class ADMM:
         It is always 0 while the mask still moves, and for a set that fixes values while the run is suspended.
         """
         if self.frozen:
-            return updates.stray(self.constraint, self.tensors.holding(MASK), self.tensors.places, suspended=False)
+            return updates.stray(self.constraint, self.tensors.holding(MASK), self.tensors.places)
         if not self.suspended or self.constraint.fixes_values:
             return 0
-        return updates.stray(self.constraint, self.tensors.holding(REMOVED), self.tensors.places, suspended=True)
+        return updates.stray_while_suspended(self.tensors.holding(REMOVED), self._zero_off_mask)
 
     @torch.no_grad()
     def hold(self) -> None:
@@ -514,7 +529,12 @@ class ADMM:
         if self.frozen:
             self._hold(None, {})
         elif self.suspended and not self.constraint.fixes_values:
-            updates.cut_again(self.tensors.holding(REMOVED))
+            updates.cut_again(self.tensors.holding(REMOVED), self._zero_off_mask)
+
+    @property
+    def _zero_off_mask(self) -> bool:
+        """Whether weights off the mask were 0 before :meth:`finish` with ``resumable``, which then removed nothing."""
+        return self.form.on_set or self._suspended_from == "frozen"
 
     def _project_in_place(self, tensors: list[ConstrainedTensor], resumable: bool, stepped: bool = False) -> None:
         packed = updates.decide(self.constraint, self._points(tensors, lambda tensor, rows: tensor.x(rows)))
@@ -530,8 +550,9 @@ class ADMM:
         self, tensor: ConstrainedTensor, packed: Tensor | None, resumable: bool, stepped: bool = False
     ) -> None:  # fmt: skip
         """Zero what a packed mask (None: the tensor's own) does not keep, and bring the rest to the set's values."""
-        # state that we add before the optimizer's own breaks its initialisation; some (SGD) never have any of their own
-        keeps = resumable or stepped or tensor.stepped or self.tensors.flat
+        # state that we add before the optimizer's own breaks its initialisation, and some (SGD) never have any of their
+        # own; but a mask that is there already has to become the new one
+        keeps = resumable or stepped or tensor.stepped or MASK in tensor.state or self.tensors.flat
         place = self.tensors.places[tensor.p]
         updates.cut(
             self.constraint, tensor, place, packed, self.importance, keeps=keeps, resumable=resumable,
@@ -664,7 +685,7 @@ class ADMM:
 
 
 def _take_from_others(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Detach finished ADMMs that constrain some of these parameters; two active ones would undo each other's steps.
+    """Take parameters from finished ADMMs that constrain some of them; two would undo each other's steps.
 
     Raises:
         UserError: Another ADMM that constrains some of them has not finished.
@@ -677,4 +698,4 @@ def _take_from_others(optimizer: Optimizer, parameters: Mapping[str, nn.Paramete
                 f"detach(), or make a new optimizer"
             )
         if both:
-            other.detach()
+            other._give_up(set(parameters.values()))

@@ -107,6 +107,11 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def give_up(self, parameters: Collection[nn.Parameter]) -> None:
+        """Constrain some parameters no longer; the indices of the others stay."""
+        self._tensors = {name: tensor for name, tensor in self.items() if tensor.p not in parameters}
+        self.places = {tensor.p: self.places[tensor.p] for tensor in self.values()}
+
     def remove(self) -> None:
         """Remove the hooks by which FSDP1 saves our state."""
         self._dense.remove()

@@ -428,29 +428,45 @@ def _is_like_weights(tensor: ConstrainedTensor, key: str) -> bool:
 
 
 def stray(
-    constraint: Constraint, tensors: Sequence[ConstrainedTensor], places: Mapping[nn.Parameter, int], suspended: bool
-) -> int:
+    constraint: Constraint, tensors: Sequence[ConstrainedTensor], places: Mapping[nn.Parameter, int]
+) -> int:  # fmt: skip
     """Return how many entries on this process are not in the set: cut but not 0, or kept at none of the set's values.
 
     Args:
         constraint: The set.
-        tensors: The tensors with a mask, or with removed values.
+        tensors: The tensors with a mask.
         places: Indices of the parameters among all constrained tensors.
-        suspended: Whether the removed values, not the mask, tell which entries were cut.
     """
-    if not tensors:
-        return 0
-    count = torch.zeros((), dtype=torch.int64, device=tensors[0].p.device)
+    counts = []
     for tensor in tensors:
         for piece in tensor.pieces():
             x = tensor.x(rows := piece.rows)
             if constraint.fixes_values:
-                count += (
-                    x != project(constraint, x, tensor.mask(rows), tensor.point(places[tensor.p], piece, x))
-                ).sum()
+                z = project(constraint, x, tensor.mask(rows), tensor.point(places[tensor.p], piece, x))
+                counts.append((x != z).sum())
             else:
-                count += ((tensor.removed(rows) != 0 if suspended else ~tensor.mask(rows)) & (x != 0)).sum()
-    return int(count)
+                counts.append((~tensor.mask(rows) & (x != 0)).sum())
+    return int(torch.stack(counts).sum()) if counts else 0
+
+
+def stray_while_suspended(tensors: Sequence[ConstrainedTensor], by_mask: bool) -> int:
+    """Return how many entries on this process that :func:`cut` with ``resumable`` left at 0 are not 0.
+
+    Args:
+        tensors: The tensors with removed values.
+        by_mask: Whether the weights off the mask were 0 before, so that their removed values are, too.
+    """
+    counts = [
+        (_left_at_zero(tensor, rows, by_mask) & (tensor.x(rows) != 0)).sum()
+        for tensor in tensors
+        for rows, *_ in tensor.pieces()
+    ]
+    return int(torch.stack(counts).sum()) if counts else 0
+
+
+def _left_at_zero(tensor: ConstrainedTensor, rows: slice, by_mask: bool) -> Tensor:
+    removed = tensor.removed(rows) != 0
+    return removed | ~tensor.mask(rows) if by_mask and tensor.has(MASK) else removed
 
 
 def fix(constraint: Constraint, tensors: Sequence[ConstrainedTensor]) -> None:
@@ -524,8 +540,13 @@ def reopen(form: Form, tensors: Sequence[ConstrainedTensor], seed: Callable[[Con
             tensor.set_split(rows, form.reopen(tensor, rows), seed(tensor))
 
 
-def cut_again(tensors: Sequence[ConstrainedTensor]) -> None:
-    """Zero the entries that :func:`cut` with ``resumable`` removed, in case they were changed since."""
+def cut_again(tensors: Sequence[ConstrainedTensor], by_mask: bool) -> None:
+    """Zero the entries that :func:`cut` with ``resumable`` left at 0, in case they were changed since.
+
+    Args:
+        tensors: The tensors with removed values.
+        by_mask: See :func:`stray_while_suspended`.
+    """
     for tensor in tensors:
         for rows, *_ in tensor.pieces():
-            tensor.x(rows).masked_fill_(tensor.removed(rows) != 0, 0)
+            tensor.x(rows).masked_fill_(_left_at_zero(tensor, rows, by_mask), 0)

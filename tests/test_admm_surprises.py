@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from elsa_lightning import ADMM, KeptZeros, Schedule, Unstructured, select
+from elsa_lightning import ADMM, NM, KeptZeros, Quantized, Schedule, Unstructured, select
 from elsa_lightning.errors import UserError
 from elsa_lightning.forms import make_form
 from elsa_lightning.optim.adam8bit import Adam8bit
@@ -137,6 +137,71 @@ def test_a_second_run_of_one_optimizer_begins_anew() -> None:
         admm.finish()
         admm.detach()
         assert kept(p) == 320 - round(320 * sparsity)
+
+
+def test_a_second_run_on_some_tensors_leaves_the_zeros_of_the_others() -> None:
+    p, other = matrix(), matrix(seed=1)
+    optimizer = torch.optim.Adam([p, other], lr=0.01)
+    first = ADMM(optimizer, {"p": p, "other": other}, Unstructured(0.5), total_steps=20)
+    for _ in range(20):
+        step(optimizer, p, other)
+    first.finish()
+    second = ADMM(optimizer, {"p": p}, Unstructured(0.8), total_steps=20)
+    for _ in range(20):
+        step(optimizer, p, other, target=-1.0)
+    second.finish()
+    assert kept(p) == 64 and kept(other) == 160
+    assert list(first.masks()) == ["other"] and list(second.masks()) == ["p"]
+
+
+@pytest.mark.parametrize(
+    "constraint", [Unstructured(0.9), NM(1, 4), Quantized(4, 20), Quantized(4, 20, inside=NM(1, 4))]
+)
+@pytest.mark.parametrize(("prox", "steps"), [("linearized", 10), ("linearized", 40), ("coupled", 10), ("coupled", 40)])
+def test_the_end_is_exact_with_an_optimizer_that_keeps_no_state(constraint: Any, prox: Any, steps: int) -> None:
+    """Its state has nothing but what is ours, and an early end projects onto another set than the last update did."""
+    if constraint.fixes_values and prox == "coupled":
+        pytest.skip("coupled keeps no values")
+    p = matrix()
+    optimizer = torch.optim.SGD([p], lr=0.05)
+    schedule = Schedule(frozen=0.0 if prox == "coupled" else 0.4, interval=5)
+    admm = ADMM(optimizer, {"p": p}, constraint, total_steps=40, prox=prox, schedule=schedule)
+    for _ in range(steps):
+        step(optimizer, p)
+    before = p.detach().clone()
+    admm.finish()
+    if constraint == Unstructured(0.9):
+        assert kept(p) == 32
+    if isinstance(constraint, NM) or getattr(constraint, "inside", None) is not None:
+        assert int((p.view(-1, 4) != 0).sum(dim=1).max()) == 1
+    if constraint.fixes_values and steps < 40:  # 8-bit scales with 4-bit levels would shrink all of it
+        assert float((p - before)[p != 0].norm() / before[p != 0].norm()) < 0.1
+    after = p.detach().clone()
+    assert admm.stray() == 0 and torch.equal(admm.masks()["p"] & (p != 0), p != 0)
+    admm.hold()
+    assert torch.equal(p, after)
+
+
+@pytest.mark.parametrize("prox", ["linearized", "decoupled", "coupled"])
+@pytest.mark.parametrize("steps", [8, 30, 60])
+def test_zeros_are_held_while_suspended_whatever_the_cut_removed(prox: Any, steps: int) -> None:
+    """Weights on the set are 0 off the mask before they are cut, so that the cut itself removes next to nothing."""
+    p = matrix()
+    optimizer = torch.optim.Adam([p], lr=0.01)
+    admm = ADMM(optimizer, {"p": p}, Unstructured(0.8), total_steps=80, prox=prox, schedule=Schedule(ramp=0.2))
+    for _ in range(steps):
+        step(optimizer, p)
+    before = p.detach().clone()
+    admm.finish(resumable=True)
+    assert kept(p) == 64
+    cut = p == 0
+    with torch.no_grad():
+        p[cut] += 0.01
+    assert admm.stray() == 256
+    admm.hold()
+    assert kept(p) == 64 and not p[cut].any()
+    admm.resume()
+    assert torch.equal(p, before)
 
 
 def test_an_end_can_follow_an_early_end() -> None:

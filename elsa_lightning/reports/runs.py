@@ -1,4 +1,4 @@
-"""Reads the files that runs leave: journals, TensorBoard's events, CSVLogger's tables, records of models and exports."""
+"""Reads what runs leave: journals, TensorBoard's events, CSVLogger's tables, records of models and exports."""
 
 from __future__ import annotations
 
