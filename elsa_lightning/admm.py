@@ -276,6 +276,8 @@ class ADMM:
             if scale is None:
                 self._measure_stationarity()
             self.form.before_step(self.tensors.holding(SPLIT), self.penalty, scale)
+        if any(other._weights.active for other in _ATTACHED.get(self.optimizer, ())):
+            return  # which would be set aside a second time, as zeros
         call = self._calls + 1
         warning = self._weights.set_aside(
             self.optimizer, self.tensors.parts, lambda p: self.tensors.seed(call, p, _OF_WEIGHTS)
@@ -580,6 +582,7 @@ class ADMM:
             "calls": self._calls,
             "copies": list(self._copies),
             "form": self.form.state_dict(),
+            "order": self._names(),
             "total_steps": self.total_steps,
             "settings": self._settings(),
         }
@@ -603,6 +606,12 @@ class ADMM:
             raise UserError(
                 f"the checkpoint is of a run with other settings ({changes}). Resume with the settings it was made "
                 f"with, or start a new run from its weights without resuming"
+            )
+        if (order := state_dict.get("order", names := self._names())) != names:
+            first = next(theirs for theirs, ours in zip(order, names, strict=True) if theirs != ours)
+            raise UserError(
+                f"the checkpoint has the constrained tensors in another order, from {first} on, and what the form "
+                f"measured of each is by its place: give the parameters in the order that they had"
             )
         self.tensors.take_over()
         if state_dict["step"] > 0 and not self.tensors.holding(MASK):
@@ -651,13 +660,15 @@ class ADMM:
             "The checkpoint was made in a run of %d steps, this one has %d: %s.", former, self.total_steps, message
         )
 
+    def _names(self) -> list[str]:
+        return [tensor.described for tensor in self.tensors.values()]
+
     def _settings(self) -> dict[str, Any]:
-        names = sorted(tensor.described for tensor in self.tensors.values())
         return {
             "constraint": re.sub(r"np\.\w+\(([^()]*)\)", r"\1", repr(self.constraint)),  # NumPy's numbers as Python's
             "prox": self.prox,
             "state_dtype": self.state_dtype,
-            "constrained tensors": names,
+            "constrained tensors": sorted(self._names()),
             **asdict(self.schedule),
         }
 

@@ -70,7 +70,7 @@ def project(
 
 
 def _laid_out(weight: Tensor, p: nn.Parameter) -> Tensor:
-    return weight.detach() if weight.stride() == p.stride() else torch.empty_like(p).copy_(weight)
+    return weight.detach() if weight.stride() == p.stride() else torch.empty_like(p, dtype=weight.dtype).copy_(weight)
 
 
 def _check(parameters: Mapping[str, nn.Parameter], importance: Mapping[str, Tensor]) -> None:

@@ -194,10 +194,12 @@ class Form(ABC):
 
     def direction(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
         """Return D⁻¹ ∇f of the latest batch, in float32; D is the root of the second moment, 1 without one."""
-        grad, moment = tensor.grad(rows).float(), tensor.importance(rows)
+        group, moment = group_of(tensor), tensor.importance(rows)
+        grad = tensor.grad(rows).float()
+        grad = -grad if group.get("maximize") else grad  # f is what falls
         if moment is None:
             return grad
-        betas = _group(tensor).get("betas")
+        betas = group.get("betas")
         correction = 1.0 if betas is None else 1 - betas[1] ** max(1.0, float(tensor.state.get("step", 1)))
         return grad / ((moment.float() / correction).sqrt() + 1e-12)
 
@@ -228,11 +230,12 @@ def relative_rates(optimizer: Optimizer, peaks: Sequence[float]) -> tuple[dict[n
 
 def peak_rate(tensor: ConstrainedTensor) -> float:
     """Return the largest learning rate of a tensor that is known from its parameter group."""
-    group = _group(tensor)
+    group = group_of(tensor)
     return max(rate_of(group), _known_peak(group))
 
 
-def _group(tensor: ConstrainedTensor) -> dict[str, Any]:
+def group_of(tensor: ConstrainedTensor) -> dict[str, Any]:
+    """Return the parameter group of a tensor."""
     return next(g for g in tensor.optimizer.param_groups if any(p is tensor.p for p in g["params"]))
 
 

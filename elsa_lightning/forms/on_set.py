@@ -146,7 +146,7 @@ def on_values(
     if apart is not None:  # beyond the last value u would grow for ever, and stretch the scale that is chosen next
         most = torch.maximum(split.abs(), apart)
         lost = torch.minimum(torch.maximum(lost, -most), most)
-    return chosen(mask, lost, split)
+    return chosen(mask, lost, split.to(lost.dtype))
 
 
 class Feedback(OnSet):

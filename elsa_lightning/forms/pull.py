@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elsa_lightning.forms.base import Form, Step, relative_rates
+from elsa_lightning.forms.base import Form, Step, group_of, relative_rates
 from elsa_lightning.layout.lowbit import chosen
 from elsa_lightning.tensors import ConstrainedTensor
 
@@ -42,15 +42,18 @@ class Coupled(Pull):
 
     def before_step(self, tensors: Sequence[ConstrainedTensor], penalty: float, scale: Tensor | None) -> None:
         """Add the pull to the gradients: g ← g + λ (x − s)."""
-        if penalty == 0:
+        if penalty == 0 or not tensors:
             return
+        groups = tensors[0].optimizer.param_groups
+        rising = {p for group in groups if group.get("maximize") for p in group["params"]}  # steps follow the gradient
         for tensor in tensors:
             if tensor.p.grad is None:
                 continue
+            alpha = -penalty if tensor.p in rising else penalty
             for rows, *_ in tensor.pieces():
                 towards = tensor.x(rows) - tensor.split(rows)
                 grad = tensor.grad(rows)
-                grad.add_((towards if scale is None else towards * scale).to(grad.dtype), alpha=penalty)
+                grad.add_((towards if scale is None else towards * scale).to(grad.dtype), alpha=alpha)
 
     def after_step(self, step: Step) -> None:
         """Leave the weights as the optimizer's step left them."""
@@ -61,7 +64,8 @@ class Coupled(Pull):
 
     def direction(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
         """Return ∇f."""
-        return tensor.grad(rows).float()
+        grad = tensor.grad(rows).float()
+        return -grad if group_of(tensor).get("maximize") else grad
 
 
 class Published(Coupled):

@@ -145,6 +145,11 @@ class WeightRounding:
         self._alike: dict[tuple[Any, ...], bool] = {}
         self._stepping: Any = None  # an optimizer that steps by pieces, during its step
 
+    @property
+    def active(self) -> bool:
+        """Whether weights are set aside for a step that goes on."""
+        return bool(self._before) or self._stepping is not None
+
     @torch.no_grad()
     def set_aside(self, optimizer: Optimizer, parts: Mapping[nn.Parameter, Part], seed: Seed) -> str | None:
         """Zero the bfloat16 weights about to be stepped; return a warning if that is not possible.

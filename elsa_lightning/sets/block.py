@@ -85,7 +85,7 @@ class Block(Constraint):
         """Return Σ F v² of each block, float32 ``(matrices, blocks)``."""
         rows, columns = self._shape(point.transposed)
         matrices, n = point.piece.matrices, point.v.shape[-1]
-        cost = distance(point.v, point.importance).square().view(matrices, -1, n)
+        cost = distance(point.v, point.importance).square().reshape(matrices, -1, n)
         height = cost.shape[1]
         cost = pad(cost, (0, -n % columns, 0, -height % rows))
         blocks = cost.view(matrices, -(-height // rows), rows, -(-n // columns), columns)

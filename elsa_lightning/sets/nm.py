@@ -68,11 +68,11 @@ class NM(Constraint):
             score, magnitude = (order_bits(t) for t in (distance(point.v, point.importance), point.v.abs().float()))
             if point.transposed:
                 columns = point.v.shape[-1]
-                score, magnitude = (t.view(-1, self.m, columns).transpose(1, 2) for t in (score, magnitude))
+                score, magnitude = (t.reshape(-1, self.m, columns).transpose(1, 2) for t in (score, magnitude))
                 kept = self._kept(score, magnitude)
                 yield kept.transpose(1, 2).reshape(point.v.shape)
             else:
-                yield self._kept(score.view(-1, self.m), magnitude.view(-1, self.m)).view(point.v.shape)
+                yield self._kept(score.reshape(-1, self.m), magnitude.reshape(-1, self.m)).view(point.v.shape)
 
     def _kept(self, score: Tensor, magnitude: Tensor) -> Tensor:
         """Return a mask of the first ``n`` of each group ``(..., m)``, ordered by score, magnitude and place."""

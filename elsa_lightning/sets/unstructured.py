@@ -177,7 +177,7 @@ class Unstructured(Constraint):
             score, magnitude = distance(point.v, point.importance), point.v.abs().float()
             if point.transposed:  # the weights of an output are a column, and pieces have whole columns
                 shape = (point.piece.matrices, -1, point.v.shape[-1])
-                score, magnitude = (t.view(shape).transpose(1, 2) for t in (score, magnitude))
+                score, magnitude = (t.reshape(shape).transpose(1, 2) for t in (score, magnitude))
                 mask = largest_of_rows(score, magnitude, self.kept(score.shape[-1])).transpose(1, 2)
                 yield mask.reshape(point.v.shape)
             else:
@@ -211,7 +211,7 @@ class Unstructured(Constraint):
             if point.part.counts:
                 first, n = _matrices(point, starts), point.piece.matrices
                 rows = first if isinstance(first, Tensor) else slice(first, first + n)
-                counts[rows] += mask.view(n, -1).sum(dim=1)
+                counts[rows] += mask.reshape(n, -1).sum(dim=1)
         next(masks, None)
         wanted = [float(count) for count in points.add(counts)]
         least = [max(1.0, math.ceil(self.floor * size - 1e-6)) for size in sizes]
@@ -266,6 +266,6 @@ def _scales(points: Points) -> Tensor:
     for point in points.stacked():
         if point.part.counts:
             each = distance(point.v, point.importance).to(squares.dtype).square()
-            squares[_tensors(point)] += each.view(max(1, len(point.stack)), -1).sum(dim=1)
+            squares[_tensors(point)] += each.reshape(max(1, len(point.stack)), -1).sum(dim=1)
     sizes = torch.tensor([shape.numel() for shape in points.shapes], device=points.device)
     return (points.add(squares) / sizes).sqrt().float().clamp_min(torch.finfo(torch.float32).tiny)
