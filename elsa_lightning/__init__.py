@@ -1,11 +1,11 @@
 """Sparse training by ADMM (Elsa; Lee et al., 2026, arXiv:2510.01650), for PyTorch Lightning and any PyTorch loop.
 
 ``ElsaCallback`` prunes in a Lightning Trainer, ``ADMM`` in any loop that steps an optimizer; ``KeepMask`` and
-``KeptZeros`` fine-tune what is sparse and lose no zero. ``Unstructured``, ``NM``, ``Block`` and the others are the sets
-that weights are constrained to, ``select`` says which weights. ``CausalLM`` and ``CalibrationData`` are the language
+``KeptZeros`` fine-tune a sparse model without losing zeros. ``Unstructured``, ``NM``, ``Block`` and others are the sets
+to which weights are constrained; ``select`` chooses the weights. ``CausalLM`` and ``CalibrationData`` are a language
 model and its text; ``project``, ``shrink`` and ``sparsity`` work on a model without training.
 
-Names load when they are first used: importing the package loads neither transformers nor datasets.
+Names are imported on first use, so importing the package loads neither transformers nor datasets.
 """
 
 from importlib import import_module

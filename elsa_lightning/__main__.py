@@ -1,4 +1,4 @@
-"""``python -m elsa_lightning`` is ``elsa``."""
+"""Makes ``python -m elsa_lightning`` the same as the command ``elsa``."""
 
 from elsa_lightning.cli import main
 

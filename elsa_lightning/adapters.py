@@ -1,4 +1,4 @@
-"""PEFT's layers, recognised by what they have: the model without them, and merging that keeps zeros."""
+"""PEFT adapters, recognised by attributes without importing peft: base models, names, and merging that keeps zeros."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T", bound=Tensor)
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Say whether PEFT wrapped a model, or put layers into it."""
+    """Return whether PEFT wrapped a model, or put adapter layers into it."""
     return hasattr(model, "peft_config") or any(hasattr(m, "adapter_layer_names") for m in model.modules())
 
 
@@ -34,7 +34,7 @@ def uncompiled(model: Any) -> Any:
 
 
 def without_adapters(model: nn.Module, tensors: Mapping[str, T]) -> dict[str, T]:
-    """Return the tensors of a base model by the names they had before adapters were put in, and none of the adapters'.
+    """Return the tensors of a base model by their names without adapters, and leave out those of the adapters.
 
     Args:
         model: A base model; see :func:`base_model`.
@@ -53,7 +53,7 @@ def without_adapters(model: nn.Module, tensors: Mapping[str, T]) -> dict[str, T]
 
 
 def _wraps(module: Any) -> str:
-    """Return where a layer of PEFT keeps the one it stands for; a trained copy of it comes before the original."""
+    """Return the attribute in which a PEFT layer keeps the layer it wraps; a trained copy has precedence."""
     if hasattr(module, "base_layer"):
         return "base_layer"
     active = [name for name in getattr(module, "active_adapters", ()) if name in getattr(module, "modules_to_save", ())]
@@ -62,19 +62,19 @@ def _wraps(module: Any) -> str:
 
 @torch.no_grad()
 def merge_and_keep_zeros(model: Any, loss: Callable[[nn.Module], float] | None = None) -> nn.Module:
-    """Merge the adapters of a PEFT model into its weights, and zero again what was zero before.
+    """Merge the adapters of a PEFT model into its weights, and restore the zeros of the weights.
 
-    PEFT's ``merge_and_unload`` adds a dense product to pruned weights, and no zero is left of them. What the adapter
-    would change at zeros is lost; a line of the log says how much that is. Where it costs too much, train on with
+    PEFT's ``merge_and_unload`` adds a dense product to pruned weights, so no zeros are left. Here the adapter's changes
+    at zeros are discarded; a log line tells how large they were. If that costs too much, train on with
     :class:`~elsa_lightning.KeepMask`.
 
     Args:
         model: A ``PeftModel`` with active adapters, on a base whose zeros are exact.
         loss: Measures a model, such as its mean loss over held-out batches in ``eval()`` mode; called before and after,
-            and the line says both.
+            and both results are logged.
 
     Raises:
-        ValueError: It has no adapter that can be merged, or one is merged already and the zeros are gone.
+        ValueError: The model has no adapter that can be merged, or one is merged already and the zeros are gone.
     """
     if not hasattr(model, "merge_and_unload"):
         raise UserError(f"merge_and_keep_zeros takes a PeftModel whose adapter can be merged, got {type(model)}")

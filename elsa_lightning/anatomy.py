@@ -1,4 +1,4 @@
-"""What the parameters of a model are: weights that multiply, embeddings, output layers, adapters, and the rest."""
+"""Classifies the parameters of a model: weights that multiply, embeddings, output layers, adapters, and the rest."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from elsa_lightning.layout.sharded import clean, part_of
 _HEAD = re.compile(
     r"(aux_|cls_|lm_|classification_|detection_)?heads?(_\w+)?|(?!pre_)(\w+_)?classifier|score|qa_outputs|logits"
 )
-_LAST_HEAD = re.compile(rf"fc|{_HEAD.pattern}")  # where nothing but other heads comes after it
+_LAST_HEAD = re.compile(rf"fc|{_HEAD.pattern}")  # counts if only other heads come after it
 _ADAPTER = re.compile(r"(^|\.)lora_\w+")
-_ADDED = re.compile(r"bias|emb|(^|[._])pos|position|token|norm", re.IGNORECASE)  # names of what does not multiply
+_ADDED = re.compile(r"bias|emb|(^|[._])pos|position|token|norm", re.IGNORECASE)  # names of tensors that do not multiply
 _EXPERTS = re.compile(r"experts?|moe", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parameters of a model by what they do, under names without those of wrappers.
+    """The parameters of a model by their role, under names without prefixes of wrappers.
 
     Attributes:
-        parameters: All by name, shared ones once.
-        multiply: The weights that ``all-linear`` means, before anything is exempt.
-        embeddings: Of embeddings, and layers tied to them.
+        parameters: All parameters by name, shared ones once.
+        multiply: The weights that ``all-linear`` means, before exemptions.
+        embeddings: Weights of embeddings, and of layers tied to them.
         heads: Weights and biases of output layers.
-        taken: Of these, weights that the model itself does not declare, with what told: ``name`` or ``shape``.
+        taken: Weights of heads that the model does not declare, with how they were recognised: ``name`` or ``shape``.
         depthwise: Kernels with one input channel each.
-        adapters: What LoRA and its kin add to frozen layers.
-        computed: What a parametrization such as weight_norm computes a weight from, with the weight's name.
-        vectors: What is no matrix: norms, biases, whatever their shape.
+        adapters: Parameters that LoRA and its kin add to frozen layers.
+        computed: Parameters from which a parametrization such as weight_norm computes a weight, with the weight's name.
+        vectors: Norms and biases, whatever their shape.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -50,7 +50,7 @@ class Anatomy:
     vectors: set[str] = field(default_factory=set)
 
     def matrices(self) -> Iterator[str]:
-        """Yield what multiplies or may do so: all but vectors, tables and what is added."""
+        """Yield parameters that multiply or may do so: all but vectors, tables and tensors that are added."""
         for name, p in self.parameters.items():
             shape = shape_of(p)
             broadcast = len(shape) > 2 and shape[0] == 1
@@ -64,10 +64,10 @@ def shape_of(p: nn.Parameter) -> torch.Size:
 
 
 def examine(model: nn.Module) -> Anatomy:
-    """Find out what the parameters of a model are.
+    """Classify the parameters of a model, and mark those that are stored transposed.
 
     Raises:
-        ValueError: Some have no shape yet.
+        ValueError: Some parameters have no shape yet.
     """
     parameters = {clean(name): p for name, p in model.named_parameters()}
     if lazy := [name for name, p in parameters.items() if isinstance(p, nn.UninitializedParameter)]:
@@ -90,7 +90,7 @@ def examine(model: nn.Module) -> Anatomy:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             found.embeddings.update(own)
         if "Norm" in type(module).__name__:
-            norms |= own - found.multiply  # a NormedLinear multiplies
+            norms |= own - found.multiply  # a NormedLinear's weight multiplies
         prefix = clean(f"{path}.") if path else ""
         found.adapters.update(_adapters(module, prefix, parameters))
         found.computed.update(_computed(module, prefix, parameters))
@@ -110,9 +110,9 @@ def _is_vector(p: nn.Parameter) -> bool:
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield names and parameters of a module's own that multiply its input."""
+    """Yield names and parameters directly in a module that multiply its input."""
     for name in _weight_names(module):
-        p = module._parameters.get(name)  # a parametrized weight would be computed if it were asked for
+        p = module._parameters.get(name)  # getattr would compute a parametrized weight
         if p is not None:
             yield name, p
 
@@ -137,11 +137,11 @@ def _weight_names(module: nn.Module) -> list[str]:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # transformers', which is not imported for it
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # that of transformers, without importing it
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    """Say whether weights are stored (in, out)."""
+    """Return whether weights are stored (in, out)."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return module.transposed
     experts = type(module).__name__ == "Llama4TextExperts" or getattr(module, "is_transposed", False) is True
@@ -149,14 +149,14 @@ def _is_transposed(module: nn.Module) -> bool:
 
 
 def _adapters(module: nn.Module, prefix: str, parameters: dict[str, nn.Parameter]) -> Iterator[str]:
-    """Yield what PEFT added to a layer, which says so itself."""
+    """Yield the parameters that PEFT added to a layer, as the layer declares them."""
     for attribute in getattr(module, "adapter_layer_names", ()):
         start = prefix + attribute
         yield from (name for name in parameters if name == start or name.startswith(f"{start}."))
 
 
 def _computed(module: nn.Module, prefix: str, parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, str]]:
-    """Yield parameters that weights of a module are computed from, and these weights."""
+    """Yield parameters from which weights of a module are computed, with the names of these weights."""
     parametrized: Any = getattr(module, "parametrizations", {})
     for tensor in parametrized if isinstance(parametrized, nn.ModuleDict) else ():
         start = f"{prefix}parametrizations.{tensor}."
@@ -169,7 +169,7 @@ def _computed(module: nn.Module, prefix: str, parameters: dict[str, nn.Parameter
 
 
 def _find_heads(model: nn.Module, names: dict[int, str], found: Anatomy) -> None:
-    """Add output layers: those that the model declares, else those that names or shapes tell."""
+    """Add output layers: those that the model declares, else those recognised by name or shape."""
     hugging_face = False
     for module in model.modules():
         for declare in ("get_output_embeddings", "get_classifier"):  # Hugging Face's and timm's
@@ -190,9 +190,10 @@ def _find_heads(model: nn.Module, names: dict[int, str], found: Anatomy) -> None
 
 
 def _heads(module: nn.Module, weights: set[int], tables: set[tuple[int, ...]]) -> Iterator[tuple[nn.Module, str]]:
-    """Yield layers at a model's end that have a head's name, or the shape of an embedding, and what told.
+    """Yield layers at a model's end with a head's name or an embedding's shape, and by which they were recognised.
 
-    It looks into the last child that has weights, again and again, and never into numbered ones, which are hidden.
+    The search descends into the last child with weights, repeatedly, but never into numbered ones: these are hidden
+    layers.
     """
     children = [(name, c) for name, c in module.named_children() if any(id(p) in weights for p in c.parameters())]
     last, any_found = True, False

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, before it is loaded: a distributed one fills only tensors that are already there."""
+"""Inspects checkpoints before loading: a distributed one fills only tensors that exist, so these must be created."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from elsa_lightning.errors import UserError
 from elsa_lightning.layout.sharded import clean
 from elsa_lightning.tensors import MASK
 
-WRITTEN_LAST = "meta.pt"  # of a distributed checkpoint, by Lightning; what is no tensor
+WRITTEN_LAST = "meta.pt"  # the last file that Lightning writes of a distributed checkpoint: all but tensors
 
 Keys = dict[nn.Parameter, set[str]]
 
 
 def check_whole(path: Path) -> None:
-    """Raise ValueError if a distributed checkpoint was not written to its end."""
+    """Raise ValueError if a distributed checkpoint is incomplete."""
     if path.is_dir() and not (path / WRITTEN_LAST).is_file():
         raise UserError(
             f"{str(path)!r} is no whole checkpoint: the processes that wrote it were ended before it was complete; "
@@ -29,7 +29,7 @@ def check_whole(path: Path) -> None:
 
 
 def check_loadable_by_fsdp1(path: Path) -> None:
-    """Raise ValueError if FSDP1, which knows only state of a parameter's own shape, cannot load a checkpoint."""
+    """Raise ValueError if FSDP1 cannot load a checkpoint: it needs state in the parameters' own shapes."""
     check_whole(path)
     if path.is_dir():
         return
@@ -43,16 +43,16 @@ def check_loadable_by_fsdp1(path: Path) -> None:
 
 
 def saved_state_keys(path: Path, model: nn.Module, optimizer: Optimizer, index: int) -> Keys:
-    """Return the names of what a Lightning checkpoint holds of an optimizer's state, by parameter.
+    """Return the keys of an optimizer's state in a Lightning checkpoint, by parameter.
 
     Args:
         path: A file, or the folder of a distributed checkpoint.
-        model: Whose parameters the optimizer trains.
-        optimizer: The one asked about.
-        index: Its place among the run's optimizers.
+        model: The model whose parameters the optimizer trains.
+        optimizer: The optimizer.
+        index: Its index among the run's optimizers.
 
     Raises:
-        ValueError: The checkpoint was not written to its end.
+        ValueError: The checkpoint is incomplete.
     """
     check_whole(path)
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""The command line, ``elsa COMMAND``: finds the command, and loads no more than that one needs."""
+"""The command line, ``elsa COMMAND``: dispatches to the command, and imports only what that one needs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ options:
 def main(args: list[str] | None = None) -> None:
     """Run the command line.
 
-    A user's mistake ends it with one line; ``JSONARGPARSE_DEBUG=1`` in the environment asks for the traceback.
+    A user's mistake ends it with a one-line message; ``JSONARGPARSE_DEBUG=1`` in the environment shows the traceback.
 
     Args:
         args: Arguments without the program's name; None takes ``sys.argv``.
@@ -99,12 +99,12 @@ def _run(arguments: list[str], from_shell: bool) -> None:
 
 
 def _shipped(argument: str) -> str:
-    """Return ``configs/NAME.yaml`` as the packaged file where the working folder has none of that name."""
+    """Replace ``configs/NAME.yaml`` by the packaged file, if the working folder has no such file."""
     value = argument.removeprefix("--config=")
     if not value.startswith(("configs/", "callbacks/")) or Path(value).exists():
         return argument.replace("--gpu-memory", "--gpu_memory", 1)
     package = Path(str(files("elsa_lightning")))
-    places = (package / value, package / "configs" / value, package.parent / value)  # a wheel's two, a checkout's
+    places = (package / value, package / "configs" / value, package.parent / value)  # two in a wheel, one in a checkout
     found = next((str(place) for place in places if place.is_file()), value)
     return argument.replace(value, found)
 
@@ -138,7 +138,7 @@ def _sparsity(arguments: Sequence[str]) -> None:
     print(json.dumps(found.to_dict(), indent=1) if options.json else found)
 
 
-# each takes the arguments after its name, and imports what is heavy once these are parsed
+# each takes the arguments after its name, and imports heavy packages only after parsing them
 WITHOUT_TRAINER: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": _evaluate,
     "export": _export,

@@ -1,4 +1,4 @@
-"""What the commands without a Trainer have in common; loads nothing heavy, so that their help comes at once."""
+"""The argument parser of commands without a Trainer; imports nothing heavy, so that their help appears at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class CommandParser(argparse.ArgumentParser):
 
     Args:
         prog: Name of the command, such as ``elsa export``.
-        others: Whether options that it does not know are for somebody else, who says what is wrong with them.
+        others: Whether unknown options are passed on to another parser, which checks them.
         kwargs: Passed to :class:`argparse.ArgumentParser`.
     """
 
@@ -23,7 +23,7 @@ class CommandParser(argparse.ArgumentParser):
         self._others = others
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does, but look for a mistyped option first, which else may be told as a missing one."""
+        """Parse as argparse does, but report mistyped options first: argparse may report a missing argument instead."""
         for argument in () if self._others else args or ():
             word = argument.partition("=")[0]
             if word.startswith("--") and len(word) > 2 and word not in self._option_string_actions:
@@ -38,5 +38,5 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return the known word that is most like one, or None if none is."""
+    """Return the known word most similar to a word, or None if none is similar."""
     return next(iter(get_close_matches(word, list(known), n=1)), None)

@@ -1,4 +1,4 @@
-"""What to tell a user about matrices that stay dense though nobody said so, in words that can be followed."""
+"""Advice about matrices that stay dense although the user did not ask for it, with patterns to constrain or ignore."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SHOWN = 5
 
 
 def advice(selection: Selection, tolerated: float) -> list[str]:
-    """Return what to say, with patterns which, if they are taken, leave at most the tolerated share unsaid.
+    """Return lines of advice; following its patterns leaves at most the tolerated share unaccounted for.
 
     Args:
-        selection: What is constrained, and what is not.
+        selection: The constrained parameters, and those left out.
         tolerated: Share of the matrices that may be left out silently.
     """
     kinds = {"left out": selection.left_out, "frozen": selection.frozen, "computed": selection.computed}
@@ -33,7 +33,7 @@ def advice(selection: Selection, tolerated: float) -> list[str]:
     shown = "\n".join(f"    {_starred(names[0])}  ({size:,} parameters)" for size, _, names in groups[:_SHOWN])
     rest, patterns = missing, {kind: list[str]() for kind in kinds}
     for size, kind, names in groups:
-        if rest > tolerated * (rest + selection.constrained):  # if those so far are ignored
+        if rest > tolerated * (rest + selection.constrained):  # even if all groups so far are ignored
             allowed = {*selection.frozen, *(selection.left_out if kind == "left out" else selection.computed)}
             patterns[kind].append(pattern(names, set(selection.names) - allowed))
             rest -= size
@@ -62,7 +62,7 @@ def advice(selection: Selection, tolerated: float) -> list[str]:
 
 
 def _alike(names: Iterable[str]) -> list[list[str]]:
-    """Return names in groups that differ in their numbers alone."""
+    """Group names that differ only in their numbers."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(_starred(name), []).append(name)
@@ -88,7 +88,7 @@ def _quoted(patterns: Iterable[str]) -> str:
 
 
 def pattern(names: list[str], others: Collection[str]) -> str:
-    """Return a regular expression that finds names which differ in their numbers alone, and none of the others."""
+    """Return a regular expression that matches names which differ only in their numbers, and none of the others."""
     pieces = re.split(r"\d+", names[0])
     numbers = list(zip(*(re.findall(r"\d+", name) for name in names), strict=True))
     listed = [("({})" if len(set(ns)) > 1 else "{}").format("|".join(dict.fromkeys(ns))) for ns in numbers]

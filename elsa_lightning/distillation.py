@@ -1,4 +1,4 @@
-"""Learning from the dense model: its distribution and its features, in memory that does not grow with the classes."""
+"""Distillation from a dense model: losses on its distribution and features, in memory independent of the classes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from elsa_lightning.errors import UserError
 __all__ = ["DenseTeacher", "Distilled", "distillation_loss", "feature_distance"]
 Head = Callable[[Tensor], Tensor]
 LOGITS_AT_ONCE = 2**25  # 128 MiB of float32, and a few copies of it
-IGNORED = -100  # the label of what is not scored, as in torch
+IGNORED = -100  # label of positions that are not scored, as in torch
 
 
 class Distilled(NamedTuple):
-    """Means over the scored positions, in nats: the loss to train on, and the detached losses that it is mixed of."""
+    """Means over the scored positions, in nats: the training loss, and the detached losses from which it is mixed."""
 
     loss: Tensor
     by_labels: Tensor
@@ -42,21 +42,21 @@ def distillation_loss(
     """Return (1 - weight) · cross-entropy with the labels + weight · T² · cross-entropy with the teacher, at T.
 
     The cross-entropy with the teacher is the Kullback-Leibler divergence plus the teacher's entropy, which has no
-    gradient; T² keeps the gradient's size. Logits are made of some positions at a time, and once more in the backward
-    pass, so that no tensor has positions × classes entries; where all fit at once nothing is computed twice.
+    gradient; T² keeps the gradient's size. Logits are computed for some positions at a time, and again in the backward
+    pass, so that no tensor has positions × classes entries; if all fit at once, nothing is computed twice.
 
     Args:
-        student: What ``head`` takes, ``(..., width)``; without a head logits, ``(..., classes)``.
-        teacher: The same of the teacher at the same positions. It gets no gradient.
+        student: The input of ``head``, ``(..., width)``; without a head logits, ``(..., classes)``.
+        teacher: The same for the teacher, at the same positions. It gets no gradient.
         labels: Class of each position ``(...)``, -100 where it is not scored. None scores all by the teacher alone.
-        weight: Of the teacher, from 0 to 1.
+        weight: Weight of the teacher, from 0 to 1.
         temperature: T, which divides the logits of both in the second term.
-        head: From ``(n, width)`` to ``(n, classes)``, such as the last linear layer.
-        teacher_head: The teacher's own.
+        head: Maps ``(n, width)`` to ``(n, classes)``, such as the last linear layer.
+        teacher_head: The teacher's own head.
         logits_at_once: Positions × classes of a chunk.
 
     Raises:
-        UserError: A number out of its range, or shapes that do not go together.
+        UserError: A number is out of range, or shapes do not match.
     """
     _check(student, teacher, labels, weight, temperature, logits_at_once)
     x, y = student.flatten(0, -2), teacher.detach().flatten(0, -2)
@@ -91,16 +91,16 @@ def distillation_loss(
 def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], kept: Tensor | None = None) -> Tensor:
     """Return the mean over layers and positions of ‖student - teacher‖² / ‖teacher‖².
 
-    SquareHead (arXiv:2310.06927) position by position, so that a few large ones do not hide the others, and so that the
-    mean is the same however a batch is split over processes.
+    This is SquareHead (arXiv:2310.06927) applied position by position, so that a few large positions do not hide the
+    others, and the mean does not depend on how a batch is split over processes.
 
     Args:
-        student: What each layer gives, ``(..., width)``.
-        teacher: The same of the teacher. It gets no gradient.
+        student: Output of each layer, ``(..., width)``.
+        teacher: The same for the teacher. It gets no gradient.
         kept: Positions that count, ``(...)``, such as an attention mask. None counts all.
 
     Raises:
-        UserError: Layers or widths that differ.
+        UserError: Numbers of layers, or widths, differ.
     """
     shapes = [[tuple(t.shape) for t in features] for features in (student, teacher)]
     if shapes[0] != shapes[1] or not shapes[0]:
@@ -121,15 +121,15 @@ def _distance(student: Tensor, teacher: Tensor, kept: Tensor | None) -> Tensor:
 
 
 class DenseTeacher:
-    """A frozen copy of a model, to be called as the model is.
+    """A frozen copy of a model, called like the model.
 
-    It is no module, so an attribute of this kind is in no checkpoint, has no parameters to train and is not sharded.
-    Make it where the dense model is made (``__init__``, or ``configure_model`` before anything is sharded): later, a
-    resumed run has its pruned weights there already.
+    It is not a module, so as an attribute it is not saved in checkpoints, not trained and not sharded. Create it where
+    the dense model is created (``__init__``, or ``configure_model`` before anything is sharded): later, the model of a
+    resumed run already has pruned weights.
 
     Args:
-        model: Copied as it is; in evaluation mode, without gradients.
-        dtype: Of the copy, and of floating-point inputs.
+        model: The model; the copy is in evaluation mode, without gradients.
+        dtype: The dtype of the copy, and of floating-point inputs.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -140,7 +140,7 @@ class DenseTeacher:
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the copy gives, on the device of the first tensor of its inputs."""
+        """Return the copy's output, after moving the copy to the device of its first input tensor."""
         devices: list[torch.device] = []
 
         def own(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What Hugging Face models call their neurons, heads, layers and experts, and how many of them a config can hold."""
+"""The names of neurons, heads, layers and experts in Hugging Face models, and the numbers of them a config can hold."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from elsa_lightning.layout.sharded import clean
 
 @dataclass(frozen=True)
 class Family:
-    """Names in a model: of modules below a block, and of what its config says of them.
+    """Names in the models of a family: modules below a block, and fields of the config.
 
     Attributes:
         blocks: The list of blocks, below the model.
-        attention_in: Queries, keys and values.
-        attention_out: The projection that heads write through.
-        mlp_in: What neurons read through; empty for mixtures of experts.
-        mlp_out: What they write through.
+        attention_in: The query, key and value projections.
+        attention_out: The output projection of the heads.
+        mlp_in: The input projections of the neurons; empty for mixtures of experts.
+        mlp_out: The output projection of the neurons.
         experts: The module with the stacks of all experts, ``(experts, out, in)``, or None.
-        neurons: The config's name for their number, and so on.
-        layers: Of blocks.
-        heads: Of query heads; None where the config has no head_dim, so that heads cannot be fewer at the same width.
-        groups: Of key-value heads.
-        positions: Learnt positions, below the model, which can take a constant that is added before the first block.
+        neurons: The config's field with the number of neurons.
+        layers: The config's field with the number of blocks.
+        heads: The field with the number of query heads; None if the config has no head_dim, so that fewer heads would
+            be wider.
+        groups: The field with the number of key-value heads.
+        positions: The learnt position embeddings, below the model; a constant before the first block can go there.
         transposed: Whether weights are stored ``(in, out)``.
     """
 
@@ -49,11 +50,11 @@ class Family:
 
     @property
     def router(self) -> str:
-        """The router, whose weight has a row for each expert."""
+        """Name of the router, whose weight has a row for each expert."""
         return "mlp.gate"
 
 
-STACKS = ("gate_up_proj", "down_proj")  # of experts
+STACKS = ("gate_up_proj", "down_proj")  # parameters that stack the matrices of all experts
 _GATED = Family()
 _MIXTURE = Family(mlp_in=(), mlp_out="", experts="mlp.experts")
 FAMILIES: dict[str, Family] = {
@@ -73,12 +74,12 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Known:
-    """A model of a family.
+    """A model of a known family.
 
     Attributes:
-        family: Which.
+        family: The family.
         model: The Hugging Face model.
-        prefix: Its place in the module it was looked for in, with a dot behind it unless it is that module.
+        prefix: Its name in the module in which it was searched for, followed by a dot; empty if it is that module.
     """
 
     family: Family
@@ -87,20 +88,20 @@ class Known:
 
     @property
     def config(self) -> Any:
-        """Its config."""
+        """The model's config."""
         return self.model.config
 
     @property
     def blocks(self) -> int:
-        """How many blocks there are."""
+        """Number of blocks."""
         return len(self.model.get_submodule(self.family.blocks))  # type: ignore[arg-type]
 
     def block(self, index: int) -> str:
-        """Return the name of a block, with a dot behind it."""
+        """Return the name of a block, followed by a dot."""
         return f"{self.prefix}{self.family.blocks}.{index}."
 
     def experts(self, index: int) -> tuple[nn.Module, nn.Module] | None:
-        """Return the router and the experts of a block, or None where it has none."""
+        """Return the router and the experts of a block, or None if it has none."""
         block = self.model.get_submodule(f"{self.family.blocks}.{index}")
         inside = dict(block.named_modules())
         found = (inside.get(self.family.router), inside.get(self.family.experts or ""))
@@ -108,12 +109,12 @@ class Known:
 
     @property
     def heads(self) -> tuple[int, int, int]:
-        """Return the numbers of key-value groups, of query heads in each, and of the rows of one head."""
+        """Return the number of key-value groups, of query heads in each, and of rows of a head."""
         return head_counts(self.config)
 
 
 def head_counts(config: Any) -> tuple[int, int, int]:
-    """Return how many key-value groups a config has, how many query heads each of them, and head_dim."""
+    """Return a config's number of key-value groups, of query heads in each, and head_dim."""
     heads: int = config.num_attention_heads
     groups: int = getattr(config, "num_key_value_heads", None) or heads
     return groups, heads // groups, getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -123,7 +124,7 @@ def find(module: nn.Module) -> Known:
     """Return the Hugging Face model in a module, outermost first.
 
     Raises:
-        UserError: There is none of a known family, or it has adapters on it.
+        UserError: There is no model of a known family, or it has adapters.
     """
     seen = []
     for path, inner in module.named_modules():
@@ -153,14 +154,14 @@ def find(module: nn.Module) -> Known:
 
 
 def possible_groups(family: Family, config: Any) -> list[int]:
-    """Return which numbers of key-value groups a config of this family can hold, ascending."""
+    """Return the numbers of key-value groups that a config of this family can hold, ascending."""
     groups, queries, width = head_counts(config)
     if family.heads is None:
         return [groups]
     found = []
     for count in range(1, groups + 1):
         changed = {family.heads: count * queries, family.groups: count, "head_dim": width}
-        try:  # a config checks itself where it is made, and where it is saved
+        try:  # configs validate themselves when made, and when saved
             type(config)(**{**config.to_dict(), **changed})
         except Exception:
             continue
@@ -169,7 +170,7 @@ def possible_groups(family: Family, config: Any) -> list[int]:
 
 
 def immovable(config: Any) -> str | None:
-    """Return why a block whose output projections are zero is not the identity, or not removable, or None."""
+    """Return why a block with zero output projections cannot be removed or is not the identity, or None if it can."""
     if getattr(config, "do_layer_norm_before", True) is False:
         return "its blocks end in a norm (do_layer_norm_before false), which changes what passes through"
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
@@ -183,9 +184,9 @@ def with_counts(family: Family, config: Any, counts: Mapping[str, int], kept_lay
     """Return a copy of a config with other numbers of units.
 
     Args:
-        family: Of the model.
-        config: Of the model.
-        counts: Numbers of ``neurons``, ``groups`` and ``experts``; what is not there stays.
+        family: The model's family.
+        config: The model's config.
+        counts: Numbers of ``neurons``, ``groups`` and ``experts``; missing ones stay the same.
         kept_layers: Indices of the blocks that stay.
     """
     _, queries, width = head_counts(config)

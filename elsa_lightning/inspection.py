@@ -1,4 +1,4 @@
-"""Where the zeros of a model are: per tensor, per kind, per pattern; of any folder, file or module."""
+"""``sparsity()``: where the zeros of a model are, by tensor, kind and pattern, for any folder, file or module."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from elsa_lightning.patterns import USUAL, Groups, groups_of, satisfied
 from elsa_lightning.tensor_files import Stored, open_source
 from elsa_lightning.units import Empty, Rows, empty_units
 
-_AT_ONCE = 1 << 24  # entries that are read at once
-_SPARSE = 0.05  # from here on it is worth saying how near a pattern is
+_AT_ONCE = 1 << 24  # entries read at once
+_SPARSE = 0.05  # share of zeros from which the table tells how near a pattern is
 _KINDS = {
     "embeddings": r"embed|(^|\.)(wte|wpe)\.|tok_embeddings|token_embd|position",
     "output": r"(^|\.)(lm_head|embed_out|classifier|score|qa_outputs)\.|^output\.weight$",
@@ -32,18 +32,18 @@ class TensorZeros:
     """The zeros of one tensor.
 
     Attributes:
-        name: Of the tensor.
+        name: Name of the tensor.
         kind: ``attention``, ``mlp``, ``embeddings``, ``output``, ``adapters``, ``norms and biases`` or ``other``.
-        shape: Of the tensor.
-        dtype: As it is saved.
+        shape: Shape of the tensor.
+        dtype: The dtype in which it is saved.
         zeros: Entries that are exactly 0.
-        size: Entries.
-        rows: Outputs; 0 for what is no matrix, as for what follows.
-        dead_rows: Those of nothing but zeros.
-        columns: Inputs.
-        dead_columns: Those of nothing but zeros.
-        groups: By pattern, such as ``2:4``, how many groups there are and how many have too many weights; a pattern
-            whose groups the rows cannot be cut into is not in it.
+        size: Number of entries.
+        rows: Number of outputs; this and the following are 0 for tensors that are no matrix.
+        dead_rows: Rows with only zeros.
+        columns: Number of inputs.
+        dead_columns: Columns with only zeros.
+        groups: By pattern, such as ``2:4``, the number of groups and of those with too many weights; patterns whose
+            groups do not divide the rows are missing.
     """
 
     name: str
@@ -65,7 +65,7 @@ class TensorZeros:
 
     @property
     def pattern(self) -> str | None:
-        """The tightest of the usual N:M patterns that it satisfies, or None."""
+        """The tightest of the usual N:M patterns that the tensor satisfies, or None."""
         return satisfied({pattern: found.violating for pattern, found in self.groups.items()})
 
 
@@ -75,9 +75,9 @@ class Sparsity:
 
     Attributes:
         source: Path, or class of the module.
-        tensors: What was read.
-        units: Attention heads and neurons that add nothing to a layer's output, by layer; of layers whose names are
-            those of the usual models.
+        tensors: The tensors that were read.
+        units: Attention heads and neurons that add nothing to a layer's output, by layer; only for layers with the
+            names of the usual models.
         unread: Tensors that were not read, with the reason.
     """
 
@@ -88,12 +88,12 @@ class Sparsity:
 
     @property
     def zeros(self) -> int:
-        """Entries that are exactly 0, of what was read."""
+        """Entries that are exactly 0, in all tensors that were read."""
         return sum(t.zeros for t in self.tensors)
 
     @property
     def size(self) -> int:
-        """Entries of what was read."""
+        """Entries of all tensors that were read."""
         return sum(t.size for t in self.tensors)
 
     def kinds(self) -> dict[str, tuple[TensorZeros, ...]]:
@@ -102,7 +102,7 @@ class Sparsity:
         return {kind: tuple(t for t in self.tensors if t.kind == kind) for kind in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it, and sums, in what JSON has."""
+        """Return all results, and sums, in types that JSON has."""
         matrices = [{**asdict(t), "sparsity": t.sparsity, "pattern": t.pattern} for t in self.tensors]
         kinds = {
             kind: {"tensors": len(of), "zeros": sum(t.zeros for t in of), "size": sum(t.size for t in of)}
@@ -121,7 +121,7 @@ class Sparsity:
         }
 
     def patterns(self) -> dict[str, dict[str, int]]:
-        """Return, by pattern, how many matrices have groups of it and satisfy it, and how many groups do not."""
+        """Return, by pattern, how many matrices have such groups and satisfy it, and how many groups violate it."""
         found = {}
         for pattern in (f"{n}:{m}" for n, m in USUAL):
             of = [t.groups[pattern] for t in self.tensors if pattern in t.groups]
@@ -134,7 +134,7 @@ class Sparsity:
         return found
 
     def __str__(self) -> str:
-        """Return the table."""
+        """Return a table of the zeros."""
         head = ("tensor", "shape", "dtype", "zeros", "N:M", "dead rows", "dead columns")
         lines = [self.source, *_columns([head, *(_line(t) for t in self.tensors)]), ""]
         totals = [*self.kinds().items(), ("all", self.tensors)]
@@ -159,8 +159,8 @@ def sparsity(path_or_model: str | Path | nn.Module) -> Sparsity:
     """Count the zeros of a saved model, or of a module.
 
     Tensors are read one after the other and some rows at a time, so a model of any size takes little memory. Exports
-    are read as the matrices that they stand for: compressed rows, ``pack-quantized`` integers without an offset, GGUF.
-    Other quantized formats, whose codes need a scale and maybe an offset, are not read, and said.
+    are read as the matrices that they represent: compressed rows, ``pack-quantized`` integers without an offset, GGUF.
+    Tensors in other quantized formats, whose codes need a scale and maybe an offset, are listed as unread.
 
     Args:
         path_or_model: A model's folder, with one or several files of weights, or a run's with ``hf`` in it; a
@@ -168,7 +168,7 @@ def sparsity(path_or_model: str | Path | nn.Module) -> Sparsity:
             (with the package gguf); or a module on one device.
 
     Raises:
-        ValueError: There is no such file, it is incomplete, or in another format.
+        ValueError: The file does not exist, is incomplete, or is in another format.
     """
     source = open_source(path_or_model)
     tensors: list[TensorZeros] = []
@@ -180,7 +180,7 @@ def sparsity(path_or_model: str | Path | nn.Module) -> Sparsity:
         else:
             counted, lines[stored.name] = _count(stored)
             tensors.append(counted)
-    if unread:  # scales may come before what they scale
+    if unread:  # scales may precede the tensors that they scale
         scales = {t.name for t in tensors if _SCALES.search(t.name)}
         unread |= dict.fromkeys(sorted(scales), "scales of a quantized format")
         tensors = [t for t in tensors if t.name not in scales]
@@ -200,14 +200,14 @@ def _kind(stored: Stored) -> str:
 
 
 def _count(stored: Stored) -> tuple[TensorZeros, Rows]:
-    """Return the zeros of a tensor, and which rows and columns have none but zeros."""
+    """Return the zeros of a tensor, and which of its rows and columns have non-zeros."""
     shape, kind = stored.shape, _kind(stored)
     size = int(torch.Size(shape).numel())
     if len(shape) < 2 or not size:
         kept = stored.rows(0, shape[0] if shape else 1) != 0 if size else torch.zeros(0, dtype=torch.bool)
         zeros = size - int(kept.sum())
         return TensorZeros(stored.name, kind, shape, stored.dtype, zeros, size), Rows(kept.flatten().cpu(), None)
-    experts = len(shape) == 3 and kind == "mlp"  # a stack of matrices, and no convolution's kernels
+    experts = len(shape) == 3 and kind == "mlp"  # a stack of matrices, not kernels
     matrix = shape[1:] if experts else shape
     width = int(torch.Size(matrix[1:]).numel())
     rows, columns = [], []
@@ -215,7 +215,7 @@ def _count(stored: Stored) -> tuple[TensorZeros, Rows]:
     zeros = 0
     for first, last in [(i, i + 1) for i in range(shape[0])] if experts else [(0, shape[0])]:
         used = torch.zeros(width, dtype=torch.bool)
-        at_once = max(1, _AT_ONCE // width // 8) * 8  # whole groups of what is stored (in, out)
+        at_once = max(1, _AT_ONCE // width // 8) * 8  # whole groups, if stored (in, out)
         for start in [0] if experts else range(first, last, at_once):
             part = stored.rows(first, last)[0] if experts else stored.rows(start, min(start + at_once, last))
             kept = _nonzero(part).reshape(-1, width).cpu()
@@ -237,7 +237,7 @@ def _count(stored: Stored) -> tuple[TensorZeros, Rows]:
 
 
 def _nonzero(t: Tensor) -> Tensor:
-    if t.dtype.itemsize == 1:  # float8, which not every device compares
+    if t.dtype.itemsize == 1:  # float8: not every device can compare it
         return (t.view(torch.uint8) & 0x7F) != 0
     return t != 0
 
@@ -257,7 +257,7 @@ def _sum(kind: str, tensors: tuple[TensorZeros, ...]) -> tuple[str, ...]:
 
 
 def _columns(lines: list[tuple[str, ...]]) -> list[str]:
-    """Return lines whose fields are below each other, the first to the left."""
+    """Return lines with aligned fields, the first field to the left, others to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     below = []
     for first, *others in lines:

@@ -1,4 +1,4 @@
-"""KeptZeros: trains a model that is sparse already, by any torch optimizer, and loses no zero."""
+"""KeptZeros: trains an already sparse model with any torch optimizer, without losing zeros."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from elsa_lightning.tensors import KEYS, MASK, ConstrainedTensor
 
 @dataclass(frozen=True)
 class Zeros(Constraint):
-    """The weights whose zeros are where they were."""
+    """The set of weights with at least the zeros that they have."""
 
     def support(self, points: Points) -> Iterator[Tensor]:
         """Yield the masks."""
@@ -35,7 +35,7 @@ class Zeros(Constraint):
 
 
 class KeptZeros(ADMM):
-    """Keeps the zeros of weights at 0 while an optimizer trains the rest: its ``step()`` does it from here on.
+    """Keeps the zeros of weights at 0 while an optimizer trains the rest; from then on its ``step()`` does that.
 
     Example::
 
@@ -43,23 +43,23 @@ class KeptZeros(ADMM):
         ...                      # the training loop as it was
         keep.finish()            # counts the zeros again
 
-    The masks are the weights' own zeros, so any pattern stays what it is, N:M too. Gradients are masked as soon as they
-    are there, so clipping by norm, accumulation and the optimizer's moments know nothing of what is 0; after the step
-    the zeros are put back, whatever the optimizer did. It is an :class:`~elsa_lightning.ADMM` whose mask is fixed from
-    the start: save ``optimizer.state_dict()`` and ``state_dict()``, attach it, load both, and the run goes on exactly.
+    The masks are the weights' own zeros, so any pattern is preserved, N:M too. Gradients are masked as soon as they are
+    computed, so zeros do not affect clipping by norm, accumulation and the optimizer's moments; after the step the
+    zeros are restored, whatever the optimizer did. This is an :class:`~elsa_lightning.ADMM` whose mask is fixed from
+    the start: to resume exactly, save ``optimizer.state_dict()`` and ``state_dict()``, attach a new one, and load both.
 
     Args:
         optimizer: Any torch optimizer, or accelerate's or Fabric's wrapper of one.
-        parameters: Which weights, by name; see :func:`elsa_lightning.sparse.sparse_weights`.
-        min_sparsity: Fraction of zeros from which a tensor's are kept; one with fewer is left alone.
-        begin: Take the masks now. False where the weights have yet to be loaded; :meth:`begin` takes them then.
+        parameters: The weights by name; see :func:`elsa_lightning.sparse.sparse_weights`.
+        min_sparsity: Least fraction of zeros of a tensor whose zeros are kept; tensors with fewer are left alone.
+        begin: Take the masks now. Use False if the weights have yet to be loaded, and call :meth:`begin` then.
         replicas: The processes that train copies of the parameters (DDP), so that they skip a broken step together.
 
     Raises:
         ValueError: No tensor has so many zeros, a parameter is not the optimizer's, or an argument is out of range.
     """
 
-    _room = ()  # masks are put in the state by put_mask
+    _room = ()  # put_mask puts masks into the state
 
     def __init__(
         self,
@@ -78,20 +78,20 @@ class KeptZeros(ADMM):
             self.begin()
 
     def detach(self, saves: bool = False) -> None:
-        """Take the hooks off optimizer and parameters; the optimizer's state stays."""
+        """Remove the hooks from optimizer and parameters; the optimizer's state stays."""
         super().detach(saves)
         for handle in self._gradients:
             handle.remove()
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Take the masks from the zeros that the weights have now.
+        """Take the masks from the current zeros of the weights.
 
         Raises:
-            UserError: No tensor has enough of them.
+            UserError: No tensor has enough zeros.
         """
         tensors = list(self.tensors.values())
-        for tensor in tensors:  # what another run left in the optimizer
+        for tensor in tensors:  # another run may have left its tensors in the optimizer's state
             tensor.release(*KEYS)
         self._hooks.vouch()
         counts = self._count_zeros(tensors)
@@ -117,18 +117,18 @@ class KeptZeros(ADMM):
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Zero the gradients of what is 0; call it before clipping where gradients were put there by hand, or FSDP1."""
+        """Zero the gradients of zeros; needed before clipping only if gradients were set by hand or under FSDP1."""
         for tensor in self.tensors.values():
             self._mask_gradient(tensor)
 
     def finish(self, resumable: bool = False) -> None:
-        """Put zeros back that were moved since the last step, with a warning, and count them all.
+        """Restore zeros that were changed since the last step, with a warning, and count all zeros.
 
         Args:
-            resumable: Makes no difference: a run can always go on.
+            resumable: Makes no difference: a run can always be resumed.
 
         Raises:
-            UserError: Some are lost.
+            UserError: Some zeros were lost.
         """
         super().finish()
         self.check()
@@ -137,7 +137,7 @@ class KeptZeros(ADMM):
         """Count the zeros of the weights again.
 
         Raises:
-            UserError: A tensor has fewer than it began with.
+            UserError: A tensor has fewer zeros than at the beginning.
         """
         began = {t.name: t.zeros for t in self.kept.kept}
         now = self._count_zeros([self.tensors[name] for name in began])
@@ -157,7 +157,7 @@ class KeptZeros(ADMM):
         """Restore masks and scalars, after model and optimizer were loaded.
 
         Raises:
-            ValueError: The state comes from a run with other settings, or of something else.
+            ValueError: The state is of a run with other settings, or not of KeptZeros.
         """
         if "kept" not in state_dict:
             raise UserError(
@@ -166,11 +166,11 @@ class KeptZeros(ADMM):
         for tensor in self.tensors.values():
             tensor.aside = None
         super().load_state_dict(state_dict)
-        self._waiting = []  # none is ever projected
+        self._waiting = []  # KeptZeros never projects
         self.kept = Kept(*(tuple(Counted(*numbers) for numbers in state_dict[key]) for key in ("kept", "left_alone")))
         kept = [self.tensors[t.name] for t in self.kept.kept]
         masked = set(self.tensors.masked())
-        self._set_aside([tensor for tensor in kept if tensor not in masked])  # those that had no gradient yet
+        self._set_aside([tensor for tensor in kept if tensor not in masked])  # had no gradient yet
         self._masked = len(self.tensors.holding(MASK))
 
     # ------------------------------------------------------------------ inside the training loop
@@ -186,7 +186,7 @@ class KeptZeros(ADMM):
     def _after_step(self) -> None:
         super()._after_step()
         settled = [t for t in self.tensors.values() if t.aside is not None and self._has_room(t)]
-        for tensor in settled:  # before its first step the optimizer takes any state for its own
+        for tensor in settled:  # not before its first step: the optimizer would take our state for its own
             tensor.put_mask()
         if settled:
             self._copies = sorted({*self._copies, *updates.weight_copies(settled, self.tensors.processes)})
@@ -195,7 +195,7 @@ class KeptZeros(ADMM):
         return bool(tensor.state) or self.tensors.flat or (self.step > 0 and tensor.p.grad is not None)
 
     def _mask_when_there(self, tensor: ConstrainedTensor) -> Any:
-        keeper, name = weakref.ref(self), tensor.name  # so that it ends with its optimizer
+        keeper, name = weakref.ref(self), tensor.name  # a strong reference would keep the optimizer alive
 
         def mask(_: Tensor) -> None:
             here = keeper()
@@ -226,7 +226,7 @@ class KeptZeros(ADMM):
                 tensor.aside = packed
 
     def _clear_moments(self, tensors: Sequence[ConstrainedTensor]) -> None:
-        """Zero what an earlier run of the optimizer remembers of the zeros, where it is kept as numbers."""
+        """Zero the optimizer's moments of the zeros, left from an earlier run, where they are stored as floats."""
         for tensor in tensors:
             for value in tensor.state.values():
                 alike = isinstance(value, Tensor) and value.is_floating_point()
@@ -243,13 +243,13 @@ class KeptZeros(ADMM):
         return dict(zip(tensors, map(int, self.tensors.processes.add(counts).tolist()), strict=True))
 
     def _patterns(self, tensors: Sequence[ConstrainedTensor]) -> dict[ConstrainedTensor, str | None]:
-        """Return the N:M pattern that the zeros of each form; where groups are cut by shards none is looked for."""
+        """Return the N:M pattern of each tensor's zeros, or None; also None where shards cut groups."""
         names = [f"{n}:{m}" for n, m in USUAL]
         counts = torch.zeros(len(tensors), len(USUAL), dtype=torch.float32, device=self.tensors.device)
         for index, tensor in enumerate(tensors):
             cut = tensor.part.sharded and (tensor.layout.transposed or tensor.layout.shape[-1] < tensor.part.shape[-1])
             if cut or tensor.part.start is not None:
-                counts[index] = 1  # as good as a violation
+                counts[index] = 1  # counts as a violation
                 continue
             kept = tensor.layout.take(tensor.p.detach(), slice(0, tensor.layout.count)).view(tensor.layout.shape) != 0
             kept = kept.transpose(-1, -2) if tensor.layout.transposed else kept

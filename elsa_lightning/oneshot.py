@@ -1,4 +1,4 @@
-"""A set without training: what is left of a model when it is brought there at once."""
+"""``project()``: brings a model into a set at once, without training."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def project(
 ) -> dict[str, float]:
     """Bring the weights of a model to their nearest point in a set, in place: x ← Π_S(x).
 
-    The same selection and the same sets as in training, which takes less away from the model; for a baseline, or for a
-    quick look.
+    Selection and sets are those of training, which preserves the model better; use this as a baseline or for a quick
+    look.
 
     Args:
-        model: Any module; sharded ones as in training.
+        model: Any module; it may be sharded as in training.
         constraint: The set.
         targets: What to constrain, as in :func:`elsa_lightning.selection.select`.
         ignore: Likewise.
-        importance: What a squared change of each weight costs, F of Σ F (z − x)², by the name of the parameter and of
-            its shape and sharding; such as a mean of squared gradients. None goes by magnitude.
+        importance: The cost of a squared change of each weight, F in Σ F (z − x)², such as a mean of squared gradients;
+            by name of the parameter, with its shape and sharding. None projects by magnitude.
 
     Returns:
-        The fraction of zeros that each constrained tensor has now, by name.
+        The fraction of zeros of each constrained tensor, by name.
 
     Raises:
         UserError: The tensors cannot be in the set, or the importance does not fit.
@@ -74,7 +74,7 @@ def _laid_out(weight: Tensor, p: nn.Parameter) -> Tensor:
 
 
 def _check(parameters: Mapping[str, nn.Parameter], importance: Mapping[str, Tensor]) -> None:
-    """Raise UserError unless every parameter has an importance that can be one."""
+    """Raise UserError unless every parameter has a valid importance."""
     for name, p in parameters.items():
         if name not in importance:
             raise UserError(f"importance has nothing for {name!r}: give a tensor for every constrained parameter")

@@ -1,4 +1,4 @@
-"""What the command line says of an argument that cannot be read: one line, with what was probably meant."""
+"""One-line error messages for unreadable arguments of the command line, with a suggestion of what was meant."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ _UNKNOWN = re.compile(
     r"unrecognized arguments: (\S+)|(?:Option|Key) '([^']+)' is not (?:accepted|expected)|not accept option '([^']+)'"
 )
 _INVALID = re.compile(r'Parser key "([^"]+)":\s+(Expected .*? Got value: .*)')
-_PROBLEM = re.compile(  # of the class inside which nothing else is wrong
+_PROBLEM = re.compile(  # the innermost class with a problem
     r"Problem with given class_path '([^']+)': (?!Parser key \"[^\"]+\": Does not)"
     r"(.*?)(?= - (?:Expected|Not a)| Given |$)"
 )
 _NO_OBJECT = re.compile(
     r'.*Parser key "([^"]+)": .*?(?:Not a valid subclass of|Unexpected import path format).*?Given value: (\S+)'
 )
-_ALIKE, _ALIKE_AS_A_WHOLE = 0.75, 0.9  # shares of the letters, in order
+_ALIKE, _ALIKE_AS_A_WHOLE = 0.75, 0.9  # least similarity of the last part of an option, and of all of it
 
 
 class OneLineParser(LightningArgumentParser):
-    """Lightning's parser, whose errors are one line in place of the usage of all options."""
+    """Lightning's parser, with one-line errors instead of the usage of all options."""
 
     def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
-        """Parse arguments; a value that Python has written, such as None for null, is read as what it was.
+        """Parse arguments; values in Python's notation, such as None for null, are accepted too.
 
-        jsonargparse hands an argument of an object inside a list, or inside an object, from parser to parser as text.
+        jsonargparse passes arguments of nested objects from parser to parser as text in that notation.
         """
         return super().parse_args(args and [_reread(argument) for argument in args], *rest, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and exit with status 2; ``JSONARGPARSE_DEBUG`` and callers from code get the exception."""
+        """Print the message and exit with status 2; with ``JSONARGPARSE_DEBUG``, or called from code, raise instead."""
         if not self.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG"):
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
@@ -51,27 +51,27 @@ class OneLineParser(LightningArgumentParser):
 
 
 def _reread(argument: Any) -> Any:
-    """Return ``--name=None``, and lists and dictionaries that Python has written, as YAML."""
+    """Return ``--name=None``, and lists and dictionaries in Python's notation, as YAML."""
     name, equals, value = str(argument).partition("=")
     if not (isinstance(argument, str) and equals and value.startswith(("None", "[", "{"))):
         return argument
     try:
         return f"{name}={json.dumps(ast.literal_eval(value))}"
-    except (ValueError, SyntaxError, TypeError):  # not Python's
+    except (ValueError, SyntaxError, TypeError):  # not in Python's notation
         return argument
 
 
 def explain(message: str, options: Iterable[str]) -> str:
-    """Return a parser's message in one line, and for an unknown argument the nearest of the known ones.
+    """Return a parser's message in one line, and for an unknown argument the most similar known one.
 
     Args:
-        message: What jsonargparse says.
+        message: The message of jsonargparse.
         options: Every option, such as ``--trainer.max_steps``.
     """
     place = re.search(r'Parser key "([^"]+)"', message)
     unknown = _UNKNOWN.search(message)
     if unknown is None:
-        if (invalid := _INVALID.search(message)) and place:  # the innermost of several tries
+        if (invalid := _INVALID.search(message)) and place:  # the innermost of several attempts
             name = invalid[1] if invalid.start() == place.start() else f"{place[1]}.{invalid[1]}"
             return f"{name}: {invalid[2]}"
         flat = " ".join(message.split())
@@ -88,7 +88,7 @@ def explain(message: str, options: Iterable[str]) -> str:
 
 
 def _nearest(word: str, options: set[str]) -> str | None:
-    """Return the option most like a word, as a whole and in its last part, or None if none is like it."""
+    """Return the option most similar to a word, as a whole and in its last part, or None."""
 
     def likeness(option: str) -> tuple[float, float]:
         whole, last = (

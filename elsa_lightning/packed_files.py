@@ -1,4 +1,4 @@
-"""Matrices that files keep as something else, some rows at a time: compressed rows, packed integers, GGUF's blocks."""
+"""Reads matrices stored in packed forms, some rows at a time: compressed rows, packed integers, GGUF's blocks."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _COMPRESSED = "cpu_sparse.safetensors"
 
 
 class Packed(NamedTuple):
-    """A matrix of several tensors of a file.
+    """A matrix that a file stores as several tensors.
 
     Attributes:
         shape: ``(out, in)``.
-        dtype: Of what is stored.
+        dtype: The dtype that is stored.
         parts: Names of those tensors.
-        rows: Returns rows from one to another, with zeros where the matrix has zeros.
+        rows: Returns the rows from one index to another, with zeros where the matrix has zeros.
     """
 
     shape: tuple[int, int]
@@ -39,9 +39,9 @@ def in_safetensors(file: Path, opened: Any, config: Mapping[str, Any]) -> dict[s
     """Return the matrices of a file that ``elsa export`` wrote as compressed rows, or as ``pack-quantized`` integers.
 
     Args:
-        file: Of safetensors.
-        opened: The same.
-        config: Of the model, which says how integers are packed.
+        file: A safetensors file.
+        opened: The same file, opened.
+        config: The model's configuration, which tells how integers are packed.
     """
     found = {}
     layers = json.loads((opened.metadata() or {}).get("layers", "{}")) if file.name == _COMPRESSED else {}
@@ -65,7 +65,7 @@ def in_safetensors(file: Path, opened: Any, config: Mapping[str, Any]) -> dict[s
 
 
 def _is_symmetric(config: Mapping[str, Any]) -> bool:
-    """Say whether codes are stored so that the middle one is 0."""
+    """Return whether codes are stored symmetrically, so that the middle code is 0."""
     described = config.get("quantization_config") or {}
     groups = (described.get("config_groups") or {}).values()
     weights = [group.get("weights") or {} for group in groups]
@@ -92,10 +92,10 @@ def _integers(packed: Any, bits: int, columns: int, start: int, stop: int) -> Te
 
 
 def in_gguf(file: Path) -> Iterator[tuple[str, tuple[int, ...], str, Any]]:
-    """Yield name, shape, type and what returns rows of each tensor of a GGUF file, which stays on the disk.
+    """Yield name, shape, type and a function that reads rows, for each tensor of a GGUF file, without loading it.
 
     Raises:
-        UserError: It is no such file.
+        UserError: The file is not a GGUF file.
         UnavailableError: The package gguf is missing.
     """
     if find_spec("gguf") is None:

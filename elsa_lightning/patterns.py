@@ -1,4 +1,4 @@
-"""N of every M neighbours along the input, recognised in weights that somebody else pruned."""
+"""Recognises N:M patterns, N of every M neighbours along the input, in existing weights."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-USUAL = ((1, 4), (2, 8), (2, 4), (4, 8))  # the tightest first: who satisfies 1:4 satisfies 2:8 and 2:4
+USUAL = ((1, 4), (2, 8), (2, 4), (4, 8))  # the tightest first: 1:4 implies 2:8 and 2:4
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Groups of neighbours.
+    """Counts of the groups of a pattern.
 
     Attributes:
-        groups: How many there are.
-        violating: Those that have more weights than the pattern allows.
+        groups: Number of groups.
+        violating: Number of groups with more weights than the pattern allows.
     """
 
     groups: int
@@ -28,11 +28,11 @@ class Groups:
 
 
 def groups_of(kept: Tensor, length: int | None = None) -> dict[str, Groups]:
-    """Return the groups of each of the usual patterns that rows can be cut into.
+    """Return the groups of each usual pattern whose groups divide the rows.
 
     Args:
         kept: ``(..., in)``, True where a weight is not 0.
-        length: Of whole rows, where these are parts of them that cut no group.
+        length: Length of whole rows, if these are parts of rows that cut no group.
     """
     length = length or kept.shape[-1]
     found = {}
@@ -47,6 +47,6 @@ def satisfied(violating: Mapping[str, float]) -> str | None:
     """Return the tightest of the usual patterns, such as ``2:4``, that no group violates, or None.
 
     Args:
-        violating: Groups that do, by pattern; one that cannot be had of a shape is not in it.
+        violating: Number of violating groups by pattern, without patterns that do not fit the shape.
     """
     return next((pattern for n, m in USUAL if violating.get(pattern := f"{n}:{m}") == 0), None)

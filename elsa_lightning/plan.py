@@ -1,4 +1,4 @@
-"""How much memory a run takes, before anything is loaded."""
+"""Plans the memory of a run before anything is loaded."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from elsa_lightning.selection import ALL_LINEAR, select
 from elsa_lightning.sets import Constraint
 from elsa_lightning.sets.threshold import HELD
 
-_LARGE = 1 << 16  # entries from which an optimizer's state is taken to grow in proportion
-_PROJECTION = 42  # bytes an entry of a piece: v, z, what was before, score, their bits, bins, masks
-_KEPT = 8  # bytes an entry of a matrix whose pieces are held on one GPU: score and magnitude
-_HELD = 20  # and in the end, with their bits, the mask and what topk finds
-_STACKED = 12  # bytes an entry of a stack of small tensors: copies of weights, split and moment
-_ROUNDING = 28  # bytes an entry of a piece: random numbers, the sum in float32 and its bits, what was before
-_ROOTS = {"exp_avg_sq", "square_avg", "sum", "exp_inf"}  # moments whose roots torch's optimizers make all at once
+_LARGE = 1 << 16  # entries from which an optimizer's state is assumed to grow in proportion
+_PROJECTION = 42  # bytes for each entry of a piece: v, z, former values, scores, their bits, bins, masks
+_KEPT = 8  # bytes for each entry of a matrix whose scores are held on one GPU: score and magnitude
+_HELD = 20  # the same at the end, with their bits, the mask and the result of topk
+_STACKED = 12  # bytes for each entry of a stack of small tensors: copies of weights, split and moment
+_ROUNDING = 28  # bytes for each entry of a piece: random numbers, the float32 sum and its bits, former values
+_ROOTS = {"exp_avg_sq", "square_avg", "sum", "exp_inf"}  # torch's optimizers compute the roots of these all at once
 _ACTIVATIONS_ERROR = 0.4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of a run on one device, unsharded.
+    """The memory of a run on one device, unsharded, in bytes.
 
     Attributes:
         parameters: Elements of all parameters, shared ones counted once.
-        constrained: Elements of the constrained ones.
-        exact: Bytes by name of what is known: weights, gradients, optimizer state, Elsa's state.
+        constrained: Elements of the constrained parameters.
+        exact: Exactly known bytes by name: weights, gradients, optimizer state, Elsa's state.
         largest_block: Bytes of weights and gradients of the largest block, which sharding gathers.
-        transient: Bytes that come and go at each step and projection, estimated.
-        copies: Bytes that the optimizer makes of all weights at once while it steps.
+        transient: Estimated temporary bytes of steps and projections.
+        copies: Temporary bytes that the optimizer uses for all weights at once during its step.
         casts: Bytes of weights that autocast keeps in bfloat16.
-        activations: Bytes of activations and logits, estimated.
-        warning: That less of the model is constrained than one may think, or None.
+        activations: Estimated bytes of activations and logits.
+        warning: A warning that less of the model is constrained than one may think, or None.
     """
 
     parameters: int
@@ -58,9 +58,9 @@ class Plan:
     warning: str | None = None
 
     def total(self, shards: int = 1) -> int:
-        """Return the bytes on each device, with everything but activations sharded over so many.
+        """Return the bytes on each of ``shards`` devices, with everything but activations sharded.
 
-        Activations are gone when the optimizer steps, so the larger of both counts.
+        Activations are freed before the optimizer steps, so only the larger of both phases counts.
         """
         gathered = self.largest_block if shards > 1 else 0
         passes = self.casts // shards + self.activations
@@ -68,15 +68,15 @@ class Plan:
 
     @property
     def stepping(self) -> int:
-        """Return the bytes that come and go while the optimizer steps and Elsa projects."""
+        """Return the temporary bytes of optimizer step and projection, which do not coincide."""
         return max(self.transient, self.copies)
 
     def table(self, devices: int = 1, memory: float | None = None) -> str:
         """Return the plan as a table.
 
         Args:
-            devices: Devices of the sharded column.
-            memory: GiB of a device; None does not say whether the run fits.
+            devices: Number of devices for the sharded column.
+            memory: GiB of a device, to tell whether the run fits; None for unknown.
         """
         sharded = devices > 1
         head = f"{'':34}{'bytes/param':>12}{'one or DDP':>14}" + (f"{f'FSDP, {devices}':>14}" if sharded else "")
@@ -125,18 +125,18 @@ def plan(
     """Plan the memory of pruning a model.
 
     Args:
-        model: May be on the meta device; a Hugging Face model where activations are to be estimated.
-        make_optimizer: Makes the optimizer of a list of parameters; tried on small ones to see what it keeps.
-        dtype: Of weights and gradients.
+        model: The model, maybe on the meta device; activations are estimated only for Hugging Face models.
+        make_optimizer: Returns an optimizer for a list of parameters; it is tried on small ones to measure its state.
+        dtype: The dtype of weights and gradients.
         autocast: Whether computations run in bfloat16 on weights of ``dtype``.
         targets: As in :func:`elsa_lightning.selection.select`.
         ignore: Likewise.
-        constraint: The set, which may constrain fewer of them; None plans for all that are selected.
-        state_dtype: Of Elsa's state; None plans without Elsa.
-        teacher: Whether a bfloat16 copy of the dense model is kept for distillation, or which other model is.
-        tokens: Tokens a batch on a device.
+        constraint: The set, which may constrain fewer parameters; None plans for all that are selected.
+        state_dtype: The dtype of Elsa's state; None plans without Elsa.
+        teacher: True if a bfloat16 copy of the dense model is kept for distillation, or another model as teacher.
+        tokens: Tokens in a batch on a device.
         checkpointing: Whether activations are recomputed.
-        device: Where it will run; on a CPU torch's optimizers step one tensor after the other.
+        device: The device type of the run; on a CPU torch's optimizers step one tensor after the other.
     """
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
@@ -158,7 +158,7 @@ def plan(
         )  # bitsandbytes shares its code books
 
     def moments(shape: torch.Size) -> int:
-        """Return what is measured, or for a large tensor what as many rows as one would have by two with fewer."""
+        """Return the bytes measured, for a large tensor extrapolated from two with fewer rows."""
         row = shape[1:] and shape[-1:]
         rows = shape.numel() // max(1, row.numel())
         some = -(-_LARGE // max(1, row.numel()))
@@ -181,13 +181,13 @@ def plan(
     elif teacher:
         exact["dense model (bfloat16)"] = 2 * total
     sizes = [p.numel() for p in chosen]
-    stacked = min(STACK, sum(size for size in sizes if size <= SMALL))  # small tensors are worked on together, as one
+    stacked = min(STACK, sum(size for size in sizes if size <= SMALL))  # small tensors are stacked
     at_once = min(max([stacked, *sizes], default=0), PIECE)
     held = max((size for size in sizes if size <= HELD), default=0) if device != "cpu" else 0
     masks = sum(-(-size // 8) for size in sizes)
     projecting = max(_PROJECTION * at_once + _KEPT * max(0, held - PIECE), _HELD * held) + _STACKED * stacked + masks
     by_rows = steps_rows(make_optimizer([nn.Parameter(torch.zeros(1, dtype=dtype))]))
-    copied = sum(p.numel() for p in parameters if by_rows is None or not by_rows(p))  # while the optimizer steps
+    copied = sum(p.numel() for p in parameters if by_rows is None or not by_rows(p))  # during the optimizer step
     copies = _copies(make_optimizer, dtype) * total if device != "cpu" else 0
     rounding = 2 * copied + _ROUNDING * min(max(p.numel() for p in parameters), PIECE)
     return Plan(
@@ -204,16 +204,16 @@ def plan(
 
 
 def _copies(make_optimizer: Callable[[list[nn.Parameter]], Optimizer], dtype: torch.dtype) -> int:
-    """Return the bytes a parameter that one of torch's optimizers takes on a GPU for all of them at once.
+    """Return the temporary bytes per parameter that one of torch's optimizers uses for all parameters at once on a GPU.
 
-    There it steps all tensors together unless it is told otherwise, and what it makes in between is as large as they
-    are: the roots of second moments, and gradients with weight decay. ``fused=True`` makes none.
+    There it steps all tensors together by default, with intermediate results as large as all of them: the roots of
+    second moments, and gradients with weight decay. ``fused=True`` has none.
     """
     p = nn.Parameter(torch.zeros(2, 2, dtype=dtype))
     optimizer = make_optimizer([p])
     options = {**optimizer.defaults, **optimizer.param_groups[0]}
     if not type(optimizer).__module__.startswith("torch.optim") or options.get("foreach", False) is False:
-        return 0  # it has no such way, or was told not to take it
+        return 0  # no foreach implementation, or switched off
     if options.get("fused"):
         return 0
     p.grad = torch.zeros_like(p)
@@ -235,7 +235,7 @@ def _largest_block(model: nn.Module) -> int:
 
 
 def _activations(model: nn.Module, tokens: int, width: int, checkpointing: bool, teacher: bool) -> int:
-    """Estimate what the backward pass needs: a block keeps about 10 widths and 4 inner widths a token."""
+    """Estimate the activations for the backward pass: a block keeps about 10 widths and 4 inner widths a token."""
     config: Any = next((m.config for m in model.modules() if hasattr(m, "config")), None)
     if config is None or not tokens:
         return 0
@@ -245,6 +245,6 @@ def _activations(model: nn.Module, tokens: int, width: int, checkpointing: bool,
     block = tokens * width * (10 * hidden + 4 * inner)
     blocks = layers * tokens * width * hidden + block if checkpointing else layers * block
     logits = tokens * config.vocab_size
-    if teacher:  # which has them made some positions at a time
+    if teacher:  # distillation computes logits for some positions at a time
         logits = min(logits, LOGITS_AT_ONCE)
     return int(blocks + logits * (width + 8 + 8 * teacher))  # with float32 softmax and its gradient

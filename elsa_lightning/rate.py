@@ -1,14 +1,14 @@
-"""The learning rate that a cut asks for, from the weights alone.
+"""Chooses a peak learning rate from the weights and how much of them the set cuts.
 
-An Adam moves every weight by about its learning rate a step, in directions that inputs have in common. So a step at
-rate η changes what a layer of n inputs and weights of size σ gives by a share η √n / σ of it, and what L blocks give,
-each added to the others, by a share √L times that. The right share grows with what is cut, for runs that cut more have
-more to make good; over models and sparsities the best rates lie close to
+An Adam moves every weight by about its learning rate in each step, in directions that inputs have in common. So a step
+at rate η changes the output of a layer with n inputs and weights of size σ by a share η √n / σ, and the summed output
+of L blocks by a share √L times that. The right share grows with the cut, because runs that cut more have more to make
+up for. Over models and sparsities the best rates lie close to
 
     rate = σ E √(2 / (n L)),
 
-with E = ‖x − Π_S(x)‖² / ‖x‖² the share of the weights' squares that the cut takes. ``docs/runs.md`` has what was
-measured.
+with E = ‖x − Π_S(x)‖² / ‖x‖², the share of the weights' squares that the cut removes. ``docs/runs.md`` has the
+measurements.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from torch.optim import Optimizer
 from elsa_lightning.errors import UserError
 
 _SHARE = math.sqrt(2)
-_NEAR = 4.0  # times too large or too small from which a run is told
+_NEAR = 4.0  # factor by which a rate may be too large or too small without a warning
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What bringing weights into a set at once would take from them.
+    """How much of the weights a projection to the set would remove at once.
 
     Attributes:
         rms: Root mean square of the constrained weights.
         share: ‖x − Π_S(x)‖² / ‖x‖².
-        inputs: Of a layer, the mean over the weights.
-        depth: Blocks of layers; see :func:`blocks`.
+        inputs: Number of inputs of a layer, averaged over the weights.
+        depth: Number of blocks; see :func:`blocks`.
     """
 
     rms: float
@@ -45,7 +45,7 @@ class Damage:
 
     @property
     def rate(self) -> float:
-        """Peak learning rate of an Adam for a run that makes good for it."""
+        """Peak learning rate with which a run with Adam makes up for the cut."""
         return _SHARE * self.rms * self.share / math.sqrt(self.inputs * self.depth)
 
     def __str__(self) -> str:
@@ -56,28 +56,28 @@ class Damage:
 
 
 def blocks(names: Iterable[str]) -> int:
-    """Return how many blocks follow each other: what parameters' names are up to their first number, each once."""
+    """Return the number of blocks: of distinct prefixes of parameter names up to their first number."""
     return len({re.sub(r"(\b\d+\b).*", r"\1", name) for name in names})
 
 
 def is_adam(optimizer: Optimizer) -> bool:
-    """Say whether a step is about as long as the learning rate, whatever the gradients: an Adam of any make."""
+    """Return whether an optimizer is some Adam: its steps are about as long as the learning rate, at any gradient."""
     return "adam" in type(optimizer).__name__.lower()
 
 
 def peak(optimizer: Optimizer) -> float:
-    """Return the learning rate that schedules start from, the largest of the groups'."""
+    """Return the learning rate from which schedules start, the largest of all groups."""
     return max(float(group.get("initial_lr", group.get("lr")) or 0.0) for group in optimizer.param_groups)
 
 
 def choose(optimizer: Optimizer, schedulers: list[Any], damage: Damage) -> float:
-    """Scale the rates of all groups, and of the schedulers over them, so that the largest is the one asked for.
+    """Scale the rates of all groups, and of their schedulers, so that the largest one is the damage's ``rate``.
 
     Returns:
         The rate.
 
     Raises:
-        UserError: The optimizer is no Adam, or there is no rate to scale.
+        UserError: The optimizer is not an Adam, or there is no rate to scale.
     """
     if not is_adam(optimizer):
         raise UserError(
@@ -88,21 +88,21 @@ def choose(optimizer: Optimizer, schedulers: list[Any], damage: Damage) -> float
         return peak(optimizer)
     factor = damage.rate / peak(optimizer)
     for group in optimizer.param_groups:
-        for key in ("lr", "initial_lr", "max_lr", "min_lr"):  # OneCycleLR and others keep theirs in the group
+        for key in ("lr", "initial_lr", "max_lr", "min_lr"):  # OneCycleLR and others store rates in the group
             if key in group:
-                group[key] = group[key] * factor  # of a tensor too, whose copy capturable kernels read
+                group[key] = group[key] * factor  # may be a tensor, for capturable kernels
     for scheduler in schedulers:
         _scale(scheduler, optimizer, factor)
     return damage.rate
 
 
 def _scale(scheduler: Any, optimizer: Optimizer, factor: float) -> None:
-    """Scale all rates that a schedule over an optimizer keeps, and those of the schedules that it is made of."""
+    """Scale all rates that a scheduler of an optimizer stores, and those of schedulers inside it."""
     for part in getattr(scheduler, "_schedulers", ()):  # SequentialLR, ChainedScheduler
         _scale(part, optimizer, factor)
     if getattr(scheduler, "optimizer", None) is not optimizer:
         return
-    for name in ("base_lrs", "max_lrs", "min_lrs"):  # of CyclicLR, of ReduceLROnPlateau
+    for name in ("base_lrs", "max_lrs", "min_lrs"):  # also CyclicLR, ReduceLROnPlateau
         if hasattr(scheduler, name):
             setattr(scheduler, name, [rate * factor for rate in getattr(scheduler, name)])
     if hasattr(scheduler, "eta_min"):
@@ -112,7 +112,7 @@ def _scale(scheduler: Any, optimizer: Optimizer, factor: float) -> None:
 
 
 def doubt(optimizer: Optimizer, damage: Damage) -> str | None:
-    """Return what to tell of a rate that is far from the one that the cut asks for."""
+    """Return a warning if the learning rate is far from the one that suits the cut, else None."""
     if not is_adam(optimizer) or damage.rate == 0 or peak(optimizer) == 0:
         return None
     ratio = peak(optimizer) / damage.rate

@@ -1,4 +1,4 @@
-"""Tables after a run, and pictures of what it keeps."""
+"""The closing table of a run, and pictures of masks and of the share that each tensor keeps."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ALREADY_SPARSE = 0.05  # of the constrained weights: models rounded to few bits have some zeros
+_ALREADY_SPARSE = 0.05  # share of zeros above chance: models rounded to few bits have some zeros
 
 
 class Zeros(NamedTuple):
-    """Zeros of a model.
+    """Counts of zeros in a model.
 
     Attributes:
-        constrained: Among the constrained weights.
-        weights: Constrained weights.
-        all: Among all parameters.
-        parameters: All of them.
+        constrained: Zeros among the constrained weights.
+        weights: Number of constrained weights.
+        all: Zeros among all parameters.
+        parameters: Number of all parameters.
     """
 
     constrained: int
@@ -31,11 +31,11 @@ class Zeros(NamedTuple):
 
     @property
     def sparse(self) -> bool:
-        """Whether the constrained weights have more zeros than chance and rounding make."""
+        """Whether the constrained weights have more zeros than chance and rounding explain."""
         return self.constrained > _ALREADY_SPARSE * self.weights
 
     def shares(self) -> list[str]:
-        """Return both shares as the table has them."""
+        """Return both shares in the format of the table."""
         both = (self.constrained / max(1, self.weights), self.all / max(1, self.parameters))
         return [f"{share:.2%}".replace("%", " %") for share in both]
 
@@ -51,11 +51,11 @@ def perplexity_table(
     """Return the closing table of a run: perplexity and zeros before and after.
 
     Args:
-        model: What was trained.
-        start: Perplexity and zeros before the first step; None when they were not measured.
+        model: Name of the model.
+        start: Perplexity and zeros before the first step; None if not measured.
         final: Perplexity and zeros after the last step.
         protocol: Text, segments, length and precision of the measurement.
-        distilled: Whether the run learnt from the model that it began with.
+        distilled: Whether the run used distillation from its initial model.
     """
     name = "start" if start is not None and start[1].sparse else "dense"
     rows = [(name, start), ("final", final)]
@@ -78,13 +78,13 @@ def perplexity_table(
 
 
 def mask_mosaic(masks: Iterable[Tensor], tile: int = 48, columns: int = 7) -> Tensor:
-    """Return a picture of where weights are kept: one tile a tensor, brighter where more survive.
+    """Return a picture of where weights are kept: one tile for each tensor, brighter where more survive.
 
     Args:
-        masks: One a tensor, True where kept, ``(out, in)``, ``(experts, out, in)`` or kernels ``(out, in, k, k)``;
-            looked at one at a time.
-        tile: Pixels of a side of a tile.
-        columns: Tiles a row; a Llama block has seven matrices.
+        masks: A mask for each tensor, True where kept, ``(out, in)``, ``(experts, out, in)`` or kernels ``(out, in, k,
+            k)``; only one is in memory at a time.
+        tile: Side of a tile in pixels.
+        columns: Tiles in a row; a Llama block has seven matrices.
 
     Returns:
         Float picture ``(height, width)`` in [0, 1] on the CPU.
@@ -100,14 +100,14 @@ def mask_mosaic(masks: Iterable[Tensor], tile: int = 48, columns: int = 7) -> Te
 
 
 def shares_map(shares: Mapping[str, float], tile: int = 12) -> Tensor:
-    """Return a picture of how much of each tensor is kept: a row a kind of tensor, a column a block.
+    """Return a picture of how much of each tensor is kept: one row for each kind of tensor, one column for each block.
 
-    A tensor's block is the first number in its name, and its kind the rest. White is what the tensor with the largest
-    share keeps, black is nothing; where there is no tensor a tile is grey and empty inside.
+    A tensor's block is the first number in its name, and its kind the rest. The largest share is white, 0 is black;
+    where there is no tensor a tile is grey and empty inside.
 
     Args:
-        shares: Of the entries that are kept, by name.
-        tile: Pixels of a side of a tile.
+        shares: Shares of entries that are kept, by name.
+        tile: Side of a tile in pixels.
 
     Returns:
         Float picture ``(height, width)`` in [0, 1] on the CPU.
@@ -128,7 +128,7 @@ def shares_map(shares: Mapping[str, float], tile: int = 12) -> Tensor:
 
 
 def shares_line(shares: Mapping[str, float]) -> str | None:
-    """Return in words how unequal the shares are that tensors keep, or None where all keep the same to a percent."""
+    """Describe how the shares that tensors keep differ, or return None if all are equal to a percent."""
     order = sorted(shares, key=shares.__getitem__)
     if not order or shares[order[0]] >= 0.99 * shares[order[-1]]:
         return None
@@ -139,12 +139,12 @@ def shares_line(shares: Mapping[str, float]) -> str | None:
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
-    """Return the first of some names in a line, and how many more there are."""
+    """Return the first few names in a line, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def finite(value: Any) -> Any:
-    """Return the value with None for numbers that JSON does not have."""
+    """Return the value with None instead of numbers that JSON cannot represent."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

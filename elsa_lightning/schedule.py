@@ -1,4 +1,4 @@
-"""When things happen in a run: the penalty, the sparsity ramp, the projections, the frozen phase."""
+"""The schedule of a run: penalty, sparsity ramp, projections and frozen phase, by optimizer step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from elsa_lightning.errors import UserError
 
 PenaltySchedule = Literal["constant", "linear", "cosine", "exponential"]
 
-_EXPONENTIAL_START = 1e-3  # of the penalty
+_EXPONENTIAL_START = 1e-3  # fraction of the penalty at which an exponential schedule starts
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Schedule:
     zeros are exact and the kept weights train on the loss alone.
 
     Args:
-        penalty: How hard the weights, or the memory of what was cut, are held to the set; λ for ``coupled`` and
-            ``published``, κ, without a unit, for the other forms. The value at the end of the ADMM phase. None takes
-            the form's own: 4 for ``linearized``, 0.01 for ``coupled``, 2 for ``decoupled`` and ``feedback``.
-        shape: How the penalty reaches it: at once, or from 0 as a line or half a cosine, or exponentially
+        penalty: How strongly the weights, or the dual of pruned weights, are bound to the set at the end of the ADMM
+            phase; λ for ``coupled`` and ``published``, κ, without a unit, for the other forms. None takes the form's
+            default: 4 for ``linearized``, 0.01 for ``coupled``, 2 for ``decoupled`` and ``feedback``.
+        shape: How the penalty reaches that value: constant, or from 0 linearly or as half a cosine, or exponentially
             from a thousandth.
         interval: Optimizer steps between projections (K). None takes a 256th of the ADMM phase, at most 32.
-        ramp: Fraction of all steps over which the sparsity rises to its target, as 1 − (1 − t)³ from what the set
-            begins with; 0 asks for the target from the first projection.
+        ramp: Fraction of all steps over which the sparsity rises to its target, as 1 − (1 − t)³ from the sparsity at
+            which the set begins; 0 asks for the target from the first projection.
         frozen: Fraction of all steps, the last ones, that form the frozen phase; 0 for none.
 
     Raises:
@@ -60,12 +60,12 @@ class Schedule:
         return max(1, total - int(self.frozen * total))
 
     def projects_at(self, step: int, total: int) -> bool:
-        """Say whether the mask is refreshed after optimizer step ``step``, counted from 1."""
+        """Return whether the mask is refreshed after optimizer step ``step``, counted from 1."""
         freeze = self.freeze_step(total)
         return step == 1 or step == freeze or (step < freeze and step % self._every(total) == 0)
 
     def refits_at(self, step: int, total: int) -> bool:
-        """Say whether, after a step on a fixed mask, numbers that groups of entries share are chosen anew."""
+        """Return whether numbers that groups of entries share are chosen anew after a step on a fixed mask."""
         return self.freeze_step(total) < step < total and step % self._every(total) == 0
 
     def _every(self, total: int) -> int:

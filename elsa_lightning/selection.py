@@ -1,4 +1,4 @@
-"""Which parameters are constrained, and how much of the model that covers."""
+"""Selects the parameters to constrain, and tells how much of the model they cover."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class Selection:
-    """The constrained parameters of a model and what they leave out.
+    """The constrained parameters of a model, and the parameters left out.
 
     Attributes:
         parameters: Constrained parameters by name.
         total: Elements of all parameters, shared ones counted once.
-        dense: Elements by reason of what is dense by intent.
-        left_out: Elements by name of matrices that are dense though nobody said so, and could be constrained.
+        dense: Elements of intentionally dense parameters, by reason.
+        left_out: Elements by name of matrices that could be constrained, and stay dense without the user's intent.
         frozen: Elements by name of matrices that are not trained (``requires_grad`` False), and so stay dense.
-        computed: Likewise of what a parametrization computes a weight from.
-        heads: Dense weights that were taken for an output layer's by their ``name`` or ``shape``.
-        guessed: Elements of those taken by their shape.
-        targets: What was to be constrained.
-        names: Of all parameters.
+        computed: Elements by name of parameters from which a parametrization computes a weight.
+        heads: Dense weights that were recognised as an output layer's, by their ``name`` or ``shape``.
+        guessed: Elements of those recognised by their shape.
+        targets: The targets that were given.
+        names: Names of all parameters.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -54,10 +54,10 @@ class Selection:
         return sum(_size(p) for p in self.parameters.values())
 
     def within(self, constraint: Constraint) -> Selection:
-        """Return what of it a set can zero; the rest needs no constraint.
+        """Return the part of the selection in which a set can have zeros; the rest needs no constraint.
 
         Raises:
-            UserError: That is nothing.
+            UserError: There is no such parameter.
         """
         inside = {name: p for name, p in self.parameters.items() if constraint.covers(name)}
         if not inside:
@@ -66,7 +66,7 @@ class Selection:
         return replace(self, parameters=inside, dense={**self.dense, "outside of the set": outside})
 
     def summary(self) -> str:
-        """Return one line for the log: how much is constrained, and what is dense by intent."""
+        """Return one line for the log: how much is constrained, and what is intentionally dense."""
         share = self.constrained / max(self.total, 1)
         dense = ", ".join(f"{reason} {size:,}" for reason, size in self.dense.items() if size)
         heads = ", ".join(f"{name} (by its {told})" for name, told in self.heads.items())
@@ -79,7 +79,7 @@ class Selection:
         )
 
     def warning(self, tolerated: float = 0.1) -> str | None:
-        """Return what to tell a user whose model is covered less than they may think, or None.
+        """Return a warning if less of the model is covered than the user may think, else None.
 
         Args:
             tolerated: Share of the matrices that may be left out silently.
@@ -100,11 +100,11 @@ def select(
     Args:
         model: Any module.
         targets: What to constrain. ``"all-linear"`` means every weight that multiplies (linear layers, convolutions,
-            attention, recurrent layers, experts) but embeddings, output layers, adapters and depthwise convolutions;
+            attention, recurrent layers, experts) except embeddings, output layers, adapters and depthwise convolutions;
             anything else is a regular expression searched for in the parameter names.
-        ignore: Regular expressions of parameter names to leave dense, stronger than ``targets``.
-        trained: The parameters of the optimizer whose weights are pruned, where the model has several optimizers; the
-            others' are left alone. None takes all.
+        ignore: Regular expressions of parameter names to leave dense; they override ``targets``.
+        trained: The parameters of the optimizer whose weights are pruned, if the model has several optimizers; those of
+            others are left alone. None takes all.
         quiet: Do not warn of low coverage, because the caller does.
 
     Raises:
@@ -119,7 +119,7 @@ def select(
             matched |= found.multiply - exempt
         else:
             named = _search("targets", target, names)
-            matched |= named if named <= found.adapters else named - found.adapters  # meant, or met by chance
+            matched |= named if named <= found.adapters else named - found.adapters  # adapters only alone
     ignored: set[str] = set().union(*(_search("ignore", pattern, names) for pattern in ignore))
     matched -= ignored
     ours = None if trained is None else {id(p) for p in trained}
@@ -151,7 +151,7 @@ def select(
 def _dense(
     found: Anatomy, chosen: Mapping[str, nn.Parameter], ignored: set[str], others: set[str]
 ) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    """Return the elements of what is dense by intent, by reason, and of the other matrices, by kind and name."""
+    """Return elements of intentionally dense parameters by reason, and of other dense matrices by kind and name."""
     reasons = {
         "ignored": ignored,
         "other optimizers'": others,
@@ -176,7 +176,7 @@ def _dense(
 
 
 def _check(name: str, found: Anatomy) -> None:
-    """Raise ValueError if a parameter that targets select cannot be constrained."""
+    """Raise ValueError if a parameter selected by targets cannot be constrained."""
     if name in found.computed:
         raise UserError(
             f"targets select {name!r}, from which a parametrization (such as weight_norm) computes "
@@ -227,8 +227,8 @@ def count_zeros(model: nn.Module, parameters: Iterable[nn.Parameter] | None = No
     """Return (zeros, elements) of weights, over all processes.
 
     Args:
-        model: Where they are.
-        parameters: Which of them; None takes those that ``all-linear`` means.
+        model: The model.
+        parameters: The parameters to count; None takes those that ``all-linear`` means.
     """
     settle(model)
     mark_slices(model)

@@ -1,4 +1,4 @@
-"""A smaller model out of one with zeros: what neurons, heads, layers and experts without output leave is cut away."""
+"""``shrink()``: makes a smaller model by removing neurons, heads, layers and experts whose output weights are zero."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ M = TypeVar("M", bound=nn.Module)
 
 @torch.no_grad()
 def shrink(model: M, state: Mapping[str, Tensor] | None = None) -> M:
-    """Return the model without its neurons, heads, layers and experts that are zero: smaller, and of equal outputs.
+    """Return a smaller model with equal outputs, without the neurons, heads, layers and experts that are zero.
 
-    A neuron or a group of heads is zero if its columns in the output projection are, whatever else it has, a layer if
-    both its output projections are, an expert if its output matrix is. The widths of all layers are one number, so a
-    layer with more zeros than others keeps some. Biases that a removed layer still added go to the layer before it, or
-    to the positions. Experts that are zero are those that routers pass over (see ``Experts``). The result is a plain
-    Hugging Face model: ``save_pretrained`` and ``from_pretrained`` need nothing of this library.
+    A neuron or a group of heads is zero if its columns in the output projection are, whatever its other weights; a
+    layer if both its output projections are; an expert if its output matrix is. All layers have the same widths in the
+    config, so a layer with more zero units than others keeps some of them. Biases that a removed layer still added move
+    to the layer before it, or to the position embeddings. Zero experts are those that routers pass over (see
+    ``Experts``). The result is a plain Hugging Face model: ``save_pretrained`` and ``from_pretrained`` work without
+    this library.
 
     Args:
-        model: A Hugging Face model of a known family; it stays as it is.
-        state: Its whole state, where the model itself is sharded.
+        model: A Hugging Face model of a known family; it is not changed.
+        state: Its whole state dict, if the model itself is sharded.
 
     Raises:
         UserError: The model is of no known family, is sharded, or has adapters.
@@ -66,23 +67,24 @@ def shrink(model: M, state: Mapping[str, Tensor] | None = None) -> M:
 
 @dataclass
 class _Units:
-    """Which blocks stay, and which units of each.
+    """The blocks that stay, and the units of each that stay.
 
     Attributes:
-        layers: Indices of blocks.
-        kept: By kind (``neurons``, ``groups``, ``experts``) and index of a block: ascending indices, equally many.
+        layers: Indices of the blocks.
+        kept: Ascending indices of units, by kind (``neurons``, ``groups``, ``experts``) and block; equally many in each
+            block.
     """
 
     layers: list[int]
     kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
-        """Return how many units of a kind stay in each block, where some go."""
+        """Return how many units of each kind stay in a block, for kinds of which some are removed."""
         return {kind: len(next(iter(of.values()))) for kind, of in self.kept.items()}
 
 
 def _find_units(known: Known, tensors: Mapping[str, Tensor]) -> _Units:
-    """Return what is not zero."""
+    """Find the blocks and units that are not zero."""
     family, config = known.family, known.config
     groups, *_ = head_counts(config)
     live: dict[str, dict[int, Tensor]] = {"neurons": {}, "groups": {}, "experts": {}}
@@ -107,7 +109,7 @@ def _find_units(known: Known, tensors: Mapping[str, Tensor]) -> _Units:
             count = max(count, config.num_experts_per_tok)
             if any(int(alive.sum()) < count for alive in of.values()):
                 log.warning("layers have different numbers of experts that are zero, and keep %d each", count)
-        if count < total:  # those that live, and as many of the others as the count asks for, lower ones first
+        if count < total:  # non-zero ones, filled up to the count with zero ones, lower indices first
             units.kept[kind] = {
                 index: alive.int().argsort(descending=True, stable=True)[:count].sort().values
                 for index, alive in of.items()
@@ -116,12 +118,12 @@ def _find_units(known: Known, tensors: Mapping[str, Tensor]) -> _Units:
 
 
 def _writes(known: Known, weight: Tensor) -> Tensor:
-    """Return which inputs of an output projection have any weight."""
+    """Return a mask of the inputs of an output projection that have a non-zero weight."""
     return weight.any(dim=1 if known.family.transposed else 0)
 
 
 def _layers(known: Known, tensors: Mapping[str, Tensor], live: Mapping[str, Mapping[int, Tensor]]) -> list[int]:
-    """Return the blocks that are not the identity, or add a constant that nothing before them can take."""
+    """Return the blocks to keep: those that are not the identity, or whose constant cannot move to an earlier place."""
     everything = list(range(known.blocks))
     if immovable(known.config):
         return everything
@@ -135,7 +137,7 @@ def _layers(known: Known, tensors: Mapping[str, Tensor], live: Mapping[str, Mapp
 
 
 def _constant(known: Known, tensors: Mapping[str, Tensor], index: int) -> Tensor | None:
-    """Return what a block adds whose matrices are zero, float32, or None for nothing."""
+    """Return the constant, float32, that a block with zero matrices adds by its biases, or None for nothing."""
     names = (known.family.attention_out, known.family.mlp_out)
     biases = [tensors.get(f"{known.family.blocks}.{index}.{name}.bias") for name in names]
     found = [bias.float() for bias in biases if bias is not None and bool(bias.any())]
@@ -143,7 +145,7 @@ def _constant(known: Known, tensors: Mapping[str, Tensor], index: int) -> Tensor
 
 
 def _taker(known: Known, tensors: Mapping[str, Tensor], kept: list[int]) -> str | None:
-    """Return the name of what is added last before a block that follows these, or None."""
+    """Return the name of the last bias or position embedding before a block that follows these, or None."""
     if not kept:
         return f"{known.family.positions}.weight" if known.family.positions else None
     name = f"{known.family.blocks}.{kept[-1]}.{known.family.mlp_out}.bias"
@@ -151,7 +153,7 @@ def _taker(known: Known, tensors: Mapping[str, Tensor], kept: list[int]) -> str 
 
 
 def _cut(known: Known, tensors: Mapping[str, Tensor], units: _Units) -> dict[str, Tensor]:
-    """Return the state of the smaller model."""
+    """Return the state dict of the smaller model."""
     start = f"{known.family.blocks}."
     new = {name: t for name, t in tensors.items() if not name.startswith(start)}
     for place, index in enumerate(units.layers):
@@ -166,18 +168,18 @@ def _cut(known: Known, tensors: Mapping[str, Tensor], units: _Units) -> dict[str
             taker = taker.replace(f"{start}{before[-1]}.", f"{start}{len(before) - 1}.") if before else taker
             new[taker] = (new[taker].float() + constant).to(new[taker].dtype)
     given = {t.data_ptr() for t in tensors.values()}
-    copies = {(t.data_ptr(), t.shape): t for t in new.values()}  # tied ones stay tied
+    copies = {(t.data_ptr(), t.shape): t for t in new.values()}  # tied tensors stay tied
     copies = {key: t.clone() if t.data_ptr() in given else t for key, t in copies.items()}
     return {name: copies[t.data_ptr(), t.shape] for name, t in new.items()}
 
 
 def _cut_block(known: Known, block: dict[str, Tensor], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a block's tensors with some units only, by names below the block."""
+    """Return a block's tensors with only the units that stay, by names below the block."""
     family, new = known.family, dict(block)
     _, queries, width = head_counts(known.config)
 
     def take(name: str, units: Tensor, each: int, *, reads: bool) -> None:
-        """Keep the rows of units in what they read through, or their columns in what they write through."""
+        """Keep the units' rows of an input projection (``reads``), or their columns of an output projection."""
         index = (units[:, None] * each + torch.arange(each, device=units.device)).flatten()
         weight, bias = f"{name}.weight", f"{name}.bias"
         new[weight] = block[weight].index_select(int(reads == family.transposed), index)

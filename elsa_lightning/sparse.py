@@ -1,4 +1,4 @@
-"""Which weights of a model are sparse already, and what is said of them."""
+"""Finds the weights of a model that are sparse already, for KeepMask and KeptZeros."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from elsa_lightning.errors import UserError
 from elsa_lightning.report import some
 from elsa_lightning.selection import ALL_LINEAR, Selection, count_zeros, select
 
-MIN_SPARSITY = 0.05  # chance and rounding to few bits make less
+MIN_SPARSITY = 0.05  # chance and rounding to few bits make fewer zeros
 SHOWN = 6  # names in a message
 
 
@@ -24,10 +24,10 @@ class Counted:
     """The zeros of one tensor.
 
     Attributes:
-        name: Of the tensor.
-        zeros: How many.
-        size: Of how many entries.
-        pattern: The tightest of the usual N:M patterns that they form, such as ``2:4``, or None.
+        name: Name of the tensor.
+        zeros: Number of zeros.
+        size: Number of entries.
+        pattern: The tightest of the usual N:M patterns that the zeros form, such as ``2:4``, or None.
     """
 
     name: str
@@ -38,18 +38,18 @@ class Counted:
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept sparse and what is not; its ``str`` says so.
+    """The tensors that are kept sparse and those that are not; ``str`` describes them.
 
     Attributes:
-        kept: Tensors whose zeros stay.
-        left_alone: Those with too few zeros, which train as they would have.
+        kept: Tensors whose zeros are kept.
+        left_alone: Tensors with too few zeros, which train without a mask.
     """
 
     kept: tuple[Counted, ...]
     left_alone: tuple[Counted, ...]
 
     def __str__(self) -> str:
-        """Return one line."""
+        """Return a one-line description."""
         zeros, size = sum(t.zeros for t in self.kept), sum(t.size for t in self.kept)
         count = len(self.kept) + len(self.left_alone)
         line = (
@@ -77,11 +77,11 @@ def sparse_weights(
     """Choose the weights whose zeros may be kept.
 
     Args:
-        model: Any module, with its sparse weights.
+        model: Any module with sparse weights.
         targets: As in :func:`elsa_lightning.selection.select`. None takes what ``all-linear`` means, and every other
             matrix, such as an embedding, that has ``min_sparsity`` zeros.
         ignore: Regular expressions of parameter names whose zeros may be lost.
-        trained: The parameters of the optimizer, where the model has several.
+        trained: The parameters of the optimizer, if the model has several optimizers.
         min_sparsity: See above.
 
     Raises:
@@ -106,7 +106,7 @@ def sparse_weights(
 
 
 def check_min_sparsity(value: float) -> float:
-    """Return a fraction of zeros, or raise UserError if it is none."""
+    """Return ``value``, or raise UserError if it is not a fraction of zeros."""
     if not 0 <= value <= 1:
         raise UserError(f"min_sparsity must be a fraction of zeros from 0 to 1, such as 0.05, got {value}")
     return value

@@ -1,4 +1,4 @@
-"""``elsa sweep``: fit at several sparsities and seeds, each in a process and a folder of its own, then a report."""
+"""``elsa sweep``: runs fit at several sparsities and seeds, each in its own process and folder, and writes a report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from elsa_lightning.commands import CommandParser
 from elsa_lightning.errors import UserError
 
 _PLAN, _DONE, _LOG, _LOCK = "sweep.json", "done.json", "log.txt", ".lock"
-_OURS = {  # options of fit that the sweep gives itself
+_OURS = {  # options of fit that the sweep sets itself
     "--elsa.sparsity": "--sparsity", "--seed_everything": "--seeds", "--trainer.default_root_dir": "--output",
     "--ckpt_path": "nothing: runs that were interrupted go on by themselves", "--print_config": "elsa fit",
 }  # fmt: skip
@@ -45,9 +45,9 @@ class Job:
     """One run of a sweep.
 
     Attributes:
-        sparsity: As it was given.
-        seed: Of the run.
-        folder: Of the run.
+        sparsity: The sparsity, as given.
+        seed: The run's seed.
+        folder: The run's folder.
     """
 
     sparsity: str
@@ -56,22 +56,22 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether the run has ended well; a sweep that was killed had no time to say so, and the run itself did."""
+        """Whether the run finished, by the sweep's mark or, if the sweep was killed before that, the run's journal."""
         return (self.folder / _DONE).is_file() or any(_status(file) == "finished" for file in self.journals)
 
     @property
     def journals(self) -> list[Path]:
-        """What the run, and what it went on from, left for a report; the latest is the last."""
+        """Journals of the run, and of runs that it resumed, the latest last."""
         return sorted(self.folder.rglob("elsa_run*.json"), key=lambda file: file.stat().st_mtime)
 
     @property
     def checkpoint(self) -> Path | None:
-        """The last checkpoint of a run that was interrupted, of those that are whole."""
+        """The latest complete checkpoint of the run, or None."""
         found = [p for p in self.folder.rglob("*.ckpt") if p.is_dir() or zipfile.is_zipfile(p)]
         return max(found, key=lambda p: p.stat().st_mtime, default=None)
 
     def command(self, options: Sequence[str]) -> list[str]:
-        """Return the command that makes the run, or goes on with it."""
+        """Return the command that starts the run, or resumes it."""
         resumed = [] if self.checkpoint is None else ["--ckpt_path", str(self.checkpoint)]
         return [
             *_fit(options), "--elsa.sparsity", self.sparsity, "--seed_everything", str(self.seed),
@@ -80,7 +80,7 @@ class Job:
 
 
 def parser() -> CommandParser:
-    """Return the parser; making it imports nothing that takes time."""
+    """Return the parser, without slow imports."""
     made = CommandParser(
         "elsa sweep",
         others=True,
@@ -97,14 +97,14 @@ def parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run a sweep, or go on with it.
+    """Run a sweep, or resume one.
 
     Args:
-        arguments: Those after ``sweep``.
+        arguments: The arguments after ``sweep``.
 
     Raises:
         SystemExit: A run failed (1), or the sweep was interrupted (130, or 143 by SIGTERM).
-        UserError: The folder has a sweep with other options, or one that still runs.
+        UserError: The folder has a sweep with other options, or one that is still running.
     """
     given, options = parser().parse_known_args(arguments)
     for option in options:
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str]) -> None:
 def _status(journal: Path) -> str | None:
     try:
         return str(json.loads(journal.read_text(encoding="utf-8"))["status"])
-    except (OSError, ValueError, KeyError, TypeError):  # the machine went
+    except (OSError, ValueError, KeyError, TypeError):  # cut off when the machine stopped
         return None
 
 
@@ -169,14 +169,14 @@ def _count(given: str) -> int:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[IO[str] | None]:
-    """Hold a folder for this sweep and the runs it starts, which hold it on if the sweep is killed.
+    """Lock a folder for this sweep and its runs, which keep the lock if the sweep is killed.
 
     Raises:
-        UserError: Somebody else holds it.
+        UserError: The folder is locked by another sweep.
     """
     try:
         import fcntl
-    except ImportError:  # where there is no flock, nobody is told
+    except ImportError:  # no locking without flock
         yield None
         return
     with (folder / _LOCK).open("w") as lock:
@@ -191,7 +191,7 @@ def _locked(folder: Path) -> Iterator[IO[str] | None]:
 
 
 def _check_options(folder: Path, options: Sequence[str]) -> None:
-    """See that fit takes the options, before any run, and that they are those of the runs that are there."""
+    """Check before any run that fit accepts the options, and that existing runs had the same."""
     asked = subprocess.run([*_fit(options), "--print_config"], capture_output=True, text=True, check=False)
     if asked.returncode:
         lines = asked.stderr.strip().splitlines()
@@ -208,7 +208,7 @@ def _check_options(folder: Path, options: Sequence[str]) -> None:
 
 
 def _check_config(config: dict[str, Any]) -> None:
-    """Raise UserError if all runs would fail for the sweep's own option, or would write to one place."""
+    """Raise UserError if a configuration conflicts with the sweep's options, or all runs would write to one place."""
     trainer = config.get("trainer") or {}
     listed = [c for of in ("callbacks", "logger") for c in _listed(trainer.get(of))]
     if any(str(c.get("class_path", "")).endswith("ElsaCallback") for c in listed):
@@ -231,7 +231,7 @@ def _listed(given: Any) -> list[dict[str, Any]]:
 
 
 def _run_all(jobs: Sequence[Job], options: Sequence[str], at_once: int, lock: IO[str] | None) -> int:
-    """Run what is not done, so many at once; return the signal that ended it, or 0."""
+    """Run the jobs that are not done, ``at_once`` in parallel; return the signal that ended them, or 0."""
     waiting, running, stop, asked = [job for job in jobs if not job.done], dict[int, tuple[Job, Any, float]](), 0, [0]
     skipped = len(jobs) - len(waiting)
     print(f"{len(jobs)} runs" + (f", {skipped} of them finished before" if skipped else ""), flush=True)
@@ -255,7 +255,7 @@ def _run_all(jobs: Sequence[Job], options: Sequence[str], at_once: int, lock: IO
 
 
 def _start(job: Job, options: Sequence[str], slot: int, at_once: int, lock: IO[str] | None) -> subprocess.Popen[bytes]:
-    """Start a run, in a session of its own, so that Ctrl-C reaches it through the sweep alone."""
+    """Start a run in its own session, so that Ctrl-C reaches it only through the sweep."""
     job.folder.mkdir(parents=True, exist_ok=True)
     resumed = job.checkpoint
     print(
@@ -272,7 +272,7 @@ def _start(job: Job, options: Sequence[str], slot: int, at_once: int, lock: IO[s
 
 
 def _share(slot: int, at_once: int) -> dict[str, str]:
-    """Return what keeps runs at a time off each other's feet: threads, and GPUs where there are several."""
+    """Return environment variables that divide threads, and GPUs if there are several, among parallel runs."""
     if at_once == 1:
         return {}
     found = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))}
@@ -287,7 +287,7 @@ def _share(slot: int, at_once: int) -> dict[str, str]:
 
 
 def _conclude(job: Job, code: int, seconds: float, stop: int) -> None:
-    """Say how a run ended, and mark it if it is finished."""
+    """Print how a run ended, and mark it as done if it finished."""
     told = f"sparsity {job.sparsity}, seed {job.seed}: "
     if code == 0:
         _write(job.folder / _DONE, {"seconds": round(seconds, 1)})
@@ -302,7 +302,7 @@ def _conclude(job: Job, code: int, seconds: float, stop: int) -> None:
 
 @contextlib.contextmanager
 def _none_left(running: dict[int, tuple[Job, Any, float]]) -> Iterator[None]:
-    """Kill the runs that still go on when the block is left, as after a second Ctrl-C."""
+    """Kill runs that are still running when the block is left, as after a second Ctrl-C."""
     try:
         yield
     finally:
@@ -314,7 +314,7 @@ def _none_left(running: dict[int, tuple[Job, Any, float]]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals(asked: list[int]) -> Iterator[None]:
-    """Take the first Ctrl-C or SIGTERM for a request, and the second for an end at once."""
+    """Treat the first Ctrl-C or SIGTERM as a request to stop, and the second as an immediate end."""
 
     def ask(signum: int, frame: Any) -> None:
         if asked[0]:

@@ -1,4 +1,4 @@
-"""The commands that have a Trainer: ``elsa fit | validate | test | predict | plan``."""
+"""The commands with a Trainer, ``elsa fit | validate | test | predict | plan``, based on LightningCLI."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from elsa_lightning.options import OneLineParser
 from elsa_lightning.plan import Plan, plan
 
 _TOKENIZERS = ("--data.tokenizer", "--data.init_args.tokenizer")
-_KNOWN_CHECKPOINTS = ("last", "best", "hpc", "registry")  # which Lightning finds by itself
+_KNOWN_CHECKPOINTS = ("last", "best", "hpc", "registry")  # Lightning resolves these itself
 
 
 class ElsaTrainer(Trainer):
-    """A Trainer that can also say beforehand what a run takes."""
+    """A Trainer that can also plan the memory of a run."""
 
     @property
     def elsa(self) -> ElsaCallback | None:
@@ -45,13 +45,13 @@ class ElsaTrainer(Trainer):
     def plan(
         self, model: CausalLM, datamodule: LightningDataModule, devices: int = 1, gpu_memory: float | None = None
     ) -> None:
-        """Print the memory that fit would take, and load nothing.
+        """Print the memory that fit would take, without loading anything.
 
         Args:
-            model: What would be pruned; only its configuration is read.
-            datamodule: The batches; of others than CalibrationData the size is not known, nor what activations take.
-            devices: GPUs that FSDP would shard over.
-            gpu_memory: GiB of each of them, to be told whether the run fits.
+            model: The model to prune; only its configuration is read.
+            datamodule: The batches; only for CalibrationData is their size known, and with it the activations' memory.
+            devices: Number of GPUs over which FSDP would shard.
+            gpu_memory: GiB of each GPU, to tell whether the run fits.
         """
         if devices < 1:
             raise UserError(f"devices must be 1 or more, got {devices}")
@@ -69,7 +69,7 @@ class ElsaTrainer(Trainer):
     def memory(self, model: CausalLM, datamodule: LightningDataModule, device: str = "cuda") -> Plan:
         """Return the memory plan of this Trainer's run on a kind of device."""
         precision = str(self.precision)
-        elsa = None if isinstance(self.elsa, KeepMask) else self.elsa  # which keeps one bit a weight
+        elsa = None if isinstance(self.elsa, KeepMask) else self.elsa  # KeepMask stores only one bit a weight
         meta = model.on_meta()
         tokens = 0
         if isinstance(datamodule, CalibrationData):
@@ -78,7 +78,7 @@ class ElsaTrainer(Trainer):
             tokens = datamodule.batch_size * datamodule.seq_len
         half = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
         return plan(
-            nn.ModuleDict({"model": meta}),  # names as in the module
+            nn.ModuleDict({"model": meta}),  # same names as in the module
             model.optimizer,
             dtype=half.get(precision, getattr(torch, model.dtype_name)),
             autocast=precision.endswith("-mixed"),
@@ -96,13 +96,13 @@ class ElsaTrainer(Trainer):
 class ElsaCLI(LightningCLI):
     """LightningCLI for a :class:`CausalLM`; the callback has options of its own, ``--elsa.*``.
 
-    Without a class of data modules any may be given, and :class:`CalibrationData` is the default. The tokenizer follows
-    the model.
+    If no data module class is fixed, any may be given, and :class:`CalibrationData` is the default. The tokenizer is
+    the model's.
     """
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return the Trainer's methods with the arguments that are no options."""
+        """Return the Trainer's methods, with the arguments that do not become options."""
         return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -113,7 +113,7 @@ class ElsaCLI(LightningCLI):
         parser.link_arguments("model.name", "data.init_args.tokenizer" if self.subclass_mode_data else "data.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Refuse a tokenizer, which the link to the model's would replace without a word."""
+        """Refuse a tokenizer, because the link to the model's would silently replace it."""
         given = sys.argv[1:] if args is None else args if isinstance(args, list) else []
         if any(str(argument).partition("=")[0].startswith(_TOKENIZERS) for argument in given):
             raise UserError(
@@ -122,12 +122,12 @@ class ElsaCLI(LightningCLI):
         super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
-        """Let the command line decide about the model of a resumed run, not the checkpoint."""
+        """Ignore a checkpoint's arguments in fit: the command line defines the model of a resumed run."""
         if self.config.get("subcommand") != "fit":
             super()._parse_ckpt_path()
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a run without an end, of which Lightning would make 1000 epochs."""
+        """Refuse a run without a length, which Lightning would end after 1000 epochs."""
         trainer = self._get(self.config, "trainer")
         ends = trainer.max_steps != -1 or trainer.max_epochs is not None or trainer.max_time is not None
         if self.subcommand == "fit" and not ends and not trainer.fast_dev_run:
@@ -137,19 +137,19 @@ class ElsaCLI(LightningCLI):
             )
 
     def instantiate_classes(self) -> None:
-        """Tell in one line what the Trainer, or a package that a logger wants, refuses."""
+        """Turn errors of the Trainer, or of a package that a logger needs, into one line."""
         try:
             super().instantiate_classes()
         except (ValueError, ImportError) as error:
             if for_users(error) is not None:
                 raise
-            first: BaseException = error  # jsonargparse wraps it in what else the option could have been
+            first: BaseException = error  # jsonargparse wraps it in errors about other types of the option
             while first.__cause__ is not None:
                 first = first.__cause__
             raise UserError(f"{first} (JSONARGPARSE_DEBUG=1 in the environment shows where)") from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        if self.subcommand == "plan":  # for any machine, made on this one
+        if self.subcommand == "plan":  # planning for other machines must work on this one
             config |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
         listed = config["callbacks"] if isinstance(config["callbacks"], list) else [config["callbacks"]]
         elsa, defaults = self._get(self.config_init, "elsa"), self._parser(self.subcommand).get_defaults()
@@ -166,13 +166,13 @@ class ElsaCLI(LightningCLI):
         if not barred:
             callbacks = [*callbacks, WordProgress() if sys.stdout.isatty() else LineProgress()]
         if config["enable_model_summary"] is None and not any(isinstance(c, ModelSummary) for c in listed):
-            config = config | {"enable_model_summary": False}  # of two rows; what is pruned is told instead
+            config = config | {"enable_model_summary": False}  # it would have two rows
         trainer = super()._instantiate_trainer(config, callbacks)
         claim_versions(trainer)
         return trainer
 
     def after_predict(self) -> None:
-        """Write what was predicted, one line a sequence."""
+        """Write the predictions, one line for each sequence."""
         batches: Any = self.trainer.predict_loop.predictions
         if self.trainer.world_size > 1:
             rank_zero_warn("each process predicted its own share, and nothing is written; set --trainer.devices 1")
@@ -185,9 +185,9 @@ class ElsaCLI(LightningCLI):
         print(f"{len(losses)} sequences, mean {sum(losses) / len(losses):.4f} nats a token: {file}")
 
     def after_fit(self) -> None:
-        """Say what the run came to, and what to do with the folder that it wrote."""
+        """Print the result of the run, and suggestions for the folder that it wrote."""
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        logs = self.trainer.log_dir  # asked for on every process, which is a broadcast
+        logs = self.trainer.log_dir  # on every process: reading it is a broadcast
         name = next((c.config_filename for c in callbacks if isinstance(c, SaveConfigOnce)), None)
         if name is None or logs is None or not self.trainer.is_global_zero:
             return
@@ -198,13 +198,13 @@ class ElsaCLI(LightningCLI):
             print(f"\n{told}")
 
     def before_validate(self) -> None:
-        """Look at the checkpoint before anything is loaded."""
+        """Check the checkpoint before anything is loaded."""
         check_checkpoint(self.config[self.subcommand].ckpt_path)
 
     before_test = before_predict = before_validate
 
     def before_fit(self) -> None:
-        """Plan the memory of the run; a model or optimizer that cannot be tried beforehand runs all the same."""
+        """Plan the memory of the run; a model or optimizer for which that fails runs all the same."""
         assert isinstance(self.trainer, ElsaTrainer)
         check_checkpoint(self.config.fit.ckpt_path)
         if self.model.pretrained and self.trainer.elsa is None:
@@ -224,13 +224,13 @@ class ElsaCLI(LightningCLI):
 
 
 def check_checkpoint(given: str | None) -> None:
-    """Raise UserError if what was given as ckpt_path is none."""
+    """Raise UserError if ``ckpt_path`` is not a checkpoint."""
     if not given or given in _KNOWN_CHECKPOINTS or ":" in given:  # registry:...
         return
     path = Path(given).expanduser()
     if not path.exists():
         raise UserError(f"ckpt_path {given!r} does not exist; give a .ckpt of an earlier run")
-    if path.is_dir() and not (path / ".metadata").is_file():  # as a distributed checkpoint has
+    if path.is_dir() and not (path / ".metadata").is_file():  # every distributed checkpoint has it
         raise UserError(
             f"ckpt_path {given!r} is a folder, and no checkpoint: give a .ckpt in the folder checkpoints of a run; "
             f"a Hugging Face folder goes to model.name"
@@ -243,15 +243,15 @@ def run(arguments: Sequence[str], from_shell: bool) -> None:
     """Run a command that has a Trainer.
 
     Args:
-        arguments: Those after the program's name.
-        from_shell: Whether they are ``sys.argv``'s own; LightningCLI reads that, and warns of both.
+        arguments: The arguments after the program's name.
+        from_shell: Whether they come from ``sys.argv``; LightningCLI then reads it itself, and would warn about both.
     """
     given = [argument.partition("=")[0] for argument in arguments]
     asks_for_help = {"-h", "--help"} & {*given} and "--data" not in given
     try:
         ElsaCLI(
             CausalLM,
-            CalibrationData if asks_for_help else None,  # of one class the help shows the options
+            CalibrationData if asks_for_help else None,  # help lists the options of a fixed class only
             trainer_class=ElsaTrainer,
             seed_everything_default=0,
             parser_kwargs={
@@ -261,17 +261,17 @@ def run(arguments: Sequence[str], from_shell: bool) -> None:
             },
             parser_class=OneLineParser,
             save_config_callback=SaveConfigOnce,
-            save_config_kwargs={"overwrite": True},  # the empty file by which it took its name
-            auto_configure_optimizers=False,  # CausalLM's own optimizer and schedule are not to be bypassed
+            save_config_kwargs={"overwrite": True},  # the empty file that reserved the name
+            auto_configure_optimizers=False,  # CausalLM has its own optimizer and schedule
             args=None if from_shell else list(arguments),
         )
         _end_processes()
-    except SystemExit:  # of SaveOnTerminate, on every process
+    except SystemExit:  # raised by SaveOnTerminate, on every process
         _end_processes()
         raise
 
 
 def _end_processes() -> None:
-    """End the process group: its threads would abort a process whose interpreter is gone, which counts as a failure."""
+    """Destroy the process group: its threads could abort the process at interpreter exit, which counts as a failure."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Attention heads and neurons that add nothing, told by the names of the usual models."""
+"""Finds attention heads and neurons that add nothing to a layer's output, by the names of the usual models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SECOND = {  # what takes the neurons' or heads' outputs, and what makes them, below the same prefix
+_SECOND = {  # output projections of neurons or heads, with the projections that compute these, below the same prefix
     "down_proj": ("gate_proj", "up_proj"),
     "fc2": ("fc1",),
     "c_proj": ("c_fc",),
@@ -32,7 +32,7 @@ _COUNTS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_att
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows and columns of a matrix have other entries than zeros; of a vector, which entries are not 0."""
+    """Masks of the rows and columns of a matrix that have non-zeros; for a vector, of its non-zero entries."""
 
     outputs: Tensor
     inputs: Tensor | None
@@ -43,10 +43,10 @@ class Empty:
     """Heads or neurons of one layer that add nothing to its output.
 
     Attributes:
-        layer: Name of the matrix that takes their outputs.
+        layer: Name of their output projection.
         what: ``heads`` or ``neurons``.
-        empty: How many add nothing: their columns there are 0, or what makes them is, with no bias.
-        total: Of how many.
+        empty: How many add nothing: their columns in it are 0, or the rows that compute them are, with no bias.
+        total: How many there are.
     """
 
     layer: str
@@ -59,8 +59,8 @@ def empty_units(found: Mapping[str, Rows], config: Mapping[str, Any]) -> Iterato
     """Yield the empty heads and neurons of each layer.
 
     Args:
-        found: Of each tensor by name.
-        config: The model's; without it heads are not counted, for no tensor says how many there are.
+        found: Masks of each tensor, by name.
+        config: The model's configuration; without it heads are not counted, since no tensor tells their number.
     """
     for name, rows in found.items():
         if rows.inputs is None:
@@ -80,7 +80,7 @@ def _empty_heads(name: str, prefix: str, used: Tensor, found: Mapping[str, Rows]
         made = _made(found, f"{prefix}.{value}")
         if made is not None and len(made) % width == 0 and heads % (len(made) // width) == 0:
             own = made.view(-1, width).any(dim=1)
-            alive = alive & own.repeat_interleave(heads // len(own))  # several heads share one value
+            alive = alive & own.repeat_interleave(heads // len(own))  # several heads share one value head
     return Empty(name, "heads", int((~alive).sum()), heads)
 
 
@@ -89,12 +89,12 @@ def _empty_neurons(name: str, prefix: str, second: str, used: Tensor, found: Map
     makers = [made for first in _SECOND[second] if (made := _made(found, f"{start}{first}")) is not None]
     if not makers or any(len(made) != len(used) for made in makers):
         return
-    alive = torch.stack([used, *makers]).all(dim=0)  # a gate of 0 closes
+    alive = torch.stack([used, *makers]).all(dim=0)  # a gate of 0 zeroes a neuron
     yield Empty(name, "neurons", int((~alive).sum()), len(used))
 
 
 def _made(found: Mapping[str, Rows], layer: str) -> Tensor | None:
-    """Return which outputs of a layer are not 0 for all inputs."""
+    """Return a mask of the outputs of a layer that are not always 0, or None if the layer is not known."""
     weight, bias = found.get(f"{layer}.weight"), found.get(f"{layer}.bias")
     if weight is None or weight.inputs is None:
         return None

@@ -1,4 +1,4 @@
-"""What a user sees of a run: residuals, stationarity, what is left of each tensor, and whether it converged."""
+"""What users see of a run: residuals, stationarity, the share that each tensor keeps, and whether the run converged."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 from elsa_lightning.layout.sharded import Processes, exact_dtype
 from elsa_lightning.tensors import MASK, ConstrainedTensor
 
-UPDATED = ("primal_residual", "dual_residual", "mask_flips", "sparsity")  # what is finite while the weights are
-MEASUREMENTS = 10  # of stationarity in a run: each takes a projection of its own
-STILL = 0.01  # of the kept entries, exchanged in the last update
-_CLOSED = 0.05  # ‖x − z‖/‖x‖
-DECADES, BINS = 8, 10  # that a histogram of scores reaches to both sides of the threshold; bins a decade
-_LEAST, _MOST = -45, 15  # log10 of scores that are told apart
+UPDATED = ("primal_residual", "dual_residual", "mask_flips", "sparsity")  # finite as long as the weights are
+MEASUREMENTS = 10  # measurements of stationarity in a run: each takes an extra projection
+STILL = 0.01  # a run has converged if its last update exchanged less than this share of the kept entries
+_CLOSED = 0.05  # and ‖x − z‖/‖x‖ was less than this
+DECADES, BINS = 8, 10  # reach of a histogram of scores on both sides of the threshold, and bins a decade
+_LEAST, _MOST = -45, 15  # range of log10 of scores, before the threshold is known
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one z/u-update found, as scalars on the weights' device.
+    """Measurements of one z/u-update, as scalars on the weights' device.
 
     Attributes:
         step: Optimizer steps done.
-        penalty: λ or κ from here on.
+        penalty: λ or κ from now on.
         sparsity: Fraction of zeros in z, over all constrained entries.
         primal_residual: ‖x − z‖ / ‖x‖.
-        dual_residual: penalty · ‖z − z_before‖; z_before is z as the steps since the last update have left it.
+        dual_residual: penalty · ‖z − z_before‖; z_before is z as changed by the steps since the last update.
         mask_flips: Fraction of the mask that changed.
     """
 
@@ -42,10 +42,10 @@ class Update:
 
 @dataclass(frozen=True)
 class Stationarity:
-    """How far the weights are from a λ-stationary point x ∈ Π_S(x − D⁻¹∇f(x)/λ), by one batch's gradient.
+    """Distance of the weights from a λ-stationary point x ∈ Π_S(x − D⁻¹∇f(x)/λ), by one batch's gradient.
 
-    Its noise counts in full: with batches of a few hundred tokens most of it is noise, and what tells is how it falls
-    from a run's beginning to its end, and with larger batches. D and λ are those of the form.
+    The gradient's noise counts in full: with batches of a few hundred tokens the distance is mostly noise, and only its
+    decrease over a run, and with larger batches, is informative. D and λ are those of the form.
 
     Attributes:
         step: Optimizer steps done.
@@ -59,7 +59,7 @@ class Stationarity:
 
 
 def figures(update: Update, measured: Stationarity | None) -> dict[str, float]:
-    """Return what to log of an update, by name, and of a measurement if there is a new one."""
+    """Return the figures of an update to log, by name, and those of a measurement if there is a new one."""
     values = torch.stack([getattr(update, name) for name in UPDATED]).tolist()  # one transfer to the host
     found = dict(zip(UPDATED, values, strict=True))
     found["penalty"] = update.penalty
@@ -70,8 +70,9 @@ def figures(update: Update, measured: Stationarity | None) -> dict[str, float]:
 
 
 def settled(last: Update) -> tuple[bool, float, float]:
-    """Return whether a run had converged by its last update, the share of the kept entries which that exchanged, and
-    how far it moved the weights, in their norm.
+    """Return whether a run had converged by its last update, and that update's share of exchanged entries and residual.
+
+    The share is relative to the kept entries, the residual ‖x − z‖/‖x‖.
     """
     kept = max(1e-12, 1 - float(last.sparsity))
     exchanged, residual = float(last.mask_flips) / 2 / kept, float(last.primal_residual)
@@ -79,7 +80,7 @@ def settled(last: Update) -> tuple[bool, float, float]:
 
 
 def verdict(last: Update | None, measured: Stationarity | None) -> str:
-    """Return in words whether a run had converged when its mask was fixed."""
+    """Describe whether a run had converged when its mask was fixed."""
     if last is None:
         return "no update was made in this run, so nothing is known of its convergence"
     if last.step == 1:
@@ -95,17 +96,17 @@ def verdict(last: Update | None, measured: Stationarity | None) -> str:
 
 
 def slack(total: int) -> int:
-    """Return how many steps a run may be off its schedule without a word: some are skipped."""
+    """Return how many steps a run may be off its schedule without a warning, since some may be skipped."""
     return max(1, total // 50)
 
 
 def off_schedule(step: int, freeze: int, total: int) -> str | None:
-    """Return what to say of a run that ends after ``step`` of ``total`` optimizer steps, or None if that is about all.
+    """Return a warning about a run that ends after ``step`` of ``total`` optimizer steps, or None if that is about all.
 
     Args:
         step: Optimizer steps done.
-        freeze: The one after which the mask is fixed.
-        total: Those of the schedule.
+        freeze: The step after which the mask is fixed.
+        total: Optimizer steps of the schedule.
     """
     if step > total + slack(total):
         return (
@@ -126,7 +127,7 @@ def off_schedule(step: int, freeze: int, total: int) -> str | None:
 
 
 def occupancy(tensors: Sequence[ConstrainedTensor], processes: Processes) -> tuple[list[str], Tensor]:
-    """Return names and, ``(tensors, 4)``, kept entries, entries, empty rows and rows of each tensor that has a mask.
+    """Return names of tensors with a mask, and ``(tensors, 4)``: kept entries, entries, empty rows and rows of each.
 
     Rows are not counted where shards cut them.
     """
@@ -149,20 +150,20 @@ def score_histogram(
     importance: Callable[[ConstrainedTensor, slice], Tensor | None],
     processes: Processes,
 ) -> Tensor:
-    """Return how the scores F v² by which entries are ranked lie about the threshold of their tensor.
+    """Return a histogram of the scores F v², by which entries are ranked, around the threshold of their tensor.
 
-    The threshold is the score that as many entries exceed as are kept. A set that compares neighbours alone, such as
-    N:M, keeps entries below it and cuts others above.
+    The threshold is the score that as many entries exceed as are kept. A set that only compares neighbours, such as
+    N:M, keeps some entries below it and cuts others above.
 
     Args:
-        tensors: Those with a mask and a split.
-        value: v = x + u of some rows.
-        importance: Their F̂, or None for the magnitude alone.
-        processes: Who hold them.
+        tensors: The tensors with a mask and a split.
+        value: Returns v = x + u of some rows.
+        importance: Returns their F̂, or None for the magnitude alone.
+        processes: The processes that hold the tensors.
 
     Returns:
         Counts ``(2, 2 · DECADES · BINS)`` on the CPU, of kept and of cut entries, by log10 of score over threshold;
-        what lies further out is in the bins at the ends.
+        scores out of range are in the bins at the ends.
     """
     device, bins = tensors[0].p.device, (_MOST - _LEAST) * BINS
     counts = torch.zeros(len(tensors), 2, bins, dtype=exact_dtype(device), device=device)

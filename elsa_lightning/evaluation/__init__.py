@@ -1,4 +1,4 @@
-"""What a model can do, beside another: perplexity by the published protocol, and the tasks of lm-eval."""
+"""Evaluates models and compares them: perplexity by the published protocol, and tasks of lm-eval."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

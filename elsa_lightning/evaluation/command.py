@@ -1,4 +1,4 @@
-"""``elsa evaluate``."""
+"""The command ``elsa evaluate``: its parser and entry point."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Evaluate as told.
+    """Evaluate a model.
 
     Args:
-        arguments: Those after ``evaluate``.
+        arguments: The arguments after ``evaluate``.
     """
     given = parser().parse_args(arguments)
     output = None if given.output is None else Path(given.output).expanduser()
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     def measured(model: Loaded) -> list[Score]:
         return _measure(model, tasks, texts, given)
 
-    for text in texts:  # what is no text is said before hours of work
+    for text in texts:  # raises before hours of work if a text does not exist
         Source(text, hold_out=False, argument="--perplexity").part("test")
     try:
         model_path(given.against or "")
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
     dense, failed = [], None
     try:
         dense = [] if dense_name is None else measured(load(dense_name, None, given.dtype or dtype, given.device))
-    except Exception as error:  # what was measured is not lost with it
+    except Exception as error:  # must not lose what was measured
         failed = error
     print(f"{name}" + (f" beside {dense_name}" if dense else ""))
     print(table(found, dense))
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def write_json(file: Path, report: dict[str, Any]) -> None:
-    """Write figures to a file, which is whole or not there."""
+    """Write figures to a file, atomically."""
     from elsa_lightning.export.folders import write
 
     write(file, json.dumps(report, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Figures of one model, and their differences from another's, with standard errors."""
+"""Scores of a model, and their differences from another model's, with standard errors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Score:
     """One figure of one model.
 
     Attributes:
-        name: Of the task or text.
+        name: Name of the task or text.
         metric: ``acc``, ``acc_norm``, ``perplexity`` and the like.
         value: The figure.
-        error: Its standard error over items; None where that is not known.
-        count: Items (questions, or segments of text).
-        parts: What each item contributes, so that the figure moves by the mean of their changes; empty where it is no
-            mean over items. Keys tell the same item in another model's score.
-        protocol: How it was measured, in words: items, length, examples, BOS.
+        error: Its standard error over items; None if unknown.
+        count: Number of items (questions, or segments of text).
+        parts: Contribution of each item: the figure changes by the mean of their changes; empty if it is not a mean
+            over items. Keys identify the same item in another model's score.
+        protocol: Description of the measurement: items, length, examples, BOS.
     """
 
     name: str
@@ -41,8 +41,9 @@ class Difference:
     Attributes:
         value: The difference.
         error: Its standard error; None where one of the figures has none.
-        how: ``paired``: of the differences item by item, which both models were given. ``independent``: the root of
-            the summed squares of both errors, which is too large where the models agree on most items.
+        how: ``paired``: the error is that of the differences item by item, since both models had the same items.
+            ``independent``: it is the root of the summed squares of both errors, which is too large if the models agree
+            on most items.
     """
 
     value: float
@@ -51,7 +52,7 @@ class Difference:
 
 
 def mean_error(values: Sequence[float]) -> float | None:
-    """Return the standard error of a mean, or None of fewer than two values."""
+    """Return the standard error of a mean, or None for fewer than two values."""
     n = len(values)
     if n < 2:
         return None
@@ -60,7 +61,7 @@ def mean_error(values: Sequence[float]) -> float | None:
 
 
 def difference(sparse: Score, dense: Score) -> Difference:
-    """Return by how much a model's figure differs from another's of the same kind."""
+    """Return the difference of a model's figure from the same figure of another model."""
     value = sparse.value - dense.value
     if len(sparse.parts) > 1 and sparse.parts.keys() == dense.parts.keys():
         return Difference(value, mean_error([part - dense.parts[key] for key, part in sparse.parts.items()]), "paired")
@@ -69,7 +70,7 @@ def difference(sparse: Score, dense: Score) -> Difference:
 
 
 def average(scores: Sequence[Score], metric: str) -> Score | None:
-    """Return the mean over several tasks, each counting as much as another, or None of fewer than two."""
+    """Return the unweighted mean over several tasks, or None for fewer than two."""
     chosen = [score for score in scores if score.metric == metric]
     if len(chosen) < 2:
         return None
@@ -97,7 +98,7 @@ def _rows(sparse: Sequence[Score], dense: Sequence[Score]) -> list[tuple[Score, 
 
 
 def _mean_of(differences: Sequence[Difference | None]) -> Difference:
-    """Return the mean of differences on tasks, whose items are different ones."""
+    """Return the mean of differences over tasks, whose errors are independent."""
     known = [d for d in differences if d is not None]
     errors = [d.error for d in known]
     error = None if None in errors else math.hypot(*map(float, filter(None, errors))) / len(known)

@@ -1,4 +1,4 @@
-"""The model to evaluate: of a folder, an export, a run, a checkpoint or the hub."""
+"""Loads the model to evaluate from a folder, an export, a run, a checkpoint or the hub."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Loaded:
     """A model on its device, in evaluation mode.
 
     Attributes:
-        name: As it was found.
-        model: Of transformers.
-        tokenizer: The model's.
-        base: Name of the model that it was made of, where that is known.
+        name: Path or name under which it was found.
+        model: The model of transformers.
+        tokenizer: Its tokenizer.
+        base: Name of the model from which it was made, if known.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Loaded:
 
     @property
     def dtype(self) -> str:
-        """Of the weights."""
+        """The dtype of the weights."""
         return dtype_name(self.model.dtype)
 
     @property
     def base_at_hand(self) -> str | None:
-        """The model that it was made of, where that can be loaded without a download."""
+        """The base model's name, if it can be loaded without a download, else None."""
         if self.base is None:
             return None
         path = model_path(self.base) if not _is_path(self.base) or Path(self.base).expanduser().exists() else ""
@@ -56,13 +56,13 @@ def load(name: str, base: str | None = None, dtype: str | None = None, device: s
     """Load a model.
 
     Args:
-        name: A model folder, an export's, a run's, a checkpoint, or a name on the hub.
-        base: Of what a checkpoint is, where it does not say so.
-        dtype: Of the weights; None takes that which they are saved in.
-        device: To put it on; None takes an accelerator if there is one.
+        name: The folder of a model, an export or a run, a checkpoint, or a name on the hub.
+        base: Base model of a checkpoint, if the checkpoint does not name it.
+        dtype: The dtype of the weights; None takes the one in which they are saved.
+        device: The device of the model; None takes an accelerator if there is one.
 
     Raises:
-        UserError: There is no such model, or device.
+        UserError: The model or the device does not exist.
     """
     path = model_path(name)
     if Path(path).expanduser().exists():
@@ -84,7 +84,7 @@ def _of_disk(path: Path, name: str, base: str | None, dtype: str | None) -> Load
         if not (place / "config.json").is_file():
             source = open_source(place, base, dtype)
             return Loaded(str(place), source.model, load_tokenizer(source.tokenizer), source.record.base_model)
-    except UserError as error:  # made for elsa export
+    except UserError as error:  # its message names options of elsa export
         raise UserError(str(error).replace("--from ", "", 1).replace("--model", "--base")) from error
     try:
         model, _ = reload.load(place)

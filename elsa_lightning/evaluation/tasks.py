@@ -1,4 +1,4 @@
-"""Tasks of lm-eval on a model that is loaded."""
+"""Runs tasks of lm-eval on a loaded model."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ def zero_shot(
     num_fewshot: int = 0,
     batch_size: int = 8,
 ) -> list[Score]:
-    """Return the scores of tasks, ``acc`` and ``acc_norm``, or where a task has neither all that it has.
+    """Return the scores of tasks: ``acc`` and ``acc_norm``, or all metrics of a task that has neither.
 
-    The random state is left alone.
+    Random states are preserved.
 
     Args:
         model: A causal language model of transformers, on its device.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         tasks: Names of tasks or groups that lm-eval knows.
-        include_path: Folder of task files (YAML) of one's own; they come before lm-eval's.
-        limit: Items a task at most, the first; None takes all.
+        include_path: Folder of your own task files (YAML); they take precedence over lm-eval's.
+        limit: Evaluate at most so many items of each task, the first ones; None takes all.
         num_fewshot: Examples before each question.
-        batch_size: Sequences at once.
+        batch_size: Sequences in a batch.
 
     Raises:
         UserError: lm-eval is not installed or does not know a task, or an argument is out of range.
-        UnavailableError: The data of a task could not be had.
+        UnavailableError: The data of a task is not available.
     """
     check_lm_eval()
     for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0), ("batch_size", batch_size, 1)):
@@ -86,12 +86,12 @@ def _evaluate(
     num_fewshot: int,
     limit: int | None,
 ) -> tuple[dict[str, Any], int]:
-    """Return what lm-eval returns, and the tokens that the model can take."""
+    """Return the results of lm-eval, and the largest number of tokens that the model can take."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     manager, loaded = _loaded(tasks, include_path)
-    manager.load = lambda _: loaded  # or the data would be loaded again
+    manager.load = lambda _: loaded  # else the data would be loaded again
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     results = simple_evaluate(
         wrapped, tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit, bootstrap_iters=1000,
@@ -102,7 +102,7 @@ def _evaluate(
 
 @contextmanager
 def unmoved(model: Any) -> Iterator[None]:
-    """Evaluate the model, and leave its modes and everybody's random states as they were."""
+    """Put the model into evaluation mode, and restore its modes and all random states afterwards."""
     modes = {module: module.training for module in model.modules()}
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     model.eval()
@@ -117,12 +117,12 @@ def unmoved(model: Any) -> Iterator[None]:
 
 
 class _Cut(logging.Filter):
-    """Counts what lm-eval says of inputs that it cuts, one warning each, and lets no warning pass."""
+    """Counts lm-eval's warnings about truncated inputs, one for each, and suppresses all warnings."""
 
     times = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether a record is to be shown."""
+        """Return whether a record is shown."""
         self.times += "exceeds model's maximum length" in record.getMessage()
         return record.levelno > logging.WARNING
 
@@ -143,7 +143,7 @@ def _counting() -> Iterator[_Cut]:
 
 
 def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> None:
-    """Raise the errors of :func:`zero_shot` that need no model: load tasks and their data, and leave them."""
+    """Raise the errors of :func:`zero_shot` that need no model, by loading the tasks and their data."""
     check_lm_eval()
     with _counting():
         _loaded(tasks, include_path)
@@ -153,7 +153,7 @@ def _loaded(tasks: Sequence[str], include_path: str | Path | None) -> tuple[Any,
     manager = _manager(tasks, include_path)
     try:
         return manager, manager.load(list(tasks))
-    except Exception as error:  # of datasets, the hub's clients and task files alike
+    except Exception as error:  # datasets, hub clients and task files raise many types
         raise UnavailableError(
             f"the tasks {', '.join(tasks)} could not be loaded: {type(error).__name__}: {error}\nWithout a network "
             f"give --include-path FOLDER with task files whose data is local (docs/evaluation.md)"
@@ -161,7 +161,7 @@ def _loaded(tasks: Sequence[str], include_path: str | Path | None) -> tuple[Any,
 
 
 def _manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
-    """Return what finds tasks: in one's own files if all are there, else in lm-eval's, too."""
+    """Return a task manager: for the user's own files if these have all tasks, else also for lm-eval's."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:
@@ -198,7 +198,7 @@ def _scores(task: str, results: dict[str, Any], how: str) -> list[Score]:
 
 
 def _parts(items: Sequence[dict[str, Any]], metric: str, filter_: str, value: float) -> dict[Hashable, float]:
-    """Return what each item contributes, or nothing where the figure is not their mean."""
+    """Return the contribution of each item, or an empty dict if the figure is not their mean."""
     mine = [item for item in items if item.get("filter", filter_) == filter_]
     if not all(isinstance(item.get(metric), (int, float)) for item in mine):
         return {}

@@ -1,4 +1,4 @@
-"""Perplexity by the published protocol: the text as one, cut into segments that do not overlap."""
+"""Perplexity by the published protocol: the text is joined, and cut into segments that do not overlap."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Bos = Literal["auto", "segment", "stream", "none"]
-_USUAL_LENGTH = 2048  # of the published tables
+_USUAL_LENGTH = 2048  # segment length of the published tables
 
 
 def perplexity(
@@ -37,24 +37,25 @@ def perplexity(
     segments: int | None = None,
     bos: Bos = "auto",
 ) -> Score:
-    """Return the perplexity of a model on a text, its error over segments.
+    """Return the perplexity of a model on a text, with its standard error over segments.
 
     The documents are joined (WikiText-2 and files with two newlines, the first 1,100 of C4 with a blank), tokenized
     once, cut into segments of ``seq_len`` tokens, and the tail is dropped. Each token but a segment's first is scored.
 
     Args:
         model: A causal language model of transformers, on its device.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         text: ``wikitext2`` (its test text), ``c4`` (256 segments of its validation text), ``pydocs``, or a file or
-            folder of text, all of it or, where names say so, its test files.
-        seq_len: Tokens a segment; None takes 2048, or as many as the model can take.
-        segments: As many as this, the first; None takes all.
-        bos: ``stream``: what the tokenizer puts before a text, once at its beginning, as published. ``segment``: at the
-            start of every segment. ``none``: nowhere. ``auto``: ``segment`` for Gemma, which needs it, else ``stream``.
+            folder of text: its test files if names tell which these are, else all of it.
+        seq_len: Tokens in a segment; None takes 2048, or as many as the model can take.
+        segments: Use only so many segments, the first ones; None uses all.
+        bos: Where BOS goes. ``stream``: once, where the tokenizer puts it before the whole text, as published.
+            ``segment``: at the start of every segment. ``none``: nowhere. ``auto``: ``segment`` for Gemma, which needs
+            it, else ``stream``.
 
     Raises:
-        UserError: An argument is out of range, or the text makes no segment.
-        UnavailableError: A text could not be had.
+        UserError: An argument is out of range, or the text is shorter than a segment.
+        UnavailableError: A text is not available.
     """
     if bos not in get_args(Bos):
         raise UserError(f"bos must be one of {get_args(Bos)}, got {bos!r}")
@@ -70,7 +71,7 @@ def perplexity(
         raise UserError("bos 'segment' needs a tokenizer with a BOS token, and this one has none: give stream")
     try:
         tokens = _tokens(text, tokenizer, length, bos)
-    except UserError as error:  # made for a run's data
+    except UserError as error:  # its message names options of a run's data
         told = str(error).replace("--data.name", "--perplexity").replace("data.name ", "text ")
         if isinstance(error, UnavailableError):
             raise UnavailableError(told) from error
@@ -96,7 +97,7 @@ def perplexity(
 
 @torch.inference_mode()
 def _losses(model: Any, packed: PackedTokens, text: str) -> dict[Hashable, float]:
-    """Return each segment's mean negative log-likelihood, in nats, by its place and what it holds."""
+    """Return each segment's mean negative log-likelihood, in nats, by its index and a digest of its tokens."""
     metric = TokenPerplexity().to(model.device)
     losses: dict[Hashable, float] = {}
     for place in tqdm(range(len(packed)), f"perplexity on {text}", leave=False, mininterval=0.5):
@@ -105,7 +106,7 @@ def _losses(model: Any, packed: PackedTokens, text: str) -> dict[Hashable, float
         ids = item[None].to(model.device)
         metric.reset()
         metric.update(model(ids, use_cache=False).logits[:, :-1], ids[:, 1:])
-        digest = hashlib.sha256(item.numpy().tobytes()).hexdigest()  # another tokenizer cuts other segments
+        digest = hashlib.sha256(item.numpy().tobytes()).hexdigest()  # differs with another tokenizer
         losses[place, digest] = float((metric.total_log_probs / metric.count).cpu())
     return losses
 

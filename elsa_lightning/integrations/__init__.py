@@ -1,1 +1,1 @@
-"""Elsa in other people's trainers; each module imports what it is for, and nothing else imports them."""
+"""Elsa in trainers other than Lightning's; each module imports its trainer's package, and no other module does."""

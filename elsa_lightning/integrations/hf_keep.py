@@ -1,4 +1,4 @@
-"""KeepMaskTrainerCallback: fine-tunes a sparse model inside transformers.Trainer, and loses no zero."""
+"""KeepMaskTrainerCallback: fine-tunes a sparse model inside transformers.Trainer without losing zeros."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ log = logging.getLogger(__name__)
 
 
 class KeepMaskTrainerCallback(ElsaTrainerCallback):
-    """Keeps the zeros of a model that is sparse already while a ``transformers.Trainer`` trains the rest.
+    """Keeps the zeros of an already sparse model while a ``transformers.Trainer`` trains the rest.
 
-    Works with what derives from the Trainer too, such as TRL's::
+    Works with subclasses of the Trainer too, such as TRL's::
 
         Trainer(model, args, train_dataset=data, callbacks=[KeepMaskTrainerCallback()])
 
     Gradients are masked before ``max_grad_norm`` clips them, every checkpoint has the zeros, and they are counted when
-    training ends. ``resume_from_checkpoint`` goes on to the bit.
+    training ends. Runs resumed by ``resume_from_checkpoint`` are bit-identical.
 
     Args:
-        min_sparsity: See :class:`~elsa_lightning.KeepMask`, as for all that follow.
-        targets: Whose zeros to keep.
+        min_sparsity: See :class:`~elsa_lightning.KeepMask`, as for all other arguments.
+        targets: The tensors whose zeros are kept.
         ignore: Regular expressions of parameter names whose zeros may be lost.
 
     Raises:
@@ -49,20 +49,20 @@ class KeepMaskTrainerCallback(ElsaTrainerCallback):
 
     @property
     def keep(self) -> KeptZeros:
-        """What keeps the zeros, once training begins; ``keep.kept`` says of which tensors."""
+        """The object that keeps the zeros, once training begins; ``keep.kept`` lists the tensors."""
         assert isinstance(self.admm, KeptZeros)
         return self.admm
 
     def _begin(self) -> None:
         super()._begin()
-        self._counts = True  # the model is as sparse as it will be
+        self._counts = True  # the model already has its final sparsity
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the masks from the weights, or from the checkpoint that is gone on with."""
+        """Take the masks from the weights, or from the checkpoint of a resumed run."""
         if has_adapter(kwargs["model"]):
-            sparse_weights(kwargs["model"])  # says what to do with adapters
+            sparse_weights(kwargs["model"])  # raises with advice about adapters
         super().on_train_begin(args, state, control, **kwargs)
         if not self.keep.frozen:
             self.keep.begin()
@@ -80,18 +80,18 @@ class KeepMaskTrainerCallback(ElsaTrainerCallback):
         return keep, []
 
     def _check_dtypes(self, args: TrainingArguments) -> None:
-        """Find nothing: masks are whole numbers, which every dtype holds."""
+        """Accept any dtype: masks are integers, which every dtype holds."""
 
     def _say_late(self, state: TrainerState) -> None:
-        """Find nothing to say: the zeros are in the weights."""
+        """Say nothing: the zeros are in the weights, so a late start is no problem."""
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put back zeros that something else moved, with a warning, and count them all.
+        """Restore zeros that something else changed, with a warning, and count all zeros.
 
         Raises:
-            UserError: Some are lost.
+            UserError: Some zeros were lost.
         """
         self.keep.finish()
         self._detach()

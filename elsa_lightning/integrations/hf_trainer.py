@@ -1,4 +1,4 @@
-"""ElsaTrainerCallback: pruning inside transformers.Trainer and what derives from it, such as TRL's trainers."""
+"""ElsaTrainerCallback: pruning inside transformers.Trainer and its subclasses, such as TRL's trainers."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ log = logging.getLogger(__name__)
 class ElsaTrainerCallback(TrainerCallback, ExportableState):
     """Prunes the model that a ``transformers.Trainer`` trains, by ADMM (Lee et al., 2026, arXiv:2510.01650).
 
-    Works with what derives from the Trainer too, such as TRL's::
+    Works with subclasses of the Trainer too, such as TRL's::
 
         Trainer(model, args, train_dataset=data, callbacks=[ElsaTrainerCallback(sparsity=0.9)])
 
-    The schedule counts optimizer steps. The Trainer's checkpoints hold all that ``resume_from_checkpoint`` needs to go
-    on to the bit: tensors in ``optimizer.pt``, scalars in ``trainer_state.json``. The zeros are exact before the last
-    evaluation and the last save. Evaluations before the mask is fixed are of another model than the run will leave, so
-    the best metric counts from there on, and with it ``load_best_model_at_end`` and ``EarlyStoppingCallback``.
+    The schedule counts optimizer steps. The Trainer's checkpoints hold all that ``resume_from_checkpoint`` needs for a
+    bit-identical run: tensors in ``optimizer.pt``, scalars in ``trainer_state.json``. The zeros are exact before the
+    last evaluation and the last save. Before the mask is fixed, evaluations are of a denser model than the run's
+    result, so the best metric, ``load_best_model_at_end`` and ``EarlyStoppingCallback`` count only from there on.
 
     Args:
         sparsity: Fraction of zeros in each constrained tensor, 0 ≤ sparsity < 1.
-        constraint: The set of sparse weights, where it is not ``Unstructured(sparsity)``. Give one of the two.
-        penalty: See :class:`~elsa_lightning.ElsaCallback`, as for all that follow.
+        constraint: The set of sparse weights, if it is not ``Unstructured(sparsity)``. Give one of the two.
+        penalty: See :class:`~elsa_lightning.ElsaCallback`, as for all arguments below.
         penalty_schedule: How the penalty reaches that value.
         prox: The form of the x-update.
         interval: Optimizer steps between projections.
         ramp: Fraction of all steps over which the sparsity rises to its target.
         frozen: Fraction of all steps, the last ones, in which the mask is fixed and the zeros are exact.
-        state_dtype: What the method's own number a weight is kept in.
+        state_dtype: The dtype of the number that the method stores for each weight.
         targets: What to constrain.
         ignore: Regular expressions of parameter names that stay dense.
 
@@ -94,10 +94,10 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
         self._begin()
 
     def _begin(self) -> None:
-        """Forget an earlier run."""
-        self._first_step = 0  # optimizer steps that were made before pruning began
+        """Reset what belongs to one run."""
+        self._first_step = 0  # optimizer steps made before pruning began
         self._global_step, self._saved_dense = 0, -1
-        self._counts = False  # whether metrics are of the sparsity that the run will leave
+        self._counts = False  # whether metrics are those of the final sparsity
         self._logged: Any = None
         self._measured: Any = None
         self._figures: dict[str, float] = {}
@@ -106,7 +106,7 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
     # ------------------------------------------------------------------ start
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Refuse a Trainer that cannot work, as soon as it is made."""
+        """Refuse an unsuitable Trainer as soon as it is made."""
         if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
             raise UserError(
                 "ElsaTrainerCallback cannot prune what DeepSpeed or the Trainer's FSDP shards: train without deepspeed "
@@ -121,8 +121,8 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the optimizer, which has its state by now, and go on where a checkpoint was."""
-        self.on_init_end(args, state, control)  # it may have been added later
+        """Attach to the optimizer, whose state is restored by now, and restore the state of a resumed run."""
+        self.on_init_end(args, state, control)  # the callback may have been added later
         self._move_to_front()
         self._detach()
         self._begin()
@@ -139,7 +139,7 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
             self.admm.load_state_dict(saved["admm"])
         elif state.global_step > 0:
             self._say_late(state)
-        callbacks: Any = state.stateful_callbacks  # where the Trainer looks at a save, also on another run's way
+        callbacks: Any = state.stateful_callbacks  # the Trainer saves these; a resumed run may lack ours
         callbacks.setdefault(type(self).__name__, self.state())
         self._global_step, self._counts = state.global_step, self.admm.frozen
         self._count_from_here(state)
@@ -150,7 +150,7 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
     def _attach(
         self, model: nn.Module, optimizer: Optimizer, total_steps: int, replicas: dist.ProcessGroup | None
     ) -> tuple[ADMM, list[tuple[int, str]]]:
-        """Return what constrains the weights, and what to log of it."""
+        """Return the ADMM that constrains the weights, and messages for the log."""
         constraint = self.constraint.fitted(model)
         selection = select(model, self.targets, self.ignore, quiet=True).within(constraint)
         admm = ADMM(
@@ -175,7 +175,7 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
         )  # fmt: skip
 
     def _saved(self, state: TrainerState) -> dict[str, Any] | None:
-        """Return the state of a resumed run, or None where there is none."""
+        """Return the saved state of a resumed run, or None if there is none."""
         if state.global_step == 0:
             return None
         callbacks: Any = state.stateful_callbacks or {}
@@ -186,7 +186,7 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
         return saved
 
     def _check_dtypes(self, args: TrainingArguments) -> None:
-        """Refuse a state that the Trainer would round when a run is resumed: it casts to the weights' dtype."""
+        """Refuse a state dtype that the Trainer would round at resuming, when it casts to the weights' dtype."""
         assert self.admm is not None
         if args.save_strategy == "no" or args.save_only_model or self.state_dtype == "float8_e4m3fn":
             return
@@ -200,7 +200,7 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
                 )
 
     def _move_to_front(self) -> None:
-        """See logs before those who write them: the Trainer hands itself to no callback."""
+        """Move this callback before those that write logs; the list is found on the stack, since no API gives it."""
         frame = sys._getframe(1)
         while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
             frame = frame.f_back  # type: ignore[assignment]
@@ -213,12 +213,12 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go on where a request to stop was taken back."""
+        """Resume if a request to stop was withdrawn."""
         if self.admm is not None:
             self.admm.resume()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Make the zeros exact after the last step, before it is evaluated and saved."""
+        """Make the zeros exact after the last step, before evaluation and saving."""
         assert self.admm is not None
         self._control, self._global_step = control, state.global_step
         self._look_at_update(state)
@@ -231,20 +231,20 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """See requests to stop."""
+        """Remember the control object, which tells of requests to stop."""
         self._control = control
 
     on_evaluate = on_epoch_end
 
     def _count_from_here(self, state: TrainerState) -> None:
-        """Forget the best metric of models that were denser than the one the run will leave."""
+        """Drop the best metric so far if it is of a denser model than the run's result."""
         assert self.admm is not None
         if not self._counts:
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         self._counts = self.admm.frozen
 
     def _look_at_update(self, state: TrainerState) -> None:
-        """Keep the figures of a new update for the next log, and warn of what goes wrong."""
+        """Keep the figures of a new update for the next log, and warn of signs of trouble."""
         assert self.admm is not None
         update = self.admm.last_update
         if update is None or update is self._logged:
@@ -264,12 +264,12 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
         logs = kwargs.get("logs")
         if logs is not None and self._figures:
             logs.update(self._figures)
-            if state.log_history:  # a copy was put there already
+            if state.log_history:  # it already has a copy of logs
                 state.log_history[-1].update(self._figures)
             self._figures = {}
 
     def _before_saving(self, *_: Any) -> None:
-        """See to it that what is saved after a request to stop, whoever made it, has the zeros."""
+        """Make sure that anything saved after a request to stop has exact zeros."""
         assert self.admm is not None
         if self._control.should_training_stop:
             self.admm.finish(resumable=True)
@@ -281,7 +281,7 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make sure of the zeros, whatever ended the run, and say how it ended."""
+        """Make the zeros exact, whatever ended the run, and report how it ended."""
         assert self.admm is not None
         if not self.admm.finished:
             self.admm.finish(resumable=True)
@@ -324,13 +324,13 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
     # ------------------------------------------------------------------ checkpoints
 
     def state(self) -> dict[str, Any]:
-        """Return what ``trainer_state.json`` keeps: the arguments and the scalars of the run."""
+        """Return the state for ``trainer_state.json``: the arguments and the scalars of the run."""
         restored = {"admm": self.admm.state_dict(), "first_step": self._first_step} if self.admm else None
         return {"args": dict(self._arguments), "attributes": {"restored": restored}}
 
 
 def _check_model(model: nn.Module) -> None:
-    """Refuse a model whose checkpoints would lack what is pruned, or that is sharded."""
+    """Refuse a model that is sharded, or whose checkpoints would not contain the pruned weights."""
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(
             "the model has a PEFT adapter, and the Trainer saves the adapter alone: the pruned weights would be in no "

@@ -1,1 +1,1 @@
-"""``elsa report``: one page of what runs left. docs/architecture.md says which file does what."""
+"""``elsa report``: a page about one or several runs, from the files they left; docs/architecture.md lists modules."""

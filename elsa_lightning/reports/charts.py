@@ -1,4 +1,4 @@
-"""The figures of a report, each with a sentence for those who cannot see it and the numbers in a table."""
+"""The figures of a report, each with a sentence for screen readers and a table of its numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from elsa_lightning.report import finite
 from elsa_lightning.reports.runs import Run
 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-_ROWS = 40  # of the table under a figure; report.json has all
+_ROWS = 40  # rows of the table under a figure; the JSON file has all
 _METHOD = r"^elsa(_\d+)?/"
 Points = Sequence[tuple[float, float]]
 
@@ -23,14 +23,14 @@ class Chart:
     """A figure.
 
     Attributes:
-        name: Of the figure, for links.
-        title: What it shows.
-        text: What to know when reading it.
-        spoken: What a screen reader says.
-        figure: Plotly's, as JSON; None where there is nothing to draw.
-        head: Of the table of its numbers.
-        rows: Of that table.
-        height: Pixels.
+        name: Name of the figure, for links.
+        title: Title of the figure.
+        text: Explanation for reading it.
+        spoken: Text for screen readers.
+        figure: Plotly figure as JSON; None if there is nothing to draw.
+        head: Header of the table of its numbers.
+        rows: Rows of that table.
+        height: Height in pixels.
     """
 
     name: str
@@ -52,7 +52,7 @@ class _Line:
 
 
 def curves(runs: Sequence[Run]) -> list[Chart]:
-    """Return what changes over the steps; runs in colours, quantities in dashes, or in colours where it is one run."""
+    """Return charts over the steps: colours stand for runs and dashes for quantities; for one run colours do."""
     method = _METHOD + r"({})$"
     dense = [_across(runs, line) for line in _lines(runs, r"dense_perplexity$", dashed=True)]
     measured = _lines(runs, r"(?<!dense_)(?<!final_)(perplexity|ppl)\w*$")
@@ -97,13 +97,13 @@ def _lines(runs: Sequence[Run], pattern: str, dashed: bool = False) -> list[_Lin
 
 
 def _across(runs: Sequence[Run], line: _Line) -> _Line:
-    """Draw what was measured once from the run's beginning to its end."""
+    """Extend a value that was measured once over the whole run."""
     steps = [step for values in runs[line.run].series.values() for step, _ in values]
     return _Line(line.run, line.of, [(min(steps), line.points[0][1]), (max(steps), line.points[-1][1])], line.dashed)
 
 
 def _joined(measured: list[_Line], final: list[_Line]) -> list[_Line]:
-    """End each run's perplexity with that of what it left, or show this alone."""
+    """Append the final perplexity to each run's perplexity curve, or show it alone."""
     joined = []
     for end in final:
         own = [line for line in measured if line.run == end.run and line.of.startswith("val")][:1]
@@ -156,12 +156,12 @@ def _chart(
 
 
 def _traces(runs: Sequence[Run], lines: Sequence[_Line], shown: str) -> list[dict[str, Any]]:
-    """Return lines whose legend names each run by its colour and each quantity by its dashes, once.
+    """Return lines with a legend that has each run's colour and each quantity's dashes once.
 
     Args:
-        runs: All of them.
-        lines: What to draw.
-        shown: How numbers are written.
+        runs: All runs.
+        lines: The lines to draw.
+        shown: Format of numbers.
     """
     quantities = list(dict.fromkeys(line.of for line in lines))
     several, named, traces = len(runs) > 1, set[int](), list[dict[str, Any]]()
@@ -193,7 +193,7 @@ def _traces(runs: Sequence[Run], lines: Sequence[_Line], shown: str) -> list[dic
 
 
 def plotly(traces: list[dict[str, Any]], layout: dict[str, Any]) -> str:
-    """Return the figure, checked by plotly, for a script element: without < of a name that could end it."""
+    """Return a figure as JSON, validated by plotly, for a script element: without <, which could end the element."""
     import plotly.graph_objects as go
 
     made = go.Figure(data=traces, layout={**layout, "template": "none"}).to_plotly_json()
@@ -202,7 +202,7 @@ def plotly(traces: list[dict[str, Any]], layout: dict[str, Any]) -> str:
 
 
 def _some(points: Points, most: int) -> Iterable[tuple[float, float]]:
-    """Return so many of the points, evenly, with the first and the last."""
+    """Return at most so many of the points, evenly spaced, including the first and the last."""
     if len(points) <= most:
         return points
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]

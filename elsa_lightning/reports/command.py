@@ -1,4 +1,4 @@
-"""``elsa report``."""
+"""The command ``elsa report``: its parser and entry point."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ saved model. A run that still goes on can be looked at too. docs/report.md says 
 
 
 def parser() -> CommandParser:
-    """Return the parser; making it imports nothing that takes time."""
+    """Return the parser, without slow imports."""
     made = CommandParser(
         "elsa report",
         description="Write one page of what runs left: results, curves, where the zeros are, settings and commands. It "
@@ -47,22 +47,22 @@ def main(arguments: Sequence[str]) -> None:
     """Write the report.
 
     Args:
-        arguments: Those after ``report``.
+        arguments: The arguments after ``report``.
     """
     given = parser().parse_args(arguments)
     report(given.runs, Path(given.output).expanduser(), given.png)
 
 
 def report(paths: Sequence[str | Path], output: Path, png: bool = False) -> None:
-    """Write a report and say where it is.
+    """Write a report and print its path.
 
     Args:
         paths: Folders of runs.
-        output: A name that ends in ``.html``.
-        png: Whether to draw each figure as a PNG, too.
+        output: File to write; its name ends in ``.html``.
+        png: Whether to write each figure as a PNG, too.
 
     Raises:
-        UserError: A folder is no run, the file would be lost, or a package is missing.
+        UserError: A folder has no run, a file would be overwritten that is not a report, or a package is missing.
     """
     from elsa_lightning.reports.page import check_output, check_packages, write_report
     from elsa_lightning.reports.pictures import check_pictures, figures_of, write_pictures

@@ -1,4 +1,4 @@
-"""The metrics of a run, whoever wrote them: TensorBoard's events, CSVLogger's table, the notes of the journal."""
+"""Reads the metrics of a run from TensorBoard's events, CSVLogger's table, and the notes of the journal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NO_METRICS = ("epoch", "step", "hp_metric")
 
 
 def logged(folder: Path) -> Series:
-    """Return what loggers wrote, in steps' order."""
+    """Return the metrics that loggers wrote, in the order of steps."""
     series: Series = {}
     if next(folder.glob(EVENTS), None) is not None:
         from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
@@ -40,7 +40,7 @@ def logged(folder: Path) -> Series:
 
 
 def noted(notes: Sequence[dict[str, Any]]) -> Series:
-    """Return what a journal's notes have of metrics."""
+    """Return the metrics in a journal's notes."""
     series: Series = {}
     for note in notes:
         for name, value in note.get("metrics", {}).items():
@@ -50,7 +50,7 @@ def noted(notes: Sequence[dict[str, Any]]) -> Series:
 
 
 def number(value: Any) -> float | None:
-    """Return a number, or None for what is none."""
+    """Return a value as a float, or None if it is not a number."""
     try:
         return float(value)
     except (TypeError, ValueError):

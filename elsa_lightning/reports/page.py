@@ -1,4 +1,4 @@
-"""The page of a report, and the same for machines."""
+"""Writes the page of a report, and its contents as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from elsa_lightning.reports.pareto import trade_offs
 from elsa_lightning.reports.runs import Run
 from elsa_lightning.reports.zeros import of_run
 
-_MARK = "elsa-lightning report"  # of what this may replace
+_MARK = "elsa-lightning report"  # only files with this mark may be replaced
 _STATUS = {
     "finished": "finished",
     "unfinished": "ended before its schedule did: the zeros are exact, and were not trained with as planned",
@@ -29,7 +29,7 @@ _STATUS = {
 
 
 def check_packages() -> None:
-    """Raise UnavailableError if what draws is not installed."""
+    """Raise UnavailableError if the packages for drawing are not installed."""
     try:
         import jinja2
         import plotly  # noqa: F401
@@ -41,7 +41,7 @@ def check_packages() -> None:
 
 
 def check_output(output: Path) -> None:
-    """Raise UserError if a file would be lost, or is no page."""
+    """Raise UserError if the name does not end in .html, or a file would be overwritten that is not a report."""
     if output.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--output {str(output)!r} is to be a page: give a name that ends in .html")
     for file in (output, output.with_suffix(".json")):
@@ -50,14 +50,14 @@ def check_output(output: Path) -> None:
 
 
 def write_report(runs: Sequence[Run], output: Path) -> Path:
-    """Write the page, and beside it the same as JSON.
+    """Write the page, and its contents as JSON beside it.
 
     Args:
-        runs: What to show, in this order.
-        output: A name that ends in ``.html``.
+        runs: The runs to show, in this order.
+        output: File to write; its name ends in ``.html``.
 
     Returns:
-        The page.
+        The path of the page.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     write(output.with_suffix(".json"), _json(runs))
@@ -66,7 +66,7 @@ def write_report(runs: Sequence[Run], output: Path) -> Path:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """Return the page: one file that loads nothing from anywhere."""
+    """Return the page as self-contained HTML, which loads nothing from elsewhere."""
     from jinja2 import Environment
     from plotly.offline import get_plotlyjs
 
@@ -105,7 +105,7 @@ def _model(run: Run) -> str | None:
 
 
 def _described(run: Run, charts: list[Chart]) -> dict[str, Any]:
-    """Return what the page says of a run in words and numbers."""
+    """Return the facts about a run that the page shows as text and numbers."""
     dense, sparse = run.dense, run.sparse
     start = "start" if "start" in run.record.get("perplexity", {}) else "dense"
     return {
@@ -165,7 +165,7 @@ def _samples(run: Run) -> list[dict[str, Any]]:
 
 
 def _settings(run: Run) -> list[tuple[str, str, str]]:
-    """Return (of what, name, value)."""
+    """Return the settings of a run as (group, name, value)."""
     known = run.record
     groups = {
         "method": run.method,
@@ -183,7 +183,7 @@ def _settings(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _absent(charts: Sequence[Chart]) -> list[tuple[str, str]]:
-    """Return titles of figures that have nothing to show, with how to get them, each once."""
+    """Return the titles of figures without data, with advice how to get it, each once."""
     noted = "is in elsa_run.json, which runs of ElsaCallback leave where they have a logger or checkpoints"
     logged = "is taken from what the run logs: give the Trainer a logger (TensorBoardLogger or CSVLogger)"
     how = {
@@ -223,7 +223,7 @@ def _ratio(value: float | None, to: float | None) -> str:
 
 
 def _within(folder: Path, run: Path) -> str:
-    """Return the name of a folder from that of its run, or all of it where it is elsewhere."""
+    """Return the path of a folder relative to its run's, or the whole path if it lies elsewhere."""
     inside = folder.resolve()
     return str(inside.relative_to(run.resolve())) if inside.is_relative_to(run.resolve()) else str(folder)
 

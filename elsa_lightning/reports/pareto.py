@@ -1,4 +1,4 @@
-"""Perplexity against what it costs: zeros, bytes, tokens a second; which runs and models no other beats in both."""
+"""Perplexity against zeros, bytes and tokens a second, with the Pareto front of runs and models."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from elsa_lightning.reports.charts import Chart, Points, figure, plotly, share
 from elsa_lightning.reports.runs import Run
 
-_NAMED = 12  # points that have their names beside them; of more the pointer tells
+_NAMED = 12  # up to so many points have their names beside them; with more, only when pointed at
 
 
 def trade_offs(runs: Sequence[Run]) -> list[Chart]:
-    """Return the Pareto curves of what has a perplexity: runs against sparsity, models against bytes and tokens/s."""
+    """Return the Pareto charts of all with a perplexity: runs against sparsity, models against bytes and tokens/s."""
     charts = []
     if len(runs) > 1:
         of_runs = [(run.sparsity, run.sparse, run.name, run) for run in runs]
@@ -41,17 +41,17 @@ def _pareto(
     points: Sequence[tuple[float | None, float | None, str, Run]], *, more_is_better: bool, percent: bool = False,
     dense: Points = (),
 ) -> Chart:  # fmt: skip
-    """Return perplexity against something else.
+    """Return a chart of perplexity against another quantity.
 
     Args:
-        runs: All of them.
-        name: Of the chart.
-        title: Of the chart.
-        axis: What it is against.
-        points: That, perplexity, a name and the run.
-        more_is_better: Whether the most of it is the best.
-        percent: Whether it is a fraction.
-        dense: The same of the dense models: that and perplexity.
+        runs: All runs.
+        name: Name of the chart.
+        title: Title of the chart.
+        axis: Title of the quantity's axis.
+        points: The quantity, perplexity, a name and the run.
+        more_is_better: Whether larger values of the quantity are better.
+        percent: Whether the quantity is a fraction.
+        dense: The quantity and perplexity of the dense models.
     """
     known = [(x, y, label, run) for x, y, label, run in points if x is not None and y is not None]
     if not known:
@@ -90,7 +90,7 @@ def _pareto(
             }
         )  # fmt: skip
     places = [x for x, *_ in known] + [x for x, _ in whole]
-    room = 0.1 * (max(places) - min(places)) or 0.05 * abs(places[0]) or 1.0  # for names, and around a single place
+    room = 0.1 * (max(places) - min(places)) or 0.05 * abs(places[0]) or 1.0  # margin for names, and for a single point
     for value in sorted({float(f"{run.dense:.4g}") for run in runs if run.dense is not None})[:3]:
         traces.append(
             {

@@ -1,4 +1,4 @@
-"""PNGs of the figures of a report, as an installed Chromium draws the page."""
+"""Writes the figures of a report as PNGs, drawn by an installed Chromium."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.export.folders import new_folder
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-_SECONDS = 300  # for all figures, on a machine that does other things too
+_SECONDS = 300  # timeout for all figures, generous for a busy machine
 _FLAGS = (
     "--headless", "--dump-dom", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--window-size=1200,2000", "--virtual-time-budget=120000",
     "--blink-settings=preferredColorScheme=1",
 )  # fmt: skip
-# waits until the page is drawn, and leaves nothing of it but the pictures
+# waits until the page is drawn, then replaces it by its pictures
 _SCRIPT = """
 <script>
 "use strict";
@@ -53,10 +53,10 @@ def figures_of(page: Path) -> Path:
 
 
 def check_pictures(page: Path) -> str:
-    """Return the browser that is to draw a page.
+    """Return the browser with which to draw a page.
 
     Raises:
-        UserError: There is none, or something would be lost.
+        UserError: There is none, or the folder of the PNGs has other files, which would be lost.
     """
     folder = figures_of(page)
     others = [folder] if folder.is_file() else [p for p in folder.glob("*") if p.suffix != ".png"]
@@ -77,8 +77,8 @@ def write_pictures(page: Path, browser: str) -> list[Path]:
     """Write each figure of a page as a PNG, all of them or none.
 
     Args:
-        page: Of a report.
-        browser: A Chromium.
+        page: The page of a report.
+        browser: Command of a Chromium.
 
     Returns:
         The files, in the page's order.
@@ -91,7 +91,7 @@ def write_pictures(page: Path, browser: str) -> list[Path]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         drawn = Path(place) / "page.html"
         drawn.write_text(_SCRIPT.join(text.rsplit("</body>", 1)), encoding="utf-8")
-        alone = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # root has to
+        alone = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # required for root
         command = [browser, *_FLAGS, *alone, f"--user-data-dir={place}/profile", drawn.as_uri()]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)

@@ -1,4 +1,4 @@
-"""Reads what runs leave: the journal, TensorBoard's events or CSVLogger's table, records of models and exports."""
+"""Reads the files that runs leave: journals, TensorBoard events, CSVLogger tables, records of models and exports."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from elsa_lightning.reports.metrics import EVENTS, TABLE, Series, logged, noted,
 from elsa_lightning.reports.saved import Saved, saved_in
 
 JOURNALS = "elsa_run*.json"
-_LEVELS = 3  # from a checkpoint up to the folder of its run
+_LEVELS = 3  # folders at most from a checkpoint up to that of its run
 _EVALUATIONS = "evaluation*.json"
 
 
 @dataclass
 class Run:
-    """What is known of a run.
+    """The known facts about a run.
 
     Attributes:
-        name: That tells it from the others on the page.
-        folder: Of the run.
-        journal: ``elsa_run.json``, or empty.
-        record: What is known of the model; see :class:`elsa_lightning.export.record.Record`.
+        name: Name that distinguishes it from the other runs on the page.
+        folder: Folder of the run.
+        journal: Contents of ``elsa_run.json``, or empty.
+        record: The record of the model; see :class:`elsa_lightning.export.record.Record`.
         series: All metrics.
         saved: Models on disk.
-        missing: What is not known, and how to get it.
-        ancestors: Folders of the runs that it went on from.
+        missing: Unknown facts, with advice how to get them.
+        ancestors: Folders of the runs that it resumed.
         source: File of the journal.
         evaluations: Rows of ``elsa evaluate``: ``name``, ``metric``, ``count``, ``value``, ``error``, ``difference``.
     """
@@ -50,12 +50,12 @@ class Run:
 
     @property
     def place(self) -> Path:
-        """What tells it from every other run."""
+        """The path that identifies the run."""
         return (self.source or self.folder).resolve()
 
     @property
     def notes(self) -> list[dict[str, Any]]:
-        """Of the journal."""
+        """The notes of the journal."""
         return list(self.journal.get("notes", []))
 
     @property
@@ -72,7 +72,7 @@ class Run:
 
     @property
     def sparse(self) -> float | None:
-        """Perplexity of what the run left."""
+        """Perplexity of the final model."""
         return number(self.record.get("perplexity", {}).get("sparse")) or self._last("val/final_perplexity")
 
     @property
@@ -94,41 +94,41 @@ class Run:
 
     @property
     def status(self) -> str:
-        """How it ended, in a word."""
+        """How the run ended, in a word."""
         return str(self.journal.get("status", "unknown"))
 
     @property
     def seed(self) -> str | None:
-        """That the command line gave."""
+        """The seed on the command line, or None."""
         found = re.search(r"--seed_everything[ =](\d+)", str(self.record.get("command") or ""))
         return found[1] if found else None
 
     @property
     def but_for_seed(self) -> str:
-        """What runs have in common that differ by their seed alone."""
+        """A key that is equal for runs which differ only in their seed."""
         data = {name: value for name, value in self.record.get("data", {}).items() if name != "seed"}
         known = [self.record.get("base_model"), self.record.get("method"), self.record.get("training"), data]
         return json.dumps(known, sort_keys=True, default=str) if self.record.get("method") else str(self.folder)
 
     @property
     def smallest(self) -> Saved | None:
-        """The smallest of what is saved."""
+        """The smallest saved model, or None."""
         return min(self.saved, key=lambda saved: saved.size, default=None)
 
     @property
     def dense_size(self) -> int | None:
-        """Bytes of the dense model's weights, by what was exported of it, or the saved one whose zeros are stored."""
+        """Bytes of the dense model's weights, from records of exports or the size of a model saved with its zeros."""
         known = [s.dense_size for s in self.saved if s.dense_size]
         return max(known or [s.size for s in self.saved if s.format == "hf"], default=None)
 
     @property
     def dense_speed(self) -> float | None:
-        """Tokens a second of the dense model: the median of what was measured beside its exports."""
+        """Tokens a second of the dense model: the median of its measurements beside exports."""
         return median(known) if (known := [s.dense_speed for s in self.saved if s.dense_speed]) else None
 
     @property
     def fastest(self) -> Saved | None:
-        """The fastest export of those that were timed, beside what the dense model did at that time."""
+        """The export with the largest speed relative to the dense model, timed at the same time."""
         return max((s for s in self.saved if s.tokens_per_second), key=_times_as_fast, default=None)
 
     def _last(self, metric: str) -> float | None:
@@ -140,10 +140,10 @@ def _times_as_fast(saved: Saved) -> float:
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """Return the runs in folders, or below them, and the exports among them with the runs they are of.
+    """Return the runs in folders, or below them; exports among them are attached to their runs.
 
     Raises:
-        UserError: A folder does not exist, or has nothing of a run.
+        UserError: A folder does not exist, or has no files of a run.
     """
     runs: list[Run] = []
     exports: list[Run] = []
@@ -179,8 +179,8 @@ def _below(folder: Path, after: frozenset[str] = frozenset()) -> Iterator[Run]:
     """Yield the runs in a folder, or else in those below it.
 
     Args:
-        folder: Where to look.
-        after: Runs that are read already, each of which went on from the next: a run may resume into its own folder.
+        folder: Folder to search.
+        after: Runs that are read already, each of which resumed the next: a run may resume into its own folder.
     """
     if _is_run(folder) or (folder / RECORD).is_file():
         journals: list[Path | None] = [*sorted(folder.glob(JOURNALS))] or [None]
@@ -200,10 +200,10 @@ def _read(folder: Path, journal: Path | None, alone: bool, after: frozenset[str]
     """Return a run.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         journal: Its journal.
-        alone: Whether no other run shares the folder, so that what else is there is of this one.
-        after: Journals of the runs that went on from it.
+        alone: Whether no other run shares the folder, so that all other files there belong to this one.
+        after: Journals of the runs that resumed it.
     """
     run = Run(str(folder), folder, source=journal)
     if journal is not None:
@@ -228,7 +228,7 @@ def _read(folder: Path, journal: Path | None, alone: bool, after: frozenset[str]
 
 
 def _go_back(run: Run, after: frozenset[str]) -> None:
-    """Put what a run went on from before it."""
+    """Prepend the metrics and notes of the runs that a run resumed."""
     resumed = run.journal.get("resumed_from")
     if not resumed:
         return
@@ -265,7 +265,7 @@ def _say_what_is_missing(run: Run, journal: Path | None) -> None:
 
 
 def _attach(export: Run, runs: list[Run]) -> None:
-    """Give an export to the run whose model it is, or let it stand alone."""
+    """Attach an export to the run that made its model, or keep it as an entry of its own."""
     key = _of_model(export.record)
     for run in runs:
         if key[0] and _of_model(run.record) == key:
@@ -286,7 +286,7 @@ def _of_model(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _name(runs: list[Run]) -> None:
-    """Name runs by what tells their folders apart."""
+    """Name runs by the parts of their paths that differ."""
     parts = [run.folder.resolve().parts for run in runs]
     common = 0
     if len(runs) > 1:
@@ -299,7 +299,7 @@ def _name(runs: list[Run]) -> None:
         if [r.folder for r in runs].count(run.folder) > 1:
             run.name += f" #{index + 1}"
     names = [run.name for run in runs]
-    for run in runs:  # version_0 says nothing where every run has it
+    for run in runs:  # version_N says nothing if names differ without it
         short = re.sub(r"/version_\d+$", "", run.name)
         if [re.sub(r"/version_\d+$", "", name) for name in names].count(short) == 1:
             run.name = short

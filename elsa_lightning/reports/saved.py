@@ -1,4 +1,4 @@
-"""Models that runs and their exports left on disk: size, speed, perplexity."""
+"""Reads size, speed and perplexity of the models that runs and their exports left on disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from elsa_lightning.export.folders import archive_of
 from elsa_lightning.reports.metrics import number
 
-_ROUNDED = ("quantized", "gguf")  # whose perplexity is another than the run's
+_ROUNDED = ("quantized", "gguf")  # formats whose perplexity differs from the run's
 _WEIGHTS = ("*.safetensors", "*.gguf", "*.pt", "*.bin")
 
 
@@ -18,14 +18,14 @@ class Saved:
     """A model that a run, or an export of it, left on disk.
 
     Attributes:
-        folder: Where.
+        folder: Its folder.
         format: ``hf``, ``shrunk``, ``quantized``, ``cpu-sparse`` or ``gguf``.
         size: Bytes of its weights.
-        tokens_per_second: That it decodes, if it was measured.
+        tokens_per_second: Its decoding speed, if measured.
         archive: Bytes of the compressed file beside it, if there is one.
-        perplexity: Measured on it, or the run's where the values are the run's.
-        dtype: That it was decoded in.
-        dense_dtype: That the dense model was decoded in.
+        perplexity: Perplexity measured on it, or the run's if values were not rounded.
+        dtype: The dtype in which it decoded.
+        dense_dtype: The dtype in which the dense model decoded.
         dense_speed: Tokens a second of the dense model, decoded in turn with it.
         speed_protocol: How both were measured.
         dense_size: Bytes of the dense model's weights, if its record says so.
@@ -48,7 +48,7 @@ def saved_in(folder: Path, known: dict[str, Any]) -> list[Saved]:
     """Return the model in a folder, if there is one.
 
     Args:
-        folder: Of the model.
+        folder: Folder of the model.
         known: Its record.
     """
     size = sum(file.stat().st_size for pattern in _WEIGHTS for file in folder.glob(pattern))

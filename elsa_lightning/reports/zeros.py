@@ -1,4 +1,4 @@
-"""The figures of a single run: how its scores lie about the threshold, and where its zeros are."""
+"""The figures of a single run: the distribution of its scores around the threshold, and a map of its zeros."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BLOCK = re.compile(r"(?<![^.])(\d+)(?![^.])")
 
 
 def of_run(run: Run, number: int) -> list[Chart]:
-    """Return what belongs to one run alone: how its scores lie, and where its zeros are."""
+    """Return the charts of a single run: the distribution of its scores, and the map of its zeros."""
     return [_scores(run, number), _heat_map(run, number)]
 
 
@@ -74,7 +74,7 @@ def _scores(run: Run, number: int) -> Chart:
     kept, cut = note["scores"]["kept"], note["scores"]["cut"]
     whole = max(1, sum(kept) + sum(cut))
     places = [(index - DECADES * BINS + 0.5) / BINS for index in range(2 * DECADES * BINS)]
-    inner = slice(1, -1)  # the bins at the ends hold all that lies further out
+    inner = slice(1, -1)  # the bins at the ends hold all scores out of range
     traces = [
         {
             "type": "bar", "x": places[inner], "y": [count / whole for count in counts[inner]], "name": name,
