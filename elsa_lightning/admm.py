@@ -130,7 +130,7 @@ class ADMM:
         self.constraint = self.tensors.constraint
         self.step = 0
         self.penalty = 0.0
-        self._tightness, self._relaxed = 1.0, self.constraint  # of the last update
+        self._tightness, self._relaxed = 1.0, self.constraint  # tightness and relaxed set of the last update
         self.phase: Phase = "setting up"
         self._suspended_from: Phase = "setting up"
         self.paused = False

@@ -1,4 +1,4 @@
-"""The tensors of a saved model, some rows at a time: nothing is loaded whole."""
+"""Reads the tensors of a saved model some rows at a time, without loading any whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.packed_files import in_gguf, in_safetensors
 
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")  # of those models, stored (in, out)
+_CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")  # stored (in, out) in the models below
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _TORCH = (".bin", ".pt", ".pth", ".ckpt")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,12 +34,12 @@ class Stored:
     """A tensor that can be read in parts.
 
     Attributes:
-        name: Of the tensor.
-        shape: Of the whole.
-        dtype: As it is called where it was saved.
-        floating: Whether its entries are numbers, and no codes or indices.
+        name: Name of the tensor.
+        shape: Shape of the whole tensor.
+        dtype: Name of the dtype in the file's own terms.
+        floating: Whether its entries are floating-point numbers, not codes or indices.
         transposed: Whether it is a matrix ``(in, out)``.
-        rows: Returns rows from one index of the first dimension to another.
+        rows: Returns the rows from one index of the first dimension to another.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Source:
-    """Where tensors come from.
+    """A source of tensors.
 
     Attributes:
-        name: A path, or a class.
-        config: The model's configuration, empty where there is none.
-        tensors: Yields them, one after the other.
+        name: Path of the files, or class of the module.
+        config: The model's configuration, empty if there is none.
+        tensors: Yields the tensors, one after the other.
     """
 
     name: str
@@ -69,7 +69,7 @@ def open_source(path_or_model: str | Path | nn.Module) -> Source:
     """Find the tensors of a folder, a file or a module.
 
     Raises:
-        UserError: There are none, or they are in a format that is not read.
+        UserError: There are no tensors, or they are in an unsupported format.
     """
     if isinstance(path_or_model, nn.Module):
         return _of_module(path_or_model)
@@ -77,7 +77,7 @@ def open_source(path_or_model: str | Path | nn.Module) -> Source:
     if not path.exists():
         raise UnavailableError(f"{str(path)!r} does not exist; give the folder of a saved model or a .safetensors file")
     if path.is_dir() and not (path / "config.json").exists() and (path / "hf/config.json").is_file():
-        path = path / "hf"  # of a run
+        path = path / "hf"  # path is the folder of a run
     files = _files(path)
     folder = path if path.is_dir() else path.parent
     config_file = folder / "config.json"
@@ -131,7 +131,7 @@ def _indexed(index: Path) -> list[Path]:
 def _of_safetensors(file: Path, transposed: bool, config: Mapping[str, Any]) -> Iterator[Stored]:
     try:
         opened: Any = safe_open(file, "pt")
-    except Exception as error:  # of the library's own kind
+    except Exception as error:  # safetensors has its own exception
         raise UserError(f"{str(file)!r} is no whole safetensors file: {error}") from None
     with opened as tensors:
         packed = in_safetensors(file, tensors, config)
@@ -160,7 +160,7 @@ def _scalar(tensors: Any, name: str, start: int, stop: int) -> Tensor:
 def _of_torch(file: Path, transposed: bool) -> Iterator[Stored]:
     try:
         loaded: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # of many kinds
+    except Exception as error:  # torch.load raises many types
         first = str(error).splitlines()[0]
         raise UserError(
             f"{str(file)!r} cannot be read without running its code: {first}; save it as safetensors"
@@ -172,13 +172,13 @@ def _of_torch(file: Path, transposed: bool) -> Iterator[Stored]:
     seen = set()
     for name, t in tensors.items():
         place = (t.untyped_storage().data_ptr(), t.storage_offset(), tuple(t.shape))
-        if place not in seen:  # tied weights are one
+        if place not in seen:  # yield tied weights once
             seen.add(place)
             yield _of_tensor(name, t, transposed and bool(_CONV1D.search(name)))
 
 
 def _of_module(model: nn.Module) -> Source:
-    examine(model)  # marks what is stored (in, out)
+    examine(model)  # marks weights stored (in, out)
     config: Any = getattr(model, "config", None)
 
     def tensors() -> Iterator[Stored]:

@@ -379,7 +379,7 @@ def test_kernels_whose_rows_are_nowhere_in_memory_are_refused() -> None:
 
 
 def test_codes_of_8_bits_are_not_taken_for_the_weights_that_a_moment_of_another_tensor_looks_like() -> None:
-    """The first moment of both goes the weights' way; it is in float32 where a tensor is small."""
+    """The first moments of both tensors point in the weights' direction; that of the small one is in float32."""
     generator = torch.Generator().manual_seed(0)
     large, small = (nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((16, 256), (8, 16)))
     optimizer = Adam8bit([large, small], lr=1e-3)

@@ -328,7 +328,7 @@ SETS = [c for c in vars(elsa_lightning.sets).values() if hasattr(c, "support") a
 def test_every_optional_argument_takes_null_inside_a_list_of_callbacks(
     kind: type, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where the parser has already read it once, and hands on what Python calls it."""
+    """This includes values that one parser has read and passes on in Python's notation."""
     place, given = "--trainer.callbacks", [f"--trainer.callbacks+=elsa_lightning.callbacks.{kind.__name__}"]
     if kind in SETS:
         place = "--trainer.callbacks.constraint"

@@ -130,7 +130,7 @@ def test_an_ordinary_step_looks_at_the_device_once() -> None:
     ],
 )
 def test_a_step_touches_weights_and_state_once(state: str, weights: torch.dtype, phase: str, most: float) -> None:
-    """And makes nothing of a tensor's size: what it makes is a piece."""
+    """Its temporary tensors are as large as a piece, not as the tensor."""
     counts = count("linearized", state, weights=weights, shape=(1024, 1024))[phase]
     assert counts.kept <= 1.002 * most * 1024 * 1024
     assert counts.fresh <= 4 * rows.PIECE_ON_CPU
@@ -173,7 +173,7 @@ def test_the_counts_that_are_told_are_those_that_are_shipped() -> None:
 
 @pytest.mark.parametrize("phase", ["step", "update", "frozen"])
 def test_more_small_tensors_take_hardly_more_launches(phase: str) -> None:
-    """One each: that which looks for gradients that are not finite."""
+    """Each adds only the launch of the check for gradients that are not finite."""
     few, many = (count("linearized", "float8_e4m3fn", shape=(16, 32), tensors=n)[phase].kernels for n in (4, 24))
     assert many - few <= 20
 

@@ -1,4 +1,4 @@
-"""Small tensors that are worked on together: the same to the bit, for as many launches as one takes."""
+"""Small tensors that are stacked: bit-identical results, with as many launches as for one tensor."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""elsa sweep: runs that share nothing, lose nothing of each other, and go on where they were."""
+"""elsa sweep: its runs share no files, do not overwrite each other, and resume where they were."""
 
 import json
 import os

@@ -43,8 +43,8 @@ def on_grid(weight: Tensor, bits: int) -> Grid | None:
 def to_blocks(grid: Grid, bits: int) -> np.ndarray[Any, Any]:
     """Return the bytes of a matrix's blocks, uint8 ``(out, bytes)``.
 
-    A Q8_0 block is a scale and 32 int8. A Q4_0 block is a scale and 16 bytes, each with one code + 8 in the low half
-    and, of the column 16 further, another in the high half.
+    A Q8_0 block is a scale and 32 int8. A Q4_0 block is a scale and 16 bytes: byte j has the code of column j plus 8 in
+    its low half, and that of column j + 16 plus 8 in its high half.
     """
     codes = grid.codes.view(*grid.scales.shape, BLOCK)
     if bits == 4:

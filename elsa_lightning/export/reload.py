@@ -28,7 +28,7 @@ class Look(NamedTuple):
 
     Attributes:
         logits: Logits of the given token ids.
-        zeros: (zeros, entries) of every matrix, counted after the logits were computed.
+        zeros: Number of zeros of every matrix, counted after the logits were computed.
         how: The loader that was used.
         perplexity: Perplexity on the given text, or None.
         speed: Tokens a second in decoding, of the export and of the dense model (``exported``, ``dense``), with their

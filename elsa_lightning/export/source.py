@@ -188,7 +188,7 @@ def _read_distributed(folder: Path) -> dict[str, Any]:
         dcp_to_torch_save(folder, whole)
         parts: dict[str, Any] = torch.load(whole, map_location="cpu", weights_only=True)
     parts |= torch.load(folder / WRITTEN_LAST, map_location="cpu", weights_only=True)
-    if "model" in parts:  # of FSDP1
+    if "model" in parts:  # FSDP1's key of the state dict
         parts["state_dict"] = parts.pop("model")
     parts["optimizer_states"] = [parts[key] for key in sorted(parts) if key.startswith("optimizer_")]
     return parts

@@ -82,7 +82,7 @@ def export(
         say(f"Exporting {found}.")
     for note in loaded.record.notes:
         say(note)
-    experts = pass_over(loaded.model) if has_experts(sets_of(loaded.record)) else []  # as in the run
+    experts = pass_over(loaded.model) if has_experts(sets_of(loaded.record)) else []  # skip zero experts
     if to != "shrunk" and any(bool(zero_experts(each).any()) for each in experts):
         raise UserError(
             f"the run removed experts, which its routers pass over while they are zero; plain software would choose "

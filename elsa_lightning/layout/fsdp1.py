@@ -201,7 +201,7 @@ class DenseState:
             if self.mask not in state or not state[self.mask].is_floating_point():
                 continue
             dense = {key: local(state.pop(key)) for key in self.kept if key in state}
-            if bool((dense[self.mask] < 0).any()):  # not constrained, or without a mask so far
+            if bool((dense[self.mask] < 0).any()):  # not constrained, or no mask yet
                 dense = {key: t for key, t in dense.items() if key == self.kept[-1]}
             if p in self.tensors:
                 self.tensors[p].take_dense(dense)

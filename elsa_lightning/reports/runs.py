@@ -1,4 +1,4 @@
-"""Reads what runs leave: journals, TensorBoard's events, CSVLogger's tables, records of models and exports."""
+"""Reads the files that runs leave: journals, TensorBoard events, CSVLogger tables, records of models and exports."""
 
 from __future__ import annotations
 

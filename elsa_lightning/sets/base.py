@@ -119,7 +119,7 @@ class WholePoints(Points):
 
     Args:
         tensors: v and F̂ (or None) of each.
-        names: Of the tensors; None numbers them.
+        names: Names of the tensors; None numbers them.
         transposed: Whether they are stored ``(in, out)``; None for none.
     """
 

@@ -111,7 +111,7 @@ def _largest_of_equals(
     """Yield the masks where not all entries that equal a threshold survive.
 
     Args:
-        scores: As of :func:`largest`, like ``pools``, ``add`` and ``parts``.
+        scores: As in :func:`largest`, like ``pools``, ``add`` and ``parts``.
         pools: Likewise.
         score: The threshold of each pool.
         places: How many entries equal to it survive.
@@ -126,7 +126,7 @@ def _largest_of_equals(
             yield s, order_bits(s.tiebreak), order_bits(s.score) == score[pools[s.rows], None]
 
     tiebreak, places, _ = _kth_largest(equal_ones, pools, places, add)
-    tiebreak = torch.where(unclear, tiebreak, -1)  # elsewhere all equals stay
+    tiebreak = torch.where(unclear, tiebreak, -1)  # in other pools all entries equal to the threshold stay
     found = torch.zeros(len(pools), parts, dtype=torch.int64, device=pools.device)
     for s, bits, equal in equal_ones():
         if s.counts and equal is not None:

@@ -1,4 +1,4 @@
-"""Two processes find what one finds on their data together: λ means the same at any world size."""
+"""Two processes get the results of one process on all their data: λ has the same meaning at any world size."""
 
 from pathlib import Path
 
@@ -92,7 +92,7 @@ def test_a_run_of_two_processes_resumes_in_one(step: int, two: Path, tmp_path: P
     ],
 )
 def test_a_strategy_that_hides_the_weights_is_refused(strategy: Strategy, message: str, tmp_path: Path) -> None:
-    """These ask for GPUs when their Trainer is made, so the refusal is asked for directly."""
+    """A Trainer with these strategies needs GPUs, so the check is called directly."""
     trainer = make_trainer(tmp_path, ElsaCallback(sparsity=0.9), max_steps=1)
     trainer._accelerator_connector.strategy = strategy
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""However a run ends, and whoever ends it: what is saved has the zeros, and what is resumed does not notice."""
+"""However a run ends, saved models have exact zeros, and resumed runs are those that were not interrupted."""
 
 import os
 import signal

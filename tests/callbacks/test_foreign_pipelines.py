@@ -178,7 +178,7 @@ def test_a_fragment_given_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_pruning_leaves_the_pipeline_as_it_was_when_it_does_nothing(tmp_path: Path) -> None:
-    """With no sparsity and no penalty the run is theirs to the bit, dropout and data order included."""
+    """Without sparsity and penalty the run is bit-identical to one without the callback, dropout and data included."""
     results = []
     for callbacks in ([], [ElsaCallback(sparsity=0.0)]):
         seed_everything(0, verbose=False)

@@ -1,4 +1,4 @@
-"""What a run leaves for its report, whatever its logger; and that TensorBoard can compare runs."""
+"""The files that a run leaves for its report, with any logger; and that TensorBoard can compare runs."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_a_run_without_a_logger_notes_ten_times_where_it_was(tmp_path: Path) -> 
 @pytest.mark.parametrize("constraint", [None, NM(2, 4)])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_scores_lie_about_their_threshold(constraint: Any, optimizer: str, tmp_path: Path) -> None:
-    """Which a set that takes the largest scores separates but for the width of a bin, and 2:4 does not."""
+    """A set that keeps the largest scores separates kept from cut ones, up to the width of a bin; 2:4 does not."""
     of = {"constraint": constraint, "sparsity": None} if constraint else {}
     fit(tmp_path, every_step(tmp_path), elsa={"interval": 2, **of}, net={"optimizer": optimizer})
     moving = [note["scores"] for note in journal(tmp_path)["notes"] if note["scores"]]

@@ -1,4 +1,4 @@
-"""KeepMask: a sparse model is fine-tuned in anybody's pipeline and loses no zero."""
+"""KeepMask: a sparse model is fine-tuned in any pipeline and loses no zero."""
 
 import logging
 from collections.abc import Callable
@@ -24,7 +24,7 @@ FRAGMENT = Path(__file__).parents[2] / "callbacks/keep_mask.yaml"
 
 
 class Rotated(torch.optim.SGD):
-    """Moves every weight by what its whole row asks for, as optimizers that work in another basis do."""
+    """Also moves every weight by its row's mean gradient, as optimizers that work in another basis mix weights."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -134,7 +134,7 @@ def test_no_pipeline_loses_a_zero(options: dict[str, Any], tmp_path: Path) -> No
 
 
 class Masked(nn.Module):
-    """w = mask · θ, the reference: what trains is what is kept."""
+    """The reference, w = mask · θ: only kept weights are trained."""
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Zeros that others would undo, checkpoints that would be taken for sparse ones, and steps that others make."""
+"""Zeros that other code would undo, checkpoints that could be mistaken for sparse ones, and steps of other code."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class ScheduleFree(Optimizer):
 
 
 class Swapping(Net):
-    """Uses it as its authors say, and counts the zeros that validation sees."""
+    """Uses ScheduleFree as its authors recommend, and counts the zeros during validation."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the callback does to runs beside its own: evaluation, later runs, tuners, and loops that step as they like."""
+"""The callback in runs other than a plain fit: evaluation, later runs, tuners, and loops that step irregularly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run shows on a terminal of 80 columns or fewer, looked at through a real one."""
+"""The progress of a run on a terminal of 80 columns or fewer, tested on a real one."""
 
 import fcntl
 import os

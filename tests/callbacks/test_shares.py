@@ -1,4 +1,4 @@
-"""What each tensor got of a budget: logged, drawn, told at the end and saved with the model."""
+"""Each tensor's share of a budget is logged, drawn, printed at the end and saved with the model."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""KeepMask on two processes: what one process makes, no zero lost, resumed to the bit."""
+"""KeepMask on two processes: the result of one process, no zero lost, and bit-identical when resumed."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What one process finds, any number of them find; runs resume to the bit, on other numbers, and after faults."""
+"""Any number of processes gets the result of one; runs resume to the bit, on other numbers, and after faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Units that lie in several tensors, over two processes, sharded or not: as on one."""
+"""Units that lie in several tensors give the same results on two processes, sharded or not, as on one."""
 
 import subprocess
 import sys

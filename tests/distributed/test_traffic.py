@@ -1,4 +1,4 @@
-"""What ADMM makes processes exchange does not grow with the tensors or with the processes."""
+"""The data that processes exchange for ADMM does not grow with the tensors or the number of processes."""
 
 import importlib.util
 from pathlib import Path

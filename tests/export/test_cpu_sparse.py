@@ -139,7 +139,7 @@ def test_what_derives_from_linear_is_swapped_where_it_only_multiplies() -> None:
 
 
 def test_a_falcon_is_exported_and_loads_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its layers are no nn.Linear."""
+    """Falcon's layers are a subclass of nn.Linear."""
     from transformers import FalconConfig, FalconForCausalLM
 
     torch.manual_seed(0)

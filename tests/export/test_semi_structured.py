@@ -18,7 +18,7 @@ def two_of_four(layer: nn.Linear) -> nn.Linear:
 
 
 class Own(nn.Linear):
-    """What it does with its weight is its own business."""
+    """A layer of unknown kind that uses its weight in its own way."""
 
 
 def model(dtype: torch.dtype = torch.float16) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Exports that would be another model than the one that was trained, or take the place of something else."""
+"""Exports that would differ from the trained model, or replace something else, are refused."""
 
 from __future__ import annotations
 

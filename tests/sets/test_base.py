@@ -1,4 +1,4 @@
-"""What a set can ask for: to look as often as it likes, to tie entries across tensors, to fix values, a grain."""
+"""The abilities of sets: iterating any number of times, tying entries across tensors, fixing values, a grain."""
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping

@@ -68,7 +68,7 @@ def of_all(v: Tensor, f: Tensor | None, scales: Tensor, bits: int) -> Tensor:
 def test_scales_of_later_updates_are_as_good_as_those_of_eight(
     bits: int, shape: tuple[int, int, int], weighted: bool
 ) -> None:
-    """While the weights move; none is worse than the last one or than what rounds nothing away."""
+    """While the weights move, no chosen scale is worse than the last one or than max|v|/q."""
     generator = torch.Generator().manual_seed(0)
     constraint, dtype = Quantized(bits, shape[-1]), torch.float32
     v = torch.randn(shape, generator=generator)

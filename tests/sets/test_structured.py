@@ -194,7 +194,7 @@ def test_a_budget_is_met_to_a_neuron(kind: str, share: float, tmp_path: Path) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
 def test_a_file_of_so_many_bytes_is_met_to_a_neuron(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Whose header may take less than is counted on for each tensor's entry."""
+    """The header may take fewer bytes than are reserved for each tensor's entry."""
     model = make(kind).to(dtype)
     with pytest.raises(UserError, match="keep_bytes=1 bytes of a model of") as refusal:
         Width(keep_bytes=1).fitted(model)
@@ -291,7 +291,7 @@ class OneColumn(Tied):
 
 
 def test_a_unit_returns_when_it_remembers_twice_the_size_of_one_that_is_kept() -> None:
-    """Single weights do as soon as it is more: see the same with N:M."""
+    """Single weights, here with N:M, return as soon as their dual exceeds a kept weight."""
     for constraint, inertia in ((OneColumn(), 1.0), (ByPattern({"p": OneColumn()}), 1.0), (NM(1, 2), 0.0)):
         p = nn.Parameter(torch.tensor([[1.0, 0.95], [1.0, 0.95]]))
         optimizer = torch.optim.SGD([p], lr=1.0)

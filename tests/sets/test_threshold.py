@@ -140,7 +140,7 @@ def test_former_thresholds_save_passes_where_they_foretell_the_next_and_change_n
 
 
 def test_what_is_held_a_matrix_at_a_time_is_what_is_found_in_passes() -> None:
-    """With ties, of matrices in several pieces and of stacks of which each has another number to keep."""
+    """With ties, matrices in several pieces, and stacks whose matrices keep different numbers of entries."""
     generator = torch.Generator().manual_seed(0)
     for trial in range(100):
         pieces, kept = [], []
