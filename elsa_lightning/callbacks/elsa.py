@@ -286,6 +286,10 @@ class ElsaCallback(Callback):
 
     # ------------------------------------------------------------------ during
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that early stopping which acts at an epoch's end, all of whose hooks have logged, finds its metric."""
+        self._monitors.look(trainer, epoch_ended=True)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Resume after a request to stop was not heeded (min_steps, min_epochs), or a tuner restored a checkpoint."""
         assert self.admm is not None
@@ -323,7 +327,7 @@ class ElsaCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that early stopping, which is disabled until the mask is fixed, will find its metric."""
         if self._fits and not trainer.sanity_checking:
-            self._monitors.look(trainer)
+            self._monitors.look(trainer, epoch_ended=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the zeros exact if the last epoch was cut short by ``on_train_batch_start``."""

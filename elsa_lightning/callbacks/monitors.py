@@ -22,6 +22,7 @@ class Monitors:
 
     def __init__(self) -> None:
         self.count = False
+        self._validated = False
         self._away: list[Callback] = []
         self._order: list[Callback] = []
 
@@ -55,11 +56,20 @@ class Monitors:
                 "the model can recover; use a schedule of fixed length"
             )
 
-    def look(self, trainer: Trainer) -> None:
-        """Raise UserError if the validation that just ended did not log the metric that early stopping monitors."""
+    def look(self, trainer: Trainer, epoch_ended: bool) -> None:
+        """Raise UserError if early stopping, which is disabled so far, would have missed the metric that it monitors.
+
+        Args:
+            trainer: The run's Trainer.
+            epoch_ended: Whether a training epoch has ended, with all its hooks, some of which may log the metric; else
+                a validation has. Each stopper checks at one of the two.
+        """
+        self._validated |= not epoch_ended
         metrics = trainer.callback_metrics
-        for stopper in self._away:
+        for stopper in self._away if self._validated else ():
             assert isinstance(stopper, EarlyStopping)
+            if stopper._check_on_train_epoch_end != epoch_ended:
+                continue
             if stopper.strict and str(stopper.monitor).startswith("val") and stopper.monitor not in metrics:
                 raise UserError(
                     f"{type(stopper).__name__} monitors {stopper.monitor!r}, and nothing logs that; there are "
