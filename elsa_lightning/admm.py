@@ -349,10 +349,10 @@ class ADMM:
 
     def _hold(
         self, seed: Callable[[nn.Parameter], int] | None, forgets: Mapping[int, Forgets],
-        importance: Importance | None = None,
+        importance: Importance | None = None, values: bool = True,
     ) -> None:  # fmt: skip
         masked = self.tensors.holding(MASK)
-        updates.hold(self.constraint, masked, self.tensors.places, self._copies, seed, forgets, importance)
+        updates.hold(self.constraint, masked, self.tensors.places, self._copies, seed, forgets, importance, values)
 
     def _has_gradients(self) -> bool:
         """Return whether the step has gradients; the hooks also fire for a skipped batch, which has none."""
@@ -514,22 +514,30 @@ class ADMM:
             self.hold()
         return None
 
-    def stray(self) -> int:
+    def stray(self, values: bool = True) -> int:
         """Return how many entries on this process were changed since the last projection and are no longer in the set.
 
         It is always 0 while the mask still moves, and for a set that fixes values while the run is suspended.
+
+        Args:
+            values: Whether kept weights count that a set which fixes values does not allow. The numbers that its
+                groups share change from step to step, so weights of another step differ from these.
         """
         if self.frozen:
-            return updates.stray(self.constraint, self.tensors.holding(MASK), self.tensors.places)
+            return updates.stray(self.constraint, self.tensors.holding(MASK), self.tensors.places, values)
         if not self.suspended or self.constraint.fixes_values:
             return 0
         return updates.stray_while_suspended(self.tensors.holding(REMOVED), self._zero_off_mask)
 
     @torch.no_grad()
-    def hold(self) -> None:
-        """Restore the zeros if the mask is fixed or the run is suspended, in case something changed the weights."""
+    def hold(self, values: bool = True) -> None:
+        """Restore the zeros if the mask is fixed or the run is suspended, in case something changed the weights.
+
+        Args:
+            values: Whether kept weights go back to the values that the set fixes, if it does.
+        """
         if self.frozen:
-            self._hold(None, {})
+            self._hold(None, {}, values=values)
         elif self.suspended and not self.constraint.fixes_values:
             updates.cut_again(self.tensors.holding(REMOVED), self._zero_off_mask)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from elsa_lightning.errors import UserError
+from elsa_lightning.layout.precise import precise_buffers
 
 __all__ = ["DenseTeacher", "Distilled", "distillation_loss", "feature_distance"]
 Head = Callable[[Tensor], Tensor]
@@ -129,13 +132,14 @@ class DenseTeacher:
 
     Args:
         model: The model; the copy is in evaluation mode, without gradients.
-        dtype: The dtype of the copy, and of floating-point inputs.
+        dtype: The dtype of the copy, and of floating-point inputs. Computed buffers of transformers' models, such as
+            frequencies of rotary embeddings, stay in float32, as ``from_pretrained`` leaves them.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
         if any(p.is_meta for p in model.parameters()):
             raise UserError("a teacher is copied from a model with weights, and this one is on the meta device")
-        self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+        self.model = _cast(copy.deepcopy(model), dtype).eval().requires_grad_(False)
         self.dtype = dtype
 
     @torch.no_grad()
@@ -153,6 +157,19 @@ class DenseTeacher:
         if devices:
             self.model.to(devices[0])
         return self.model(*args, **kwargs)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast a model, but not the buffers that transformers' models compute in float32 whatever their dtype.
+
+    Others' models may add such a buffer to their hidden states as it is, and so need all of them in one dtype.
+    """
+    transformers = sys.modules.get("transformers.modeling_utils")  # not loaded, it made none of the modules
+    with ExitStack() as held:
+        for module in model.modules():
+            if transformers is not None and isinstance(module, transformers.PreTrainedModel):
+                held.enter_context(precise_buffers(module))
+        return model.to(dtype)
 
 
 def _precise(t: Tensor) -> Tensor:

@@ -340,7 +340,7 @@ def damage(constraint: Constraint, points: LivePoints) -> Tensor:
 def hold(
     constraint: Constraint, tensors: Sequence[ConstrainedTensor], places: Mapping[nn.Parameter, int],
     copies: Collection[str], seed: Callable[[nn.Parameter], int] | None, forgets: Mapping[int, Forgets],
-    importance: Importance | None = None,
+    importance: Importance | None = None, values: bool = True,
 ) -> None:  # fmt: skip
     """Bring the weights back to the set after a step on a fixed mask; zero the optimizer's copies of them off the mask.
 
@@ -355,8 +355,9 @@ def hold(
             error to remember.
         forgets: How much the memory of rounding errors loses, by index of the tensor; see :meth:`Form.forgets`.
         importance: Returns F̂ of some rows, if the numbers that groups of entries share are to be chosen anew.
+        values: Whether kept weights are rounded, if the set fixes values.
     """
-    for tensor in tensors if constraint.fixes_values else ():
+    for tensor in tensors if constraint.fixes_values and values else ():
         for piece in tensor.pieces():
             remembers = seed is not None and tensor.has(SPLIT)
             split = tensor.split(piece.rows) if remembers else tensor.x(piece.rows).new_zeros(())
@@ -428,7 +429,8 @@ def _is_like_weights(tensor: ConstrainedTensor, key: str) -> bool:
 
 
 def stray(
-    constraint: Constraint, tensors: Sequence[ConstrainedTensor], places: Mapping[nn.Parameter, int]
+    constraint: Constraint, tensors: Sequence[ConstrainedTensor], places: Mapping[nn.Parameter, int],
+    values: bool = True,
 ) -> int:  # fmt: skip
     """Return how many entries on this process are not in the set: cut but not 0, or kept at none of the set's values.
 
@@ -436,12 +438,13 @@ def stray(
         constraint: The set.
         tensors: The tensors with a mask.
         places: Indices of the parameters among all constrained tensors.
+        values: Whether kept entries count, if the set fixes values.
     """
     counts = []
     for tensor in tensors:
         for piece in tensor.pieces():
             x = tensor.x(rows := piece.rows)
-            if constraint.fixes_values:
+            if constraint.fixes_values and values:
                 z = project(constraint, x, tensor.mask(rows), tensor.point(places[tensor.p], piece, x))
                 counts.append((x != z).sum())
             else:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 
 from elsa_lightning import ElsaCallback
 from elsa_lightning.distillation import DenseTeacher, distillation_loss, feature_distance
@@ -225,3 +226,21 @@ def test_a_teacher_takes_what_the_model_takes_in_its_own_precision() -> None:
     torch.testing.assert_close(out.float(), model.inner(x)[at], rtol=0.05, atol=0.05)
     with pytest.raises(ValueError, match="on the meta device"):
         DenseTeacher(nn.Linear(2, 2, device="meta"))
+
+
+def test_a_teacher_is_as_from_pretrained_loads_it(tiny_llama: str) -> None:
+    """Frequencies of rotary embeddings that are rounded to bfloat16 turn far positions by wrong angles."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.language = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+            self.register_buffer("added", torch.rand(3), persistent=False)
+
+    teacher = DenseTeacher(model := Positions()).model
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).eval()
+    ids = torch.arange(32)[None]
+    assert torch.equal(teacher.language(input_ids=ids).logits, loaded(input_ids=ids).logits)
+    frequencies = model.language.model.rotary_emb.inv_freq
+    assert torch.equal(teacher.language.model.rotary_emb.inv_freq, frequencies)
+    assert teacher.added.dtype == torch.bfloat16  # of a module that is not transformers' own

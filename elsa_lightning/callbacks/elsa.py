@@ -258,7 +258,7 @@ class ElsaCallback(Callback):
             )
         if not began:
             self._mind_the_rate(trainer, pl_module)
-        self._monitors.begin(trainer, count=self.admm.frozen)
+        self._monitors.begin(trainer, count=self.admm.frozen, stale=loaded.get("stale", ()) if loaded else ())
         self._begin_journal(trainer)
 
     def _begin_journal(self, trainer: Trainer) -> None:
@@ -286,6 +286,10 @@ class ElsaCallback(Callback):
 
     # ------------------------------------------------------------------ during
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that early stopping which acts at an epoch's end, all of whose hooks have logged, finds its metric."""
+        self._monitors.look(trainer, epoch_ended=True)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Resume after a request to stop was not heeded (min_steps, min_epochs), or a tuner restored a checkpoint."""
         assert self.admm is not None
@@ -309,9 +313,11 @@ class ElsaCallback(Callback):
             self._monitors.open(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the zeros exact if the run is about to end, so that its final model is validated."""
+        """Make the zeros exact if the run is about to end, so that its final model is validated; let metrics count."""
         if self._fits:
             self._suspend_if_stopping(trainer)
+            if not trainer.sanity_checking:
+                self._monitors.before_validation(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -323,7 +329,7 @@ class ElsaCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that early stopping, which is disabled until the mask is fixed, will find its metric."""
         if self._fits and not trainer.sanity_checking:
-            self._monitors.look(trainer)
+            self._monitors.look(trainer, epoch_ended=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the zeros exact if the last epoch was cut short by ``on_train_batch_start``."""
@@ -454,7 +460,12 @@ class ElsaCallback(Callback):
         """Return the scalars of the run, and the random state that an exact resume needs."""
         if self.admm is None or self._loaded is not None:
             return self._loaded or {}
-        return {"admm": self.admm.state_dict(), "first_step": self._first_step, "rng": random_states()}
+        return {
+            "admm": self.admm.state_dict(),
+            "first_step": self._first_step,
+            "rng": random_states(),
+            "stale": list(self._monitors.stale),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the random state before data is loaded; keep the rest until the optimizer's state is restored."""

@@ -51,6 +51,8 @@ class SaveOnTerminate(Callback):
         if not stepped or not trainer.strategy.reduce_boolean_decision(bool(self._asked), all=False):
             return
         trainer.should_stop = True  # so that ElsaCallback makes the zeros exact
+        # the process ends here whatever the run's minimum is, before which Lightning heeds no request to stop
+        trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
         folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints").expanduser()
         path = folder / f"terminated-step={trainer.global_step}.ckpt"
         trainer.save_checkpoint(path)

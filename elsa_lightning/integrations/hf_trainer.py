@@ -283,10 +283,12 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Make the zeros exact, whatever ended the run, and report how it ended."""
         assert self.admm is not None
-        if not self.admm.finished:
+        # the best weights are loaded by now; they are on the same mask, but on the grid of the scales of their own step
+        values = not (args.load_best_model_at_end and state.best_model_checkpoint and self.constraint.fixes_values)
+        if not self.admm.finished and (values or not self.admm.frozen):
             self.admm.finish(resumable=True)
-        if moved := self.admm.stray():
-            self.admm.hold()
+        if moved := self.admm.stray(values):
+            self.admm.hold(values)
             log.warning(
                 "Elsa: %d weights that the mask does not keep were moved after their zeros were made exact (by a "
                 "checkpoint that was loaded, averaged weights, an optimizer that swaps them) and are 0 again. Do "

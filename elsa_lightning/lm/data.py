@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,10 +169,15 @@ class CalibrationData(LightningDataModule):
         self._loader = ResumableLoader(
             data, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers, drop_last=True
         )
+        self._loader.limit = self._batches_an_epoch
         # Lightning restores loaders too, but not if a module asked for the number of steps before
         self._loader.load_state_dict(self._resume)
         self._resume = {"batches": 0}
         return self._loader
+
+    def _batches_an_epoch(self) -> float:
+        """Return how many batches Lightning takes, which it knows only after it was given the loader."""
+        return math.inf if self.trainer is None else self.trainer.num_training_batches
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the validation segments in order; several processes share them."""

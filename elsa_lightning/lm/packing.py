@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -86,14 +86,20 @@ class ResumableLoader(DataLoader[Item]):
     """A DataLoader whose state is its position in the epoch; Lightning saves and restores it.
 
     Batches are counted when they are handed out, so workers that read ahead do not affect the count.
+
+    Attributes:
+        limit: Called for the most batches that an epoch takes of this loader, such as ``limit_train_batches``; None
+            where an epoch takes all.
     """
 
     _given = 0
     _skip = 0
+    limit: Callable[[], float] | None = None
 
     def state_dict(self) -> dict[str, int]:
-        """Return how many batches of this epoch were handed out."""
-        return {"batches": self._given % len(self)}
+        """Return how many batches of this epoch were handed out; at its end 0, as the next epoch begins there."""
+        used = len(self) if self.limit is None else min(len(self), self.limit())
+        return {"batches": self._given % max(1, int(used))}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Make the next epoch start after the batches that ``state_dict`` counts."""

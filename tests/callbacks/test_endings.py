@@ -262,6 +262,23 @@ def test_a_signal_saves_and_ends_as_the_signal_does(signum: signal.Signals, tmp_
     assert_same_run(tmp_path / "20.ckpt", tmp_path / "whole/20.ckpt")
 
 
+@pytest.mark.parametrize("least", [{"min_steps": 18}, {"min_epochs": 3}])
+def test_a_signal_before_the_least_number_of_steps_leaves_exact_zeros_too(
+    least: dict[str, int], tmp_path: Path
+) -> None:
+    """Lightning would not heed a request to stop there, but the process ends all the same."""
+
+    def ask(trainer: Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    fit(tmp_path / "whole", every_step(tmp_path / "whole"), **least)
+    with pytest.raises(SystemExit), pytest.warns(UserWarning, match="terminated after optimizer step 7"):
+        fit(tmp_path, At(7, ask), SaveOnTerminate(str(tmp_path)), **least)
+    assert zeros(load(tmp_path / "terminated-step=7.ckpt")["state_dict"]) == EXACT
+    fit(tmp_path, every_step(tmp_path), resume=tmp_path / "terminated-step=7.ckpt", **least)
+    assert_same_run(tmp_path / "20.ckpt", tmp_path / "whole/20.ckpt")
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     class Slow(Net):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

@@ -247,6 +247,43 @@ def test_a_run_that_is_resumed_while_dense_has_a_sparse_best_too(tmp_path: Path)
     assert all(zeros_of(best["state_dict"])[name] == CUT for name in WEIGHTS)
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_no_checkpoint_is_best_by_a_validation_before_the_mask(resumed: bool, tmp_path: Path) -> None:
+    """Those of the steps between the mask and the next validation are sparse, but have the metric of a denser model."""
+
+    def run(resume: Path | None = None) -> ModelCheckpoint:
+        saver = ModelCheckpoint(tmp_path, "best-{step}", monitor="val_loss", every_n_train_steps=1)
+        trainer = make_trainer(tmp_path, ElsaCallback(0.9, interval=3), saver, every_step(tmp_path), max_epochs=6)
+        trainer.fit(Densest(), loader(), loader(shuffle=False), ckpt_path=resume)
+        return saver
+
+    saver = run()
+    if resumed:
+        saver = run(tmp_path / "23.ckpt")  # the mask is fixed after 22 steps, an epoch has 6
+    assert Path(saver.best_model_path).stem.removesuffix("-v1") == "best-step=25"  # it may be there already
+    assert saver.best_model_score is not None and float(saver.best_model_score) == pytest.approx(2 * CUT + 0.024)
+
+
+def test_early_stopping_takes_no_validation_from_before_the_mask(tmp_path: Path) -> None:
+    stopper = EarlyStopping("val_loss", patience=99, check_on_train_epoch_end=True)
+    trainer = make_trainer(tmp_path, ElsaCallback(0.9), stopper, max_epochs=9, check_val_every_n_epoch=4)
+    trainer.fit(Densest(), loader(), loader(shuffle=False))  # validated after steps 24 and 48, fixed after 33
+    assert float(stopper.best_score) == pytest.approx(2 * CUT + 0.048)
+
+
+def test_what_training_logs_counts_as_soon_as_the_mask_is_fixed(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, "{step}", monitor="falling", every_n_train_steps=1)
+
+    class Falls(Densest):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.log("falling", float(self.trainer.global_step))
+            return super().training_step(batch, batch_idx)
+
+    trainer = make_trainer(tmp_path, ElsaCallback(0.9, interval=3), saver, max_epochs=6)
+    trainer.fit(Falls(), loader(), loader(shuffle=False))
+    assert Path(saver.best_model_path).name == "step=22.ckpt"
+
+
 def test_early_stopping_waits_for_the_mask_and_then_stops(tmp_path: Path) -> None:
     stopper = EarlyStopping("val_loss", patience=1)
     after: list[Callback] = [Callback(), Callback()]

@@ -241,8 +241,27 @@ def test_a_module_that_trains_nothing_is_told_so(tmp_path: Path) -> None:
             make_trainer(tmp_path, callback, max_steps=2).fit(Untrained(), loader())
 
 
-def test_a_monitor_that_nothing_logs_is_told_long_before_the_mask_is_fixed(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, ElsaCallback(0.9), EarlyStopping("val_los"), max_epochs=20)
+class LogsLate(Net):
+    """Logs a score of the validation when the training epoch ends."""
+
+    def on_train_epoch_end(self) -> None:
+        self.log("val_score", float(self.current_epoch))
+
+
+def test_a_monitor_may_be_logged_when_the_epoch_ends(tmp_path: Path) -> None:
+    """As in Lightning, where early stopping checks after the module's own hook."""
+    stopper = EarlyStopping("val_score", mode="max", patience=99, check_on_train_epoch_end=True)
+    trainer = make_trainer(tmp_path, ElsaCallback(0.9), stopper, max_epochs=4)
+    trainer.fit(LogsLate(), loader(), loader(shuffle=False))
+    assert trainer.current_epoch == 4 and stopper.best_score == 3
+
+
+@pytest.mark.parametrize("at_epoch_end", [None, True, False])
+def test_a_monitor_that_nothing_logs_is_told_long_before_the_mask_is_fixed(
+    at_epoch_end: bool | None, tmp_path: Path
+) -> None:
+    stopper = EarlyStopping("val_los", check_on_train_epoch_end=at_epoch_end)
+    trainer = make_trainer(tmp_path, ElsaCallback(0.9), stopper, max_epochs=20)
     with pytest.raises(UserError, match=r"EarlyStopping monitors 'val_los', and nothing logs that;.*val_loss"):
         trainer.fit(Net(), loader(), loader(shuffle=False))
     assert trainer.current_epoch < 2

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from elsa_lightning.integrations.hf_trainer import ElsaTrainerCallback
-from elsa_lightning.sets import Unstructured
+from elsa_lightning.sets import Quantized, Unstructured
 from tests.callbacks.tiny import assert_same
 
 STEPS = 16
@@ -193,6 +193,29 @@ def test_the_best_model_is_a_sparse_one(tmp_path: Path) -> None:
     assert Path(trainer.state.best_model_checkpoint or "") == checkpoint(tmp_path, best)
     assert sparsities(trainer.model) == {0.9}
     assert_same(dict(trainer.model.state_dict()), dict(read(checkpoint(tmp_path, best)).state_dict()))
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_best_model_stays_as_it_was_measured_on_a_grid_too(
+    stopped: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The scales of the last step are others, and would move its weights to other levels."""
+
+    class Worse(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+            metrics["eval_loss"] = float(state.global_step)  # so that the first one counted is the best
+
+    stop = [EarlyStoppingCallback(4)] if stopped else []  # after an evaluation that nothing is saved after
+    trainer = make_trainer(
+        tmp_path, elsa(sparsity=None, constraint=Quantized(bits=2, group_size=16)), Worse(), *stop, learning_rate=3e-2,
+        eval_strategy="steps", eval_steps=1, save_strategy="best", load_best_model_at_end=True,
+        metric_for_best_model="loss", greater_is_better=False,
+    )  # fmt: skip
+    trainer.train()
+    best = 16 - int(0.4 * 16)
+    assert trainer.state.best_global_step == best and trainer.state.global_step == (best + 4 if stopped else STEPS)
+    assert_same(dict(trainer.model.state_dict()), dict(read(checkpoint(tmp_path, best)).state_dict()))
+    assert "were moved after" not in caplog.text
 
 
 def test_without_an_evaluation_of_the_sparse_model_none_is_loaded(

@@ -103,6 +103,29 @@ def test_a_resumed_run_goes_on_at_the_very_next_sample(
     assert all(torch.equal(a, b) for a, b in zip(whole[at:], resumed, strict=True))
 
 
+@pytest.mark.parametrize(("limit", "at"), [(4, 8), (4, 6), (7, 14), (7, 9), (0.5, 10), (0.5, 13)])
+def test_epochs_that_are_limited_resume_at_the_very_next_sample(
+    limit: float, at: int, text_file: Path, token_cache: str, tmp_path: Path
+) -> None:
+    """Of 10 batches an epoch takes fewer, and the next begins at the first of its own order."""
+
+    def fit(*callbacks: Callback, ckpt: Path | None = None) -> list[Tensor]:
+        module = Recorder()
+        trainer = Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+            callbacks=list(callbacks), enable_checkpointing=bool(callbacks), max_epochs=3, limit_train_batches=limit,
+        )  # fmt: skip
+        data = CalibrationData(str(text_file), seq_len=32, batch_size=4, train_sequences=40, cache_dir=token_cache)
+        trainer.fit(module, data, ckpt_path=ckpt)
+        return module.seen
+
+    whole = fit(ModelCheckpoint(tmp_path, every_n_train_steps=at, save_top_k=-1, filename="{step}"))
+    assert len(whole) == 3 * (limit if limit > 1 else 5)
+    resumed = fit(ckpt=tmp_path / f"step={at}.ckpt")
+    assert len(resumed) == len(whole) - at
+    assert all(torch.equal(a, b) for a, b in zip(whole[at:], resumed, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "folder"])
 def test_local_files_of_every_kind(kind: str, text_file: Path, token_cache: str, tmp_path: Path) -> None:
     documents = text_file.read_text(encoding="utf-8").split("\n\n")[:200]
