@@ -138,13 +138,28 @@ def _of_safetensors(file: Path, transposed: bool, config: Mapping[str, Any]) -> 
         for name, matrix in packed.items():
             yield Stored(name, matrix.shape, matrix.dtype, True, False, matrix.rows)
         parts = {part for matrix in packed.values() for part in matrix.parts}
+        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        transposed = transposed or _is_conv1d(shapes)
         for name in (name for name in tensors.keys() if name not in parts):  # noqa: SIM118
             part = tensors.get_slice(name)
-            shape, kind = tuple(part.get_shape()), str(part.get_dtype())
+            shape, kind = shapes[name], str(part.get_dtype())
             dtype = dtype_name(_DTYPES[kind]) if kind in _DTYPES else kind
             read = partial(_slice, part) if shape else partial(_scalar, tensors, name)
             floating, conv1d = kind.startswith(("F", "BF")), transposed and bool(_CONV1D.search(name))
             yield Stored(name, shape, dtype, floating, conv1d, read)
+
+
+def _is_conv1d(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether a file has GPT-2's matrices ``(in, out)``, as its biases show where no configuration does.
+
+    Other models have layers of the same names that are stored (out, in): a bias has as many entries as there are
+    outputs. Square matrices do not tell, so the file is judged as a whole.
+    """
+    for name, shape in shapes.items():
+        bias = shapes.get(f"{name.removesuffix('weight')}bias")
+        if _CONV1D.search(name) and len(shape) == 2 and shape[0] != shape[1] and bias in [shape[:1], shape[1:]]:
+            return bias == shape[1:]
+    return False
 
 
 def _slice(part: Any, start: int, stop: int) -> Tensor:
@@ -169,6 +184,7 @@ def _of_torch(file: Path, transposed: bool) -> Iterator[Stored]:
     tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
     if not tensors:
         raise UserError(f"{str(file)!r} holds no tensors by name")
+    transposed = transposed or _is_conv1d({name: tuple(t.shape) for name, t in tensors.items()})
     seen = set()
     for name, t in tensors.items():
         place = (t.untyped_storage().data_ptr(), t.storage_offset(), tuple(t.shape))

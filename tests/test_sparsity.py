@@ -153,6 +153,40 @@ def test_weights_that_are_stored_turned_are_counted_by_outputs(tmp_path: Path, m
             ]
 
 
+def small_gpt() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=8))
+    with torch.no_grad():
+        block = gpt.transformer.h[0]
+        block.mlp.c_fc.weight[:, :6] = 0  # six neurons
+        block.attn.c_proj.weight[:, 3] = 0  # of a square matrix, whose bias does not tell
+    return gpt
+
+
+@pytest.mark.parametrize("name", ["gpt.pt", "gpt.ckpt", "gpt.safetensors"])
+def test_a_turned_file_without_configuration_is_known_by_its_biases(name: str, tmp_path: Path) -> None:
+    gpt, file = small_gpt(), tmp_path / name
+    state = {key: t for key, t in gpt.state_dict().items() if key != "lm_head.weight"}
+    if file.suffix == ".safetensors":
+        save_file(state, file)
+    else:
+        torch.save({"state_dict": state} if file.suffix == ".ckpt" else state, file)
+    read, live = sparsity(file), sparsity(gpt)
+    assert by_name(read) == by_name(live)
+    assert [unit for unit in live.units if unit.what == "neurons"] == list(read.units)
+
+
+def test_layers_of_the_same_names_that_are_not_turned_are_left_as_they_are(tmp_path: Path) -> None:
+    """As of GPTBigCode; and a matrix whose bias is of no use tells nothing of neurons."""
+    state = {"h.0.mlp.c_fc.weight": torch.ones(64, 16), "h.0.mlp.c_fc.bias": torch.ones(64),
+             "h.0.mlp.c_proj.weight": torch.ones(16, 64), "h.0.mlp.c_proj.bias": torch.ones(16)}  # fmt: skip
+    save_file(state, tmp_path / "big.safetensors")
+    found = sparsity(tmp_path / "big.safetensors")
+    assert by_name(found)["h.0.mlp.c_fc.weight"].rows == 64 and len(found.units) == 1
+    save_file({**state, "h.0.mlp.c_fc.bias": torch.ones(5)}, tmp_path / "odd.safetensors")
+    assert not sparsity(tmp_path / "odd.safetensors").units
+
+
 def test_other_names_and_biases(tmp_path: Path) -> None:
     torch.manual_seed(0)
     opt = OPT(OPTConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, ffn_dim=24, num_attention_heads=2,
