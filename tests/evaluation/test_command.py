@@ -56,7 +56,9 @@ def test_a_dtype_is_that_of_both_and_without_a_dense_model_it_is_said(
     assert "dense" not in row and "no dense model to compare with: give --against NAME" in capsys.readouterr().out
 
 
-def test_an_export_is_measured_as_it_computes(tiny_llama: str, text_file: Path, tmp_path: Path) -> None:
+def test_an_export_is_measured_as_it_computes(
+    tiny_llama: str, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -69,6 +71,10 @@ def test_an_export_is_measured_as_it_computes(tiny_llama: str, text_file: Path, 
     tokenizer.save_pretrained(folder)
     (row,) = evaluated(tmp_path / "e.json", str(folder), "--perplexity", str(text_file))["figures"]
     assert row["value"] == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(SystemExit) as end:
+        evaluated(tmp_path / "e.json", str(folder), "--perplexity", str(text_file), "--dtype", "bfloat16")
+    told = capsys.readouterr().err
+    assert end.value.code == 1 and "is a cpu-sparse export, which computes in float32: leave --dtype out" in told
 
 
 @pytest.mark.parametrize(
