@@ -126,12 +126,12 @@ def main(arguments: Sequence[str]) -> None:
     ]
     with _locked(folder) as lock:
         _check_options(folder, options)
-        stop = _run_all(jobs, options, given.jobs, lock)
+        stop, failed = _run_all(jobs, options, given.jobs, lock)
     if begun := [job.journals[-1] for job in jobs if job.journals]:
         report(begun, folder / "report.html")
     else:
         print("no run left anything to report: runs do that have a logger or checkpoints")
-    left = [job for job in jobs if not job.done]
+    left = [job for job in jobs if job in failed or not job.done]
     if stop or left:
         again = shlex.join(["elsa", "sweep", *arguments])
         done = len(jobs) - len(left)
@@ -230,9 +230,14 @@ def _listed(given: Any) -> list[dict[str, Any]]:
     return [one for one in (given if isinstance(given, list) else [given]) if isinstance(one, dict)]
 
 
-def _run_all(jobs: Sequence[Job], options: Sequence[str], at_once: int, lock: IO[str] | None) -> int:
-    """Run the jobs that are not done, ``at_once`` in parallel; return the signal that ended them, or 0."""
+def _run_all(jobs: Sequence[Job], options: Sequence[str], at_once: int, lock: IO[str] | None) -> tuple[int, list[Job]]:
+    """Run the jobs that are not done, ``at_once`` in parallel.
+
+    Returns:
+        The signal that ended them, or 0, and the jobs whose processes failed, whatever their journals say.
+    """
     waiting, running, stop, asked = [job for job in jobs if not job.done], dict[int, tuple[Job, Any, float]](), 0, [0]
+    failed: list[Job] = []
     skipped = len(jobs) - len(waiting)
     print(f"{len(jobs)} runs" + (f", {skipped} of them finished before" if skipped else ""), flush=True)
     with _signals(asked), _none_left(running):
@@ -251,7 +256,8 @@ def _run_all(jobs: Sequence[Job], options: Sequence[str], at_once: int, lock: IO
                 if process.poll() is not None:
                     del running[slot]
                     _conclude(job, process.returncode, time.monotonic() - began, stop)
-    return stop
+                    failed += [job] if process.returncode else []
+    return stop, failed
 
 
 def _start(job: Job, options: Sequence[str], slot: int, at_once: int, lock: IO[str] | None) -> subprocess.Popen[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,16 @@ from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.packed_files import in_gguf, in_safetensors
 
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")  # stored (in, out) in the models below
-_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+_TURNED = (  # names of matrices that some models store (in, out), and these models
+    (
+        re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$"),
+        {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"},
+    ),
+    (
+        re.compile(r"(^|\.)experts\.(gate_up_proj|down_proj)$"),  # stacks (experts, in, out)
+        {"gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"},
+    ),
+)
 _TORCH = (".bin", ".pt", ".pth", ".ckpt")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -82,7 +90,6 @@ def open_source(path_or_model: str | Path | nn.Module) -> Source:
     folder = path if path.is_dir() else path.parent
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text()) if config_file.is_file() else {}
-    transposed = config.get("model_type") in _CONV1D_MODELS
 
     def tensors() -> Iterator[Stored]:
         for file in files:
@@ -90,9 +97,9 @@ def open_source(path_or_model: str | Path | nn.Module) -> Source:
                 for name, shape, kind, rows in in_gguf(file):
                     yield Stored(name, shape, kind, True, False, rows)
             elif file.suffix == ".safetensors":
-                yield from _of_safetensors(file, transposed, config)
+                yield from _of_safetensors(file, config)
             else:
-                yield from _of_torch(file, transposed)
+                yield from _of_torch(file, config)
 
     return Source(str(path), config, tensors)
 
@@ -128,7 +135,7 @@ def _indexed(index: Path) -> list[Path]:
     return files
 
 
-def _of_safetensors(file: Path, transposed: bool, config: Mapping[str, Any]) -> Iterator[Stored]:
+def _of_safetensors(file: Path, config: Mapping[str, Any]) -> Iterator[Stored]:
     try:
         opened: Any = safe_open(file, "pt")
     except Exception as error:  # safetensors has its own exception
@@ -138,13 +145,38 @@ def _of_safetensors(file: Path, transposed: bool, config: Mapping[str, Any]) -> 
         for name, matrix in packed.items():
             yield Stored(name, matrix.shape, matrix.dtype, True, False, matrix.rows)
         parts = {part for matrix in packed.values() for part in matrix.parts}
+        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        turned = _turned(config, shapes)
         for name in (name for name in tensors.keys() if name not in parts):  # noqa: SIM118
             part = tensors.get_slice(name)
-            shape, kind = tuple(part.get_shape()), str(part.get_dtype())
+            shape, kind = shapes[name], str(part.get_dtype())
             dtype = dtype_name(_DTYPES[kind]) if kind in _DTYPES else kind
             read = partial(_slice, part) if shape else partial(_scalar, tensors, name)
-            floating, conv1d = kind.startswith(("F", "BF")), transposed and bool(_CONV1D.search(name))
-            yield Stored(name, shape, dtype, floating, conv1d, read)
+            yield Stored(name, shape, dtype, kind.startswith(("F", "BF")), name in turned, read)
+
+
+def _turned(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """Return the names of a file's matrices that are stored (in, out), by its configuration or by its biases."""
+    found: set[str] = set()
+    for pattern, models in _TURNED:
+        names = [name for name in shapes if pattern.search(name)]
+        if config.get("model_type") in models or _biases_tell(names, shapes):
+            found.update(names)
+    return found
+
+
+def _biases_tell(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether biases show that matrices are stored (in, out), as where no configuration tells the model.
+
+    Other models have layers of the same names that are stored (out, in): a bias has as many entries as there are
+    outputs. Square matrices do not tell, so all of a file are judged by the first that does.
+    """
+    for name in names:
+        *stack, first, second = shapes[name] if len(shapes[name]) > 1 else (0, 0)
+        bias = shapes.get(f"{name.removesuffix('weight')}bias" if name.endswith(".weight") else f"{name}_bias")
+        if first != second and bias in [(*stack, first), (*stack, second)]:
+            return bias == (*stack, second)
+    return False
 
 
 def _slice(part: Any, start: int, stop: int) -> Tensor:
@@ -157,7 +189,7 @@ def _scalar(tensors: Any, name: str, start: int, stop: int) -> Tensor:
     return number
 
 
-def _of_torch(file: Path, transposed: bool) -> Iterator[Stored]:
+def _of_torch(file: Path, config: Mapping[str, Any]) -> Iterator[Stored]:
     try:
         loaded: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch.load raises many types
@@ -169,12 +201,13 @@ def _of_torch(file: Path, transposed: bool) -> Iterator[Stored]:
     tensors = {name: t for name, t in state.items() if isinstance(t, Tensor)}
     if not tensors:
         raise UserError(f"{str(file)!r} holds no tensors by name")
+    turned = _turned(config, {name: tuple(t.shape) for name, t in tensors.items()})
     seen = set()
     for name, t in tensors.items():
         place = (t.untyped_storage().data_ptr(), t.storage_offset(), tuple(t.shape))
         if place not in seen:  # yield tied weights once
             seen.add(place)
-            yield _of_tensor(name, t, transposed and bool(_CONV1D.search(name)))
+            yield _of_tensor(name, t, name in turned)
 
 
 def _of_module(model: nn.Module) -> Source:

@@ -94,9 +94,14 @@ def _empty_neurons(name: str, prefix: str, second: str, used: Tensor, found: Map
 
 
 def _made(found: Mapping[str, Rows], layer: str) -> Tensor | None:
-    """Return a mask of the outputs of a layer that are not always 0, or None if the layer is not known."""
+    """Return a mask of the outputs of a layer that are not always 0, or None if the layer is not known.
+
+    A bias of another length belongs to a matrix whose outputs are not its rows, so nothing is known of that either.
+    """
     weight, bias = found.get(f"{layer}.weight"), found.get(f"{layer}.bias")
     if weight is None or weight.inputs is None:
+        return None
+    if bias is not None and len(bias.outputs) != len(weight.outputs):
         return None
     return weight.outputs if bias is None else weight.outputs | bias.outputs
 

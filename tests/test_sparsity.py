@@ -11,7 +11,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+)
 from transformers import OPTForCausalLM as OPT
 
 from elsa_lightning import inspection, sparsity
@@ -151,6 +163,71 @@ def test_weights_that_are_stored_turned_are_counted_by_outputs(tmp_path: Path, m
             assert [(u.what, u.empty, u.total) for u in found.units if u.what == "neurons"] == [
                 ("neurons", len({*range(6), *range(2, 9)} | {4 * k + j for k in range(9, 16) for j in (1, 2)}), 64)
             ]
+
+
+def small_gpt() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=8))
+    with torch.no_grad():
+        block = gpt.transformer.h[0]
+        block.mlp.c_fc.weight[:, :6] = 0  # six neurons
+        block.attn.c_proj.weight[:, 3] = 0  # of a square matrix, whose bias does not tell
+    return gpt
+
+
+@pytest.mark.parametrize("name", ["gpt.pt", "gpt.ckpt", "gpt.safetensors"])
+def test_a_turned_file_without_configuration_is_known_by_its_biases(name: str, tmp_path: Path) -> None:
+    gpt, file = small_gpt(), tmp_path / name
+    state = {key: t for key, t in gpt.state_dict().items() if key != "lm_head.weight"}
+    if file.suffix == ".safetensors":
+        save_file(state, file)
+    else:
+        torch.save({"state_dict": state} if file.suffix == ".ckpt" else state, file)
+    read, live = sparsity(file), sparsity(gpt)
+    assert by_name(read) == by_name(live)
+    assert [unit for unit in live.units if unit.what == "neurons"] == list(read.units)
+
+
+def test_layers_of_the_same_names_that_are_not_turned_are_left_as_they_are(tmp_path: Path) -> None:
+    """As of GPTBigCode; and a matrix whose bias is of no use tells nothing of neurons."""
+    state = {"h.0.mlp.c_fc.weight": torch.ones(64, 16), "h.0.mlp.c_fc.bias": torch.ones(64),
+             "h.0.mlp.c_proj.weight": torch.ones(16, 64), "h.0.mlp.c_proj.bias": torch.ones(16)}  # fmt: skip
+    save_file(state, tmp_path / "big.safetensors")
+    found = sparsity(tmp_path / "big.safetensors")
+    assert by_name(found)["h.0.mlp.c_fc.weight"].rows == 64 and len(found.units) == 1
+    save_file({**state, "h.0.mlp.c_fc.bias": torch.ones(5)}, tmp_path / "odd.safetensors")
+    assert not sparsity(tmp_path / "odd.safetensors").units
+
+
+@pytest.mark.parametrize(("kind", "saved"), [("gpt_oss", "folder"), ("gpt_oss", "bare.pt"), ("llama4", "folder")])
+def test_stacks_of_experts_that_are_turned_are_counted_by_outputs(kind: str, saved: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    size = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1,
+            "max_position_embeddings": 16}  # fmt: skip
+    if kind == "gpt_oss":
+        mixture: Any = GptOssForCausalLM(GptOssConfig(**size))
+    else:
+        mixture = Llama4ForCausalLM(Llama4TextConfig(**size, intermediate_size_mlp=24, interleave_moe_layer_step=1))
+    stacks = {name: p for name, p in mixture.named_parameters() if p.dim() == 3}
+    with torch.no_grad():
+        for p in mixture.parameters():
+            p.normal_()
+        for p in stacks.values():
+            p.transpose(1, 2)[..., 1::4] = 0  # 2:4 along the inputs, which come first
+            p.transpose(1, 2)[..., 2::4] = 0
+            p[1, :, 3] = 0  # an output
+    if saved == "folder":
+        mixture.save_pretrained(tmp_path / saved)
+    else:
+        torch.save(mixture.state_dict(), tmp_path / saved)
+    live, read = by_name(sparsity(mixture)), by_name(sparsity(tmp_path / saved))
+    assert read == live and len(stacks) == 2
+    for name in stacks:
+        rows = stacks[name].shape[0] * stacks[name].shape[2]
+        assert (read[name].pattern, read[name].rows, read[name].dead_rows) == ("2:4", rows, 1)
+    for name, tensor in read.items():
+        assert name.endswith("bias") <= (tensor.kind == "norms and biases" and tensor.rows == 0), name
 
 
 def test_other_names_and_biases(tmp_path: Path) -> None:

@@ -142,6 +142,21 @@ def test_the_last_whole_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
     assert job.done
 
 
+def test_a_run_that_failed_after_its_end_fails_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where an export fails, whatever the run's journal says."""
+    told = "import json; open('elsa_run.json', 'w').write(json.dumps({'status': 'finished', 'notes': []})); exit(1)"
+    monkeypatch.setattr("elsa_lightning.sweep._check_options", lambda *_: None)
+    monkeypatch.setattr(
+        Job, "command", lambda self, _: ["sh", "-c", f'cd {self.folder} && {sys.executable} -c "{told}"']
+    )
+    with pytest.raises(SystemExit) as end:
+        main(["sweep", f"--output={tmp_path}", "--sparsity=0.5"])
+    said = capsys.readouterr()
+    assert end.value.code == 1 and "failed with status 1" in said.err and "0 of 1 runs are finished" in said.out
+
+
 def test_runs_at_a_time_have_their_own_threads_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")

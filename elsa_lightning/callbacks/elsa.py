@@ -443,6 +443,7 @@ class ElsaCallback(Callback):
             self.admm.detach()
             self._monitors.put_back(trainer)
             self._take_hooks_off()
+            self._journal.close()
 
     def _take_hooks_off(self) -> None:
         for hook in self._hooks:

@@ -97,10 +97,10 @@ class Journal:
         self._write(trainer, module, "running")
 
     def end(self, trainer: Trainer, module: LightningModule, error: BaseException | None = None) -> None:
-        """Write how the run ended."""
-        if trains_nothing(trainer):  # Lightning calls nothing between the beginning and the end
+        """Write how the run ended; an error after the end, as of an export, makes a finished run a failed one."""
+        if trains_nothing(trainer) and not self._known:  # Lightning calls nothing between the beginning and the end
             self.begin(trainer)
-        if not self._active:
+        if not self._active and (error is None or self.place is None):
             return
         if error is None:
             self.note(trainer, module, None, last=True)
@@ -111,6 +111,12 @@ class Journal:
                 self._known["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:500]
         self._write(trainer, module, status)
         self._active = False
+        if error is not None:
+            self.close()
+
+    def close(self) -> None:
+        """Leave the file alone from now on: errors of what the Trainer does after this run are not the run's."""
+        self._active, self.place = False, None
 
     def _occupancy(self, methods: list[ADMM]) -> dict[str, int]:
         dead = rows = 0

@@ -114,10 +114,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def write_json(file: Path, report: dict[str, Any]) -> None:
-    """Write figures to a file, atomically."""
+    """Write figures to a file, atomically; null stands for those that are not finite, which JSON does not have."""
     from elsa_lightning.export.folders import write
+    from elsa_lightning.report import finite
 
-    write(file, json.dumps(report, indent=2) + "\n")
+    write(file, json.dumps(finite(report), indent=2, allow_nan=False) + "\n")
 
 
 def _list(given: str | None) -> list[str]:

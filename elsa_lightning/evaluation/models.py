@@ -10,6 +10,7 @@ import torch
 
 from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.export import reload
+from elsa_lightning.export.cpu_sparse import FILE
 from elsa_lightning.export.record import read
 from elsa_lightning.export.source import find, open_source
 from elsa_lightning.layout.precise import precise_buffers
@@ -86,6 +87,11 @@ def _of_disk(path: Path, name: str, base: str | None, dtype: str | None) -> Load
             return Loaded(str(place), source.model, load_tokenizer(source.tokenizer), source.record.base_model)
     except UserError as error:  # its message names options of elsa export
         raise UserError(str(error).replace("--from ", "", 1).replace("--model", "--base")) from error
+    if (place / FILE).is_file() and dtype not in (None, "float32"):  # torch has no such products of sparse rows
+        raise UserError(
+            f"model {name!r} is a cpu-sparse export, which computes in float32: leave --dtype out, or evaluate the hf "
+            f"folder in {dtype}"
+        )
     try:
         model, _ = reload.load(place)
     except (OSError, ValueError) as error:

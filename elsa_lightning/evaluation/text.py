@@ -87,7 +87,7 @@ def perplexity(
     with unmoved(model):
         losses = _losses(model, packed, text)
     mean = math.fsum(losses.values()) / len(losses)
-    value = math.exp(mean) if mean < 700 else math.inf
+    value = math.inf if mean >= 700 else math.exp(mean)  # NaN stays NaN
     spread = mean_error(list(losses.values()))
     parts: dict[Hashable, float] = {}
     if math.isfinite(value):

@@ -20,6 +20,7 @@ from elsa_lightning.errors import UnavailableError, UserError
 FILE = "cpu_sparse.safetensors"
 # Measured on one thread with benchmarks/decode/products.py; see docs/exports.md.
 BREAK_EVEN = 0.6  # share of zeros from which decoding is faster than in dense float32
+_ROUNDING = 1e-3  # share of zeros that the rounding to whole weights may take
 BLOCK = 32  # rows of x in one product, if there are several; larger products are slower
 
 
@@ -141,20 +142,25 @@ def to_cpu_sparse(model: nn.Module, break_even: float = BREAK_EVEN) -> nn.Module
     if not 0 <= break_even <= 1:
         raise UserError(f"break_even is a share of zeros from 0 to 1, got {break_even}")
     shares = shares_of_zeros(model)
-    if not any(share >= break_even for share in shares.values()):
+    if not any(is_enough(share, break_even) for share in shares.values()):
         most = max(shares.values(), default=0.0)
         raise UserError(
             f"no linear layer has {break_even:.0%} zeros, from which on sparse products are faster; the sparsest has "
-            f"{most:.1%}: keep the model dense, or set break_even if you measured another"
+            f"{most:.2%}: keep the model dense, or set break_even if you measured another"
         )
     model.to("cpu", torch.float32).eval().requires_grad_(False)
     made: dict[nn.Module, CSRLinear] = {}
     for name, layer in list(_linear(model).items()):
-        if shares[name] >= break_even:
+        if is_enough(shares[name], break_even):
             if layer not in made:
                 made[layer] = CSRLinear.of(_weight(layer), layer.bias)  # type: ignore[arg-type]
             model.set_submodule(name, made[layer])
     return _in_float32(model)
+
+
+def is_enough(share: float, break_even: float) -> bool:
+    """Return whether a layer has enough zeros; a set keeps whole weights, so 60 % may be 59.999 % of a tensor."""
+    return share >= break_even - _ROUNDING
 
 
 def shares_of_zeros(model: nn.Module) -> dict[str, float]:

@@ -186,7 +186,7 @@ def _cpu_sparse(source: Source, folder: Path, options: Options, say: Say) -> Mad
     model.float()
     made = made_of(model)
     cpu_sparse.to_cpu_sparse(model, options.break_even)
-    dense = [name for name, share in shares.items() if share < options.break_even]
+    dense = [name for name, share in shares.items() if not cpu_sparse.is_enough(share, options.break_even)]
     say(f"{len(shares) - len(dense)} of {len(shares)} linear layers are kept as compressed sparse rows, float32.")
     if dense:
         say(f"Below {options.break_even:.0%} zeros a layer is faster dense, and stays so: {some(dense)}.")

@@ -12,6 +12,7 @@ from typing import Any
 import elsa_lightning
 from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.export.folders import write
+from elsa_lightning.report import finite
 from elsa_lightning.reports.charts import Chart, curves
 from elsa_lightning.reports.pareto import trade_offs
 from elsa_lightning.reports.runs import Run
@@ -211,7 +212,8 @@ def _json(runs: Sequence[Run]) -> str:
         }
         for run in runs
     ]  # fmt: skip
-    return json.dumps({"generator": _MARK, "version": elsa_lightning.__version__, "runs": told}, default=str) + "\n"
+    known = {"generator": _MARK, "version": elsa_lightning.__version__, "runs": told}
+    return json.dumps(finite(known), default=str, allow_nan=False) + "\n"
 
 
 def _rate(value: float | None, dtype: str | None = None) -> str:

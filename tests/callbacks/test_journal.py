@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from elsa_lightning import NM, KeepMask
+from elsa_lightning import NM, ElsaCallback, KeepMask
 from elsa_lightning.callbacks.journal import JOURNAL
 from elsa_lightning.watch import BINS, DECADES
 
@@ -65,6 +65,37 @@ def test_how_a_run_ends_is_written(tmp_path: Path) -> None:
     assert journal(tmp_path / "b")["error"].startswith("Crash")
 
 
+class FailsAtTheEnd(Callback):
+    """Does what an export does that fails when training is over."""
+
+    def on_fit_end(self, *_: Any) -> None:
+        raise Crash("disk is full")
+
+
+@pytest.mark.parametrize("steps", [4, 0])
+def test_a_run_whose_export_fails_has_not_finished(steps: int, tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        fit(tmp_path, every_step(tmp_path), FailsAtTheEnd(), max_steps=steps)
+    found = journal(tmp_path)
+    assert (found["status"], found["error"], found["step"]) == ("failed", "Crash: disk is full", steps)
+    assert not (tmp_path / "elsa_run_1.json").exists()
+
+
+class FailsInValidation(Net):
+    """Trains, and cannot be validated."""
+
+    def validation_step(self, *_: Any) -> None:
+        raise Crash
+
+
+def test_an_error_of_what_is_done_after_a_run_is_not_the_runs(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, ElsaCallback(sparsity=0.9, interval=2), every_step(tmp_path), max_steps=4)
+    trainer.fit(model := FailsInValidation(), loader())
+    with pytest.raises(Crash):
+        trainer.validate(model, loader())
+    assert journal(tmp_path)["status"] == "finished"
+
+
 def test_a_resumed_run_names_the_checkpoint_and_leaves_the_first_journal_alone(tmp_path: Path) -> None:
     fit(tmp_path, every_step(tmp_path), At(7, stop))
     first = journal(tmp_path)
@@ -100,8 +131,6 @@ class Theirs(Net):
 
 @pytest.mark.parametrize("module", [Net, Theirs])
 def test_the_hparams_tab_has_the_method_and_the_module(module: type[Net], tmp_path: Path) -> None:
-    from elsa_lightning import ElsaCallback
-
     logger = TensorBoardLogger(tmp_path, version="run")
     make_trainer(tmp_path, ElsaCallback(sparsity=0.9, interval=3), logger=logger, max_steps=6).fit(module(), loader())
     events = EventAccumulator(str(logger.log_dir)).Reload()

@@ -1,6 +1,7 @@
 """elsa evaluate on what runs and exports leave; perplexity alone, which needs no lm-eval."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
 from elsa_lightning.cli import main
-from elsa_lightning.evaluation import perplexity
+from elsa_lightning.evaluation import Score, perplexity, to_dict
+from elsa_lightning.evaluation.command import write_json
 from elsa_lightning.evaluation.models import load
 from elsa_lightning.export.cpu_sparse import save_cpu_sparse, to_cpu_sparse
 
@@ -56,7 +58,9 @@ def test_a_dtype_is_that_of_both_and_without_a_dense_model_it_is_said(
     assert "dense" not in row and "no dense model to compare with: give --against NAME" in capsys.readouterr().out
 
 
-def test_an_export_is_measured_as_it_computes(tiny_llama: str, text_file: Path, tmp_path: Path) -> None:
+def test_an_export_is_measured_as_it_computes(
+    tiny_llama: str, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -69,6 +73,10 @@ def test_an_export_is_measured_as_it_computes(tiny_llama: str, text_file: Path, 
     tokenizer.save_pretrained(folder)
     (row,) = evaluated(tmp_path / "e.json", str(folder), "--perplexity", str(text_file))["figures"]
     assert row["value"] == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(SystemExit) as end:
+        evaluated(tmp_path / "e.json", str(folder), "--perplexity", str(text_file), "--dtype", "bfloat16")
+    told = capsys.readouterr().err
+    assert end.value.code == 1 and "is a cpu-sparse export, which computes in float32: leave --dtype out" in told
 
 
 @pytest.mark.parametrize(
@@ -103,6 +111,13 @@ def test_what_was_measured_is_written_although_the_dense_model_fails(
         evaluated(tmp_path / "e.json", tiny_llama, "--against", str(broken), "--perplexity", str(text_file))
     report = json.loads((tmp_path / "e.json").read_text())
     assert [row["value"] > 1 for row in report["figures"]] == [True]
+
+
+def test_figures_that_are_not_finite_are_null_in_the_file(tmp_path: Path) -> None:
+    figures = to_dict([Score("a", "perplexity", math.inf, math.nan, 4), Score("b", "perplexity", math.nan, None, 4)])
+    write_json(tmp_path / "e.json", {"figures": figures})
+    read = json.loads((tmp_path / "e.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert [(row["value"], row["error"]) for row in read["figures"]] == [(None, None)] * 2
 
 
 def test_a_cast_leaves_the_frequencies_of_rotary_embeddings_as_a_saved_model_has_them(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elsa_lightning.errors import UserError
-from elsa_lightning.evaluation import difference, perplexity
+from elsa_lightning.evaluation import difference, perplexity, table
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,13 @@ def test_documents_are_joined_with_two_newlines(model: Any, tokenizer: Any, tmp_
     ids = torch.tensor(tokenizer("\n\n".join(words))["input_ids"])
     ids = ids[: len(ids) // 32 * 32].view(-1, 32)
     assert found.value == pytest.approx(by_definition(model, ids), rel=1e-5)
+
+
+def test_a_broken_model_is_not_one_of_infinite_perplexity(tokenizer: Any, text_file: Path, tiny_llama: str) -> None:
+    broken = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    broken.get_input_embeddings().weight.data.fill_(math.nan)
+    found = perplexity(broken, tokenizer, str(text_file), seq_len=48, segments=2)
+    assert math.isnan(found.value) and "nan" in table([found]) and "inf" not in table([found])
 
 
 def test_models_are_compared_segment_by_segment(model: Any, tokenizer: Any, text_file: Path, tiny_llama: str) -> None:

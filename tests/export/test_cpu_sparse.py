@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from elsa_lightning.cli import main
-from elsa_lightning.export import load_cpu_sparse, save_cpu_sparse, to_cpu_sparse
-from elsa_lightning.export.cpu_sparse import BLOCK, FILE, CSRLinear
+from elsa_lightning.errors import UserError
+from elsa_lightning.export import export, load_cpu_sparse, save_cpu_sparse, to_cpu_sparse
+from elsa_lightning.export.cpu_sparse import BLOCK, FILE, CSRLinear, shares_of_zeros
 from tests.export.models import IDS, cut, sparse_folder
 
 
@@ -110,10 +111,26 @@ def test_layers_below_the_break_even_stay_dense_and_are_named(
 
 
 def test_a_dense_model_is_refused(tiny_llama: str) -> None:
-    with pytest.raises(ValueError, match=r"no linear layer has 60% zeros.* the sparsest has 0.0%"):
+    with pytest.raises(ValueError, match=r"no linear layer has 60% zeros.* the sparsest has 0.00%"):
         to_cpu_sparse(load(tiny_llama))
     with pytest.raises(ValueError, match="share of zeros from 0 to 1, got 60"):
         to_cpu_sparse(load(tiny_llama), break_even=60)
+
+
+def test_a_model_pruned_to_just_the_break_even_is_taken(tiny_llama: str, tmp_path: Path) -> None:
+    """Where 60 % of the weights is no whole number, a set keeps one more."""
+    model = load(tiny_llama)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            cut(module.weight, 0.6 - 0.5 / module.weight.numel())
+    shares = shares_of_zeros(model)
+    assert min(shares.values()) < 0.6
+    model.save_pretrained(tmp_path / "in")
+    said: list[str] = []
+    export(tmp_path / "in", "cpu-sparse", tmp_path / "out", fresh=False, say=said.append)
+    assert "14 of 14 linear layers are kept as compressed sparse rows, float32." in said
+    with pytest.raises(UserError, match=r"no linear layer has 61% zeros.* the sparsest has 59\.96%"):
+        to_cpu_sparse(model, 0.61)
 
 
 class Gated(nn.Linear):

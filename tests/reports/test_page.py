@@ -1,6 +1,7 @@
 """The page: what it says, what it never loses, and, in a browser, what it looks like."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -12,9 +13,10 @@ import pytest
 from PIL import Image
 
 from elsa_lightning.cli import main
+from elsa_lightning.reports.page import _json
 from elsa_lightning.reports.pareto import trade_offs
 from elsa_lightning.reports.pictures import check_pictures, write_pictures
-from elsa_lightning.reports.runs import read_runs
+from elsa_lightning.reports.runs import Run, read_runs
 from elsa_lightning.reports.saved import Saved
 
 from .runs import run
@@ -95,6 +97,12 @@ def test_what_is_not_there_is_said_with_how_to_get_it(tmp_path: Path) -> None:
     text = (tmp_path / "page.html").read_text()
     assert "<li>Scores about the threshold: this is in elsa_run.json" in text and 'id="scores-0"' not in text
     assert 'id="loss"' in text and 'id="residuals"' in text
+
+
+def test_its_json_is_json_whatever_a_run_logged(tmp_path: Path) -> None:
+    text = _json([Run("a", tmp_path, series={"loss": [(1, math.nan), (2, math.inf), (3, 0.5)]})])
+    (told,) = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))["runs"]
+    assert told["series"] == {"loss": [[1, None], [2, None], [3, 0.5]]}
 
 
 def test_a_report_takes_the_place_of_a_report_only(
