@@ -121,12 +121,14 @@ def head_counts(config: Any) -> tuple[int, int, int]:
 
 
 def find(module: nn.Module) -> Known:
-    """Return the Hugging Face model in a module, outermost first.
+    """Return the Hugging Face model in a module: the outermost that trains, else the outermost.
 
     Raises:
         UserError: There is no model of a known family, or it has adapters.
     """
     seen = []
+    refused: UserError | None = None  # a wrapper may have the config of the model in it
+    frozen: Known | None = None  # a teacher beside the model
     for path, inner in module.named_modules():
         config = getattr(inner, "config", None)
         kind = getattr(config, "model_type", None)
@@ -140,13 +142,22 @@ def find(module: nn.Module) -> Known:
         family, prefix = FAMILIES[kind], clean(f"{path}.") if path else ""
         names = {clean(name) for name, _ in inner.named_parameters()}
         blocks = re.escape(family.blocks)
-        for part in (family.attention_out, family.mlp_out or family.experts or ""):
-            if not any(re.match(rf"{blocks}\.\d+\.{re.escape(part)}\.", name) for name in names):
-                raise UserError(
-                    f"{type(inner).__name__} of model_type {kind!r}: looked for '{family.blocks}.0.{part}' and found "
-                    f"names such as {min(names)!r}; what is known is transformers' model for causal language modelling"
-                )
-        return Known(family, inner, prefix)
+        parts = (family.attention_out, family.mlp_out or family.experts or "")
+        missing = [p for p in parts if not any(re.match(rf"{blocks}\.\d+\.{re.escape(p)}\.", name) for name in names)]
+        if missing:
+            refused = refused or UserError(
+                f"{type(inner).__name__} of model_type {kind!r}: looked for '{family.blocks}.0.{missing[0]}' and found "
+                f"names such as {min(names)!r}; what is known is transformers' model for causal language modelling"
+            )
+            continue
+        known = Known(family, inner, prefix)
+        if any(p.requires_grad for p in inner.parameters()):
+            return known
+        frozen = frozen or known
+    if frozen is not None:
+        return frozen
+    if refused is not None:
+        raise refused
     raise UserError(
         f"looked for a Hugging Face model whose config.model_type is one of {', '.join(FAMILIES)}, and found "
         f"{', '.join(dict.fromkeys(seen)) or 'no model with a config'}; other models take Unstructured, NM or Block"

@@ -60,6 +60,7 @@ class SaveHuggingFace(Callback):
         self.place: Path | None = None  # where the model was written; set on the first process alone
         self._found: object = None  # identity of the folder at dirpath when training began
         self._written: dict[str, Any] = {}
+        self.shrunk: str | None = None  # how many parameters the smaller model has, of how many
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a folder that holds something else, before training."""
@@ -108,6 +109,8 @@ class SaveHuggingFace(Callback):
             if source is not None and (problem := save_tokenizer(source, whole)) is not None:
                 rank_zero_warn(f"SaveHuggingFace: {problem}")
             self._written = {"dtype": dtype, "sparsity": zeros_in(whole)}
+            if self.shrunk is not None:
+                self._written |= {"format": "shrunk", "export": {"parameters": self.shrunk}}
             write_card(whole, run_record(trainer, pl_module, **self._written))
             if self.dirpath is not None and self._found is not None and identity(folder) == self._found:
                 replace(whole, folder)
@@ -150,9 +153,9 @@ class SaveHuggingFace(Callback):
         if self._shrinks:
             dense = sum(p.numel() for p in base.parameters())
             base, state = shrink(base, state), None
-            rank_zero_info(
-                f"Model shrunk: {sum(p.numel() for p in base.parameters()):,} of {dense:,} parameters are left"
-            )
+            left = sum(p.numel() for p in base.parameters())
+            self.shrunk = f"{left:,} of {dense:,}" if left < dense else None
+            rank_zero_info(f"Model shrunk: {left:,} of {dense:,} parameters are left")
         kept = getattr(base, "dtype", torch.float32)
         target = self._target(pl_module, base, kept)
         if adapter or (target != kept and state is None):

@@ -124,13 +124,14 @@ def closing(trainer: Trainer, logs: str, again: str, another: str | None) -> str
     folder, run = saver.place, program()
     lines, longer = _verdict(elsa, trainer.global_step)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    lines.append(f"Saved: {folder}, {size / 1e6:.1f} MB, where zeros take as much room as other weights")
+    how = f"with {saver.shrunk} parameters" if saver.shrunk else "where zeros take as much room as other weights"
+    lines.append(f"Saved: {folder}, {size / 1e6:.1f} MB, {how}")
     hints = [
         ("its perplexity on the test text", f"{run} test {again} --model.name {folder}"),
         ("all of it on a page", f"{run} report {logs}"),
         ("beside the dense model, on WikiText-2 and standard tasks, which it downloads", f"{run} evaluate {logs}"),
-        ("a form of it that is faster on CPUs; others: elsa export --help",
-         f"{run} export --from {logs} --to cpu-sparse --output exports/cpu"),
+        *[("a form of it that is faster on CPUs; others: elsa export --help",
+           f"{run} export --from {logs} --to cpu-sparse --output exports/cpu")] * (saver.shrunk is None),
         ("your model and your text", f"{run} fit {again} --model.name MODEL --data.name TEXT"),
         ("in Python", f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"),
     ]  # fmt: skip

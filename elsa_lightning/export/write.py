@@ -147,6 +147,8 @@ def _hf(source: Source, folder: Path, options: Options, say: Say) -> Made:
 def _shrunk(source: Source, folder: Path, options: Options, say: Say) -> Made:
     whole, size = made_of(source.model), source.model.num_parameters()
     model = shrink(source.model)
+    if model.num_parameters() == size and source.record.format == "shrunk":
+        raise UserError("--to shrunk: this folder is the smaller model already; use --to hf")
     if model.num_parameters() == size:
         raise UserError(
             "--to shrunk: no neuron, head, layer or expert of this model is zero as a whole, so nothing can be cut "

@@ -261,8 +261,10 @@ class Constraint(ABC):
 
 
 def parts(constraint: object) -> Iterator[object]:
-    """Yield a set and, recursively, the sets that it assigns by pattern."""
+    """Yield a set and, recursively, the sets that it assigns by pattern, or that its grid is inside of."""
     yield constraint
+    if isinstance(inside := getattr(constraint, "inside", None), Constraint):
+        yield from parts(inside)
     inner = getattr(constraint, "sets", None)
     for each in inner.values() if isinstance(inner, Mapping) else ():
         yield from parts(each)

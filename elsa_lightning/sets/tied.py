@@ -76,7 +76,12 @@ class Tied(Constraint):
             if not 0 < tie.kept <= tie.units:
                 raise UserError(f"{tie.members[0].name}: {tie.kept} of {tie.units} units cannot be kept")
             if missing := [member.name for member in tie.members if member.name not in shapes]:
-                raise UserError(f"{missing[0]} is tied to {tie.members[0].name} and is not constrained: add a target")
+                others = [member.name for member in tie.members if member.name in shapes]
+                tied = f"is tied to {others[0]} and" if others else f"has units that {type(self).__name__} removes and"
+                raise UserError(
+                    f"{missing[0]} {tied} is not constrained: train it (requires_grad), and do not leave it out by "
+                    f"targets, ignore or a pattern"
+                )
             for name, axis, entries, first in tie.members:
                 size = math.prod(shapes[name][:-2]) if axis == 2 else shapes[name][axis - 2]
                 if first + (size - 1) // entries >= tie.units or (entries <= size and size % entries):

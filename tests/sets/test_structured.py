@@ -18,13 +18,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from elsa_lightning import ADMM, NM, ByPattern, Experts, Heads, Layers, Neurons, Width, shrink
+from elsa_lightning import ADMM, NM, ByPattern, Experts, Heads, Layers, Neurons, Quantized, Width, shrink
 from elsa_lightning.errors import UserError
+from elsa_lightning.export.formats import has_experts
+from elsa_lightning.families import find
 from elsa_lightning.layout.kernels import is_transposed
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.selection import select
 from elsa_lightning.sets import Constraint, Member, Tie, Tied
 from elsa_lightning.sets.base import WholePoints
+from elsa_lightning.sets.structured import is_structured
 
 COMMON = {"vocab_size": 48, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 ROTARY = COMMON | {
@@ -410,8 +413,30 @@ def test_a_tensor_that_has_no_such_units_is_refused() -> None:
     fitted.check(shapes)
     with pytest.raises(UserError, match=r"o_proj.weight of shape \(32, 47\) has 47 along axis 1"):
         fitted.check(shapes | {"model.layers.0.self_attn.o_proj.weight": torch.Size((32, 47))})
-    with pytest.raises(UserError, match=r"is tied to .* and is not constrained: add a target"):
+    with pytest.raises(UserError, match=r"layers.1.self_attn.\w+.weight has units that Heads removes and is not con"):
         fitted.check({name: shape for name, shape in shapes.items() if "1.self_attn" not in name})
+
+
+class Wrapped(nn.Module):
+    """Has the config of the model in it, and maybe a frozen teacher in front."""
+
+    def __init__(self, model: Any, teacher: Any = None) -> None:
+        super().__init__()
+        self.config, self.teacher, self.model = model.config, teacher, model
+
+
+def test_the_model_that_trains_is_found_in_a_wrapper_with_its_config_and_a_teacher() -> None:
+    model, teacher = make("llama"), make("llama").requires_grad_(False)
+    assert find(Wrapped(model)).model is model
+    assert find(Wrapped(model, teacher)).model is model
+    assert find(Wrapped(teacher)).model is teacher
+    names = select(Wrapped(model, teacher), quiet=True).within(Neurons(0.5).fitted(Wrapped(model, teacher))).parameters
+    assert names and all(name.startswith("model.model.layers") for name in names)
+
+
+def test_a_grid_around_units_is_structured_as_they_are() -> None:
+    assert is_structured(Quantized(8, inside=Neurons(0.5))) and not is_structured(Quantized(8, inside=NM(2, 4)))
+    assert has_experts([Quantized(8, inside=Experts(0.5))]) and not has_experts([Quantized(8)])
 
 
 # ---------------------------------------------------------------------- shrinking what nobody constrained
