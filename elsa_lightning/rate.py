@@ -65,9 +65,19 @@ def is_adam(optimizer: Optimizer) -> bool:
     return "adam" in type(optimizer).__name__.lower()
 
 
-def peak(optimizer: Optimizer) -> float:
-    """Return the learning rate from which schedules start, the largest of all groups."""
-    return max(float(group.get("initial_lr", group.get("lr")) or 0.0) for group in optimizer.param_groups)
+def peak(optimizer: Optimizer, schedulers: Iterable[Any] = ()) -> float:
+    """Return the largest learning rate of all groups: the one that schedules start from, or a higher one they reach.
+
+    Args:
+        optimizer: The optimizer.
+        schedulers: Its schedulers; CyclicLR alone knows how high it goes, OneCycleLR leaves that in the groups.
+    """
+    rates = [group.get("max_lr") or group.get("initial_lr", group.get("lr")) for group in optimizer.param_groups]
+    for scheduler in schedulers:
+        if getattr(scheduler, "optimizer", None) is optimizer:
+            rates += getattr(scheduler, "max_lrs", [])
+        rates.append(peak(optimizer, getattr(scheduler, "_schedulers", ())))
+    return max(float(rate or 0.0) for rate in rates)
 
 
 def choose(optimizer: Optimizer, schedulers: list[Any], damage: Damage) -> float:
@@ -84,9 +94,10 @@ def choose(optimizer: Optimizer, schedulers: list[Any], damage: Damage) -> float
             f"learning_rate 'auto' knows how far an Adam steps, and the optimizer is {type(optimizer).__name__}: leave "
             f"learning_rate out and give the optimizer its own rate"
         )
-    if damage.rate == 0 or peak(optimizer) == 0:
-        return peak(optimizer)
-    factor = damage.rate / peak(optimizer)
+    top = peak(optimizer, schedulers)
+    if damage.rate == 0 or top == 0:
+        return top
+    factor = damage.rate / top
     for group in optimizer.param_groups:
         for key in ("lr", "initial_lr", "max_lr", "min_lr"):  # OneCycleLR and others store rates in the group
             if key in group:
@@ -111,15 +122,16 @@ def _scale(scheduler: Any, optimizer: Optimizer, factor: float) -> None:
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
-def doubt(optimizer: Optimizer, damage: Damage) -> str | None:
-    """Return a warning if the learning rate is far from the one that suits the cut, else None."""
-    if not is_adam(optimizer) or damage.rate == 0 or peak(optimizer) == 0:
+def doubt(optimizer: Optimizer, damage: Damage, schedulers: Iterable[Any] = ()) -> str | None:
+    """Return a warning if the largest learning rate is far from the one that suits the cut, else None."""
+    top = peak(optimizer, schedulers)
+    if not is_adam(optimizer) or damage.rate == 0 or top == 0:
         return None
-    ratio = peak(optimizer) / damage.rate
+    ratio = top / damage.rate
     if 1 / _NEAR <= ratio <= _NEAR:
         return None
     how = f"{1 / ratio:.0f} times smaller" if ratio < 1 else f"{ratio:.0f} times larger"
     return (
-        f"Elsa: the learning rate {peak(optimizer):.2g} is {how} than what this cut usually asks for, "
+        f"Elsa: the learning rate {top:.2g} is {how} than what this cut usually asks for, "
         f"{damage.rate:.2g} ({damage}); ElsaCallback(learning_rate='auto') takes that"
     )

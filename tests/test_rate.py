@@ -77,6 +77,10 @@ SCHEDULES = {
     "warm-up": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1.0, (step + 1) / 4)),
     "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.5),
     "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, [0.02, 0.01], total_steps=10),
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.001, 0.02, step_size_up=3, cycle_momentum=False),
+    "cyclic after constant": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o, [torch.optim.lr_scheduler.ConstantLR(o, 0.5, 2), SCHEDULES["cyclic"](o)], [2]
+    ),
 }
 
 
@@ -87,9 +91,9 @@ def test_the_whole_schedule_is_scaled_for_every_group(name: str) -> None:
         optimizer = torch.optim.Adam([{"params": [one], "lr": 0.02}, {"params": [two], "lr": 0.01}])
         scheduler: Any = SCHEDULES[name](optimizer)
         if scale != 1:
-            choose(optimizer, [scheduler], Damage(peak(optimizer) * scale, 1.0, 2, 1))
+            choose(optimizer, [scheduler], Damage(0.02 * scale, 1.0, 2, 1))
         rates = []
-        for _ in range(8):
+        for _ in range(9):
             rates.append([group["lr"] for group in optimizer.param_groups])
             optimizer.step()
             scheduler.step()
@@ -97,6 +101,7 @@ def test_the_whole_schedule_is_scaled_for_every_group(name: str) -> None:
 
     plain, scaled = torch.tensor(course(1)), torch.tensor(course(3))
     assert torch.allclose(scaled, 3 * plain, rtol=1e-6)
+    assert float(scaled.max()) == pytest.approx(0.06, rel=1e-3)  # which is the peak that was chosen
 
 
 def test_auto_is_the_same_as_giving_that_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

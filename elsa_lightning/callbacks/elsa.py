@@ -272,11 +272,11 @@ class ElsaCallback(Callback):
             return  # for other optimizers the rate does not determine the length of a step
         settle(trainer.strategy.model or pl_module)
         damage = self.admm.damage()
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         if self.learning_rate == "auto":
-            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
             chosen = rate.choose(self.admm.optimizer, schedulers, damage)
             rank_zero_info(f"Elsa: peak learning rate {chosen:.3g}: {damage}")
-        elif (said := rate.doubt(self.admm.optimizer, damage)) is not None:
+        elif (said := rate.doubt(self.admm.optimizer, damage, schedulers)) is not None:
             rank_zero_warn(said)
 
     def _mind_the_tuner(self, trainer: Trainer) -> None:

@@ -55,15 +55,18 @@ def _training(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     ours = module.hparams.items() if _is_causal_lm(module) else ()  # other modules' may be secrets
     arguments = {name: value for name, value in ours if isinstance(value, _SCALAR) and name != "name"}
     found: dict[str, Any] = {"optimizer steps": trainer.global_step, "precision": trainer.precision, **arguments}
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     for optimizer in trainer.optimizers:
         defaults: dict[str, Any] = getattr(optimizer, "defaults", {})
         numbers = {k: v for k, v in defaults.items() if isinstance(v, (float, tuple))}
-        numbers |= {"lr": peak(optimizer)} if "lr" in numbers else {}  # the run may have chosen it
+        numbers |= {"lr": peak(optimizer, schedulers)} if "lr" in numbers else {}  # the run may have chosen it
         found.setdefault("optimizer", []).append(
             f"{type(optimizer).__name__}({', '.join(f'{k}={v}' for k, v in numbers.items())})"
         )
     found["optimizer"] = ", ".join(found.get("optimizer", []))
     found["gradient clipping"] = trainer.gradient_clip_val
+    found["gradient accumulation"] = trainer.accumulate_grad_batches if trainer.accumulate_grad_batches != 1 else None
+    found["processes"] = trainer.world_size if trainer.world_size > 1 else None
     return {name: value for name, value in found.items() if value not in (None, "")}
 
 

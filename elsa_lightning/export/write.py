@@ -24,6 +24,7 @@ from elsa_lightning.export.verify import Made, difference, made_of, probe, verif
 from elsa_lightning.optim.moments import dtype_name
 from elsa_lightning.report import some
 from elsa_lightning.sets.experts import pass_over, zero_experts
+from elsa_lightning.sets.structured import is_structured
 from elsa_lightning.slicing import shrink
 
 Say = Callable[[str], None]
@@ -147,7 +148,7 @@ def _hf(source: Source, folder: Path, options: Options, say: Say) -> Made:
 def _shrunk(source: Source, folder: Path, options: Options, say: Say) -> Made:
     whole, size = made_of(source.model), source.model.num_parameters()
     model = shrink(source.model)
-    if model.num_parameters() == size and source.record.format == "shrunk":
+    if model.num_parameters() == size and any(map(is_structured, sets_of(source.record))):
         raise UserError("--to shrunk: this folder is the smaller model already; use --to hf")
     if model.num_parameters() == size:
         raise UserError(
