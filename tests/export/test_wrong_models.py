@@ -82,8 +82,16 @@ def test_a_checkpoint_of_the_middle_of_a_structured_run_is_projected(
 
 
 def test_stacks_of_experts_are_not_quantized(mixture: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a stack of experts, which compressed-tensors cannot load"):
+    with pytest.raises(UserError, match=r"is a stack of experts, which compressed-tensors cannot load.*--to hf$"):
         export(mixture, "quantized", tmp_path / "out", say=quiet)
+
+
+def test_stacks_of_experts_stay_dense_as_sparse_rows_and_that_is_said(mixture: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    export(sparse_folder(mixture, tmp_path / "in"), "cpu-sparse", tmp_path / "out", say=said.append, fresh=False)
+    (told,) = [line for line in said if "stay dense" in line]
+    assert told.startswith("4 stacks of experts stay dense") and "model.layers.0.mlp.experts.gate_up_proj" in told
+    assert json.loads((tmp_path / "out/elsa.json").read_text())["export"]["stacks of experts, left dense"] == 4
 
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text"])
