@@ -69,6 +69,9 @@ def export(
     folder, options = Path(output).expanduser(), options or Options()
     check_format(to, options)
     check_replaceable(folder, "--output")
+    if folder.is_symlink():  # what it leads to is replaced, and not the link itself
+        folder = folder.resolve()
+        check_replaceable(folder, "--output")
     found = find(Path(source).expanduser())
     if found.resolve() == folder.resolve():
         raise UserError(f"--output {str(folder)!r} is the folder to export; give another")

@@ -178,6 +178,15 @@ def test_measuring_in_bfloat16_leaves_the_frequencies_of_rotary_embeddings_alone
     assert {b.dtype for name, b in model.named_buffers() if name.endswith("inv_freq")} == {torch.float32}
 
 
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tiny_llama: str, tmp_path: Path) -> None:
+    source, link = sparse_folder(tiny_llama, tmp_path / "model"), tmp_path / "latest"
+    (tmp_path / "elsewhere/real").mkdir(parents=True)
+    (tmp_path / "elsewhere/real/config.json").write_text("{}")
+    link.symlink_to(tmp_path / "elsewhere/real")
+    export(source, "hf", link, say=quiet, fresh=False)
+    assert link.is_symlink() and (tmp_path / "elsewhere/real/model.safetensors").is_file()
+
+
 def test_a_tokenizer_that_is_none_or_broken_costs_no_model(tiny_llama: str, tmp_path: Path) -> None:
     said: list[str] = []
     folder = sparse_folder(tiny_llama, tmp_path / "model")
