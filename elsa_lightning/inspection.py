@@ -164,9 +164,9 @@ def sparsity(path_or_model: str | Path | nn.Module) -> Sparsity:
     Tensors in other quantized formats, whose codes need a scale and maybe an offset, are listed as unread.
 
     Args:
-        path_or_model: A model's folder, with one or several files of weights, or a run's with ``hf`` in it; a
-            ``.safetensors`` file or its index; a file that torch saved (``.bin``, ``.pt``, ``.ckpt``); a ``.gguf`` file
-            (with the package gguf); or a module on one device.
+        path_or_model: A model's folder, with one or several files of weights, or a run's (its ``hf``, else its last
+            checkpoint); a ``.safetensors`` file or its index; a file that torch saved (``.bin``, ``.pt``, ``.ckpt``); a
+            ``.gguf`` file (with the package gguf); or a module on one device.
 
     Raises:
         ValueError: The file does not exist, is incomplete, or is in another format.

@@ -106,6 +106,13 @@ def main(arguments: Sequence[str]) -> None:
         SystemExit: A run failed (1), or the sweep was interrupted (130, or 143 by SIGTERM).
         UserError: The folder has a sweep with other options, or one that is still running.
     """
+    try:
+        _sweep(arguments)
+    except KeyboardInterrupt:  # before the runs begin, or a second one, which ends them at once
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _sweep(arguments: Sequence[str]) -> None:
     given, options = parser().parse_known_args(arguments)
     for option in options:
         if (name := option.partition("=")[0]) in _OURS:

@@ -33,6 +33,7 @@ _TURNED = (  # names of matrices that some models store (in, out), and these mod
         {"gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"},
     ),
 )
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")  # in a model's folder
 _TORCH = (".bin", ".pt", ".pth", ".ckpt")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -84,8 +85,7 @@ def open_source(path_or_model: str | Path | nn.Module) -> Source:
     path = Path(path_or_model).expanduser()
     if not path.exists():
         raise UnavailableError(f"{str(path)!r} does not exist; give the folder of a saved model or a .safetensors file")
-    if path.is_dir() and not (path / "config.json").exists() and (path / "hf/config.json").is_file():
-        path = path / "hf"  # path is the folder of a run
+    path = _in_run(path)
     files = _files(path)
     folder = path if path.is_dir() else path.parent
     config_file = folder / "config.json"
@@ -104,6 +104,29 @@ def open_source(path_or_model: str | Path | nn.Module) -> Source:
     return Source(str(path), config, tensors)
 
 
+def _in_run(path: Path) -> Path:
+    """Return the model, or else the last checkpoint, in the folder of a run; any other path as it is."""
+    if not path.is_dir() or (path / "config.json").exists():
+        return path
+    if (path / "hf/config.json").is_file():
+        return path / "hf"
+    left = any(next(path.glob(run), None) for run in ("checkpoints/*.ckpt", "version_*", "lightning_logs/version_*"))
+    if not left or any(next(path.glob(kind), None) for kind in _WEIGHTS):
+        return path
+    from elsa_lightning.export.source import find
+
+    try:
+        found = find(path)
+    except UserError as error:  # its message begins with an option of elsa export
+        raise UserError(str(error).replace("--from ", "", 1)) from None
+    if found.is_dir() and not (found / "config.json").is_file():
+        raise UserError(
+            f"{str(found)!r} is a checkpoint in several files, which is not read: elsa export --from {str(path)!r} "
+            f"--to hf makes a model's folder of it"
+        )
+    return found
+
+
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         if path.name.endswith(".index.json"):
@@ -116,8 +139,7 @@ def _files(path: Path) -> list[Path]:
     for index in _INDICES:
         if (path / index).is_file():
             return _indexed(path / index)
-    kinds = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
-    found = next((files for kind in kinds if (files := sorted(path.glob(kind)))), [])
+    found = next((files for kind in _WEIGHTS if (files := sorted(path.glob(kind)))), [])
     if not found:
         others = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
         raise UserError(

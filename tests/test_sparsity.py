@@ -28,6 +28,7 @@ from transformers import OPTForCausalLM as OPT
 
 from elsa_lightning import inspection, sparsity
 from elsa_lightning.cli import main
+from elsa_lightning.errors import UserError
 from elsa_lightning.export import Options, export
 from elsa_lightning.tensor_files import Source, Stored, open_source
 
@@ -306,6 +307,24 @@ def test_a_run_is_counted_by_its_model(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/hf").symlink_to(folder / "one")
     assert by_name(sparsity(tmp_path / "run")) == by_name(sparsity(folder / "one"))
+
+
+def test_a_run_without_a_model_is_counted_by_its_last_checkpoint(model: Any, tmp_path: Path) -> None:
+    place = tmp_path / "lightning_logs/version_0/checkpoints"
+    place.mkdir(parents=True)
+    torch.save({"state_dict": model.state_dict()}, place / "last.ckpt")
+    for run in (place.parent, tmp_path):
+        found = sparsity(run)
+        assert found.source == str(place / "last.ckpt") and by_name(found) == by_name(sparsity(model))
+    (tmp_path / "lightning_logs/version_1/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^'.*holds several runs, give one: .*version_0, .*version_1"):
+        sparsity(tmp_path)
+    (place / "last.ckpt").unlink()
+    (place / "last.ckpt").mkdir()
+    for file in (".metadata", "meta.pt"):
+        (place / "last.ckpt" / file).touch()
+    with pytest.raises(UserError, match=r"last.ckpt.*--to hf"):
+        sparsity(place.parent)
 
 
 @pytest.mark.parametrize("at_once", [1 << 24, 256])

@@ -157,6 +157,16 @@ def test_a_run_that_failed_after_its_end_fails_the_sweep(
     assert end.value.code == 1 and "failed with status 1" in said.err and "0 of 1 runs are finished" in said.out
 
 
+def test_ctrl_c_before_the_first_run_ends_quietly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("elsa_lightning.sweep._check_options", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main(["sweep", f"--output={tmp_path}", "--sparsity=0.5"])
+    assert end.value.code == 130
+
+
 def test_runs_at_a_time_have_their_own_threads_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")

@@ -56,7 +56,7 @@ def check_groups(model: nn.Module, bits: int, group_size: int) -> dict[str, nn.L
     if stacks := [name for name, p in model.named_parameters() if p.dim() == 3]:
         raise UserError(
             f"{stacks[0]} is a stack of experts, which compressed-tensors cannot load into this transformers: export "
-            f"--to hf or cpu-sparse"
+            f"--to hf"
         )
     head = getattr(model, "get_output_embeddings", lambda: None)()
     layers = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not head}

@@ -39,6 +39,7 @@ class Record:
         convergence: Whether the run converged, in words.
         notes: What else a user must know, such as that the run had not ended.
         command: The command that made the model.
+        run: For an export of a checkpoint, which does not know its command: the folder of the run that left it.
         dtype: The dtype of the weights.
         dense_bytes: For an export: bytes of the weights of the exported model, stored dense.
         sparsity: (zeros, entries) of each matrix.
@@ -57,6 +58,7 @@ class Record:
     convergence: str | None = None
     notes: list[str] = field(default_factory=list)
     command: str | None = None
+    run: str | None = None
     dtype: str | None = None
     dense_bytes: int | None = None
     sparsity: dict[str, tuple[int, int]] = field(default_factory=dict)

@@ -161,7 +161,9 @@ def _of_checkpoint(file: Path, name: str | None) -> Source:
         for key, value in checkpoint.get("callbacks", {}).items()
         if "ElsaCallback" in key and "admm" in value
     ]
-    record = _record(checkpoint, name, arguments, [state for state, _ in states])
+    folder = file.resolve().parent.parent
+    run = str(folder) if any(folder.glob("elsa_run*.json")) else None  # by which a report finds it
+    record = replace(_record(checkpoint, name, arguments, [state for state, _ in states]), run=run)
     notes = [note for place, (state, of) in enumerate(states) if (note := _settle(model, state, of, place, file))]
     if not states:
         notes = ["The checkpoint has no state of ElsaCallback: its weights are exported as they are."]

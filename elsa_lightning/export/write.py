@@ -70,6 +70,9 @@ def export(
     folder, options = Path(output).expanduser(), options or Options()
     check_format(to, options)
     check_replaceable(folder, "--output")
+    if folder.is_symlink():  # what it leads to is replaced, and not the link itself
+        folder = folder.resolve()
+        check_replaceable(folder, "--output")
     found = find(Path(source).expanduser())
     if found.resolve() == folder.resolve():
         raise UserError(f"--output {str(folder)!r} is the folder to export; give another")
@@ -193,8 +196,12 @@ def _cpu_sparse(source: Source, folder: Path, options: Options, say: Say) -> Mad
     say(f"{len(shares) - len(dense)} of {len(shares)} linear layers are kept as compressed sparse rows, float32.")
     if dense:
         say(f"Below {options.break_even:.0%} zeros a layer is faster dense, and stays so: {some(dense)}.")
+    does: dict[str, object] = {"sparse layers": len(shares) - len(dense), "break-even": options.break_even}
+    if stacks := cpu_sparse.stacks(model):
+        say(f"{len(stacks)} stacks of experts stay dense, whatever their zeros: {some(stacks)}.")
+        does["stacks of experts, left dense"] = len(stacks)
     cpu_sparse.save_cpu_sparse(model, folder)
-    return replace(made, does={"sparse layers": len(shares) - len(dense), "break-even": options.break_even})
+    return replace(made, does=does)
 
 
 def _gguf(source: Source, folder: Path, options: Options, say: Say) -> Made:

@@ -266,12 +266,14 @@ def _say_what_is_missing(run: Run, journal: Path | None) -> None:
 
 def _attach(export: Run, runs: list[Run]) -> None:
     """Attach an export to the run that made its model, or keep it as an entry of its own."""
-    key = _of_model(export.record)
-    for run in runs:
-        if key[0] and _of_model(run.record) == key:
-            places = {saved.folder.resolve() for saved in run.saved}
-            run.saved += [saved for saved in export.saved if saved.folder.resolve() not in places]
-            return
+    key, named = _of_model(export.record), export.record.get("run")
+    made = [run for run in runs if named and Path(named).resolve() == run.folder.resolve()]
+    made.sort(key=lambda run: str(run.journal.get("started", "")), reverse=True)  # the latest of those in one folder
+    made += [run for run in runs if key[0] and _of_model(run.record) == key]
+    if made:
+        places = {saved.folder.resolve() for saved in made[0].saved}
+        made[0].saved += [saved for saved in export.saved if saved.folder.resolve() not in places]
+        return
     export.missing.append("This is a model without the run that made it: its figures are in the run's folder.")
     runs.append(export)
 

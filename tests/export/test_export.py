@@ -102,6 +102,7 @@ def test_a_checkpoint_of_the_middle_is_projected_as_its_run_would_have_done_and_
 ) -> None:
     told: list[str] = []
     export(finished / "checkpoints/5.ckpt", "hf", tmp_path / "out", fresh=False, say=told.append)
+    assert json.loads((tmp_path / "out/elsa.json").read_text())["run"] == str(finished.resolve())  # for a report
     assert any("step 5 of 12" in line and "projected onto Unstructured(sparsity=0.75" in line for line in told)
     assert "projected onto" in (tmp_path / "out/README.md").read_text()
 

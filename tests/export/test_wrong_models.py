@@ -82,8 +82,16 @@ def test_a_checkpoint_of_the_middle_of_a_structured_run_is_projected(
 
 
 def test_stacks_of_experts_are_not_quantized(mixture: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a stack of experts, which compressed-tensors cannot load"):
+    with pytest.raises(UserError, match=r"is a stack of experts, which compressed-tensors cannot load.*--to hf$"):
         export(mixture, "quantized", tmp_path / "out", say=quiet)
+
+
+def test_stacks_of_experts_stay_dense_as_sparse_rows_and_that_is_said(mixture: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    export(sparse_folder(mixture, tmp_path / "in"), "cpu-sparse", tmp_path / "out", say=said.append, fresh=False)
+    (told,) = [line for line in said if "stay dense" in line]
+    assert told.startswith("4 stacks of experts stay dense") and "model.layers.0.mlp.experts.gate_up_proj" in told
+    assert json.loads((tmp_path / "out/elsa.json").read_text())["export"]["stacks of experts, left dense"] == 4
 
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text"])
@@ -168,6 +176,15 @@ def test_measuring_in_bfloat16_leaves_the_frequencies_of_rotary_embeddings_alone
     assert value == perplexity(rounded, IDS, IDS, "bf16-true")
     perplexity(model, IDS, IDS, "bf16-true")
     assert {b.dtype for name, b in model.named_buffers() if name.endswith("inv_freq")} == {torch.float32}
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tiny_llama: str, tmp_path: Path) -> None:
+    source, link = sparse_folder(tiny_llama, tmp_path / "model"), tmp_path / "latest"
+    (tmp_path / "elsewhere/real").mkdir(parents=True)
+    (tmp_path / "elsewhere/real/config.json").write_text("{}")
+    link.symlink_to(tmp_path / "elsewhere/real")
+    export(source, "hf", link, say=quiet, fresh=False)
+    assert link.is_symlink() and (tmp_path / "elsewhere/real/model.safetensors").is_file()
 
 
 def test_a_tokenizer_that_is_none_or_broken_costs_no_model(tiny_llama: str, tmp_path: Path) -> None:

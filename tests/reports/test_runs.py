@@ -90,6 +90,15 @@ def test_an_export_belongs_to_the_run_whose_model_it_is(tmp_path: Path) -> None:
     assert "without the run that made it" in alone.missing[0] and alone.sparse == 30.0
 
 
+def test_an_export_of_a_checkpoint_belongs_to_the_run_that_left_it(tmp_path: Path) -> None:
+    """Though the checkpoint knows neither the command nor the final perplexity."""
+    one, other = (run(tmp_path / name, logger=False) for name in ("one", "other"))
+    made = export(tmp_path / "made", {"run": str(other), "perplexity": {"dense": 20.0}}, "cpu-sparse")
+    first, second = read_runs([one, other, made])
+    assert not first.saved and [saved.folder for saved in second.saved] == [made]
+    assert len(read_runs([one, made])) == 2
+
+
 def test_what_was_evaluated_is_the_runs(tmp_path: Path) -> None:
     folder = run(tmp_path, logger=False)
     rows = to_dict([Score("boolq", "acc", 0.5, 0.1, 20)], [Score("boolq", "acc", 0.75, 0.1, 20)])
