@@ -148,9 +148,9 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
                 self._add_code_books(p)
 
     def _round(self, p: nn.Parameter) -> None:
-        """Round moments that FSDP1 saved to the nearest code; bitsandbytes' CPU kernel does not do so near 0."""
+        """Round float32 moments, as FSDP1 saves them, to the nearest code; bitsandbytes' CPU kernel does not do so near 0."""
         state = self.state[p]
-        moments = {index: local(state[f"state{index}"]).to(p.device) for index in "12"}
+        moments = {index: rows_of(p, local(state[f"state{index}"])).to(p.device) for index in "12"}
         self._make_room(p)
         for index, moment in moments.items():
             codes, scales = local(state[f"state{index}"]), local(state[f"absmax{index}"])

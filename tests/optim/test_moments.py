@@ -105,6 +105,19 @@ def test_our_8_bit_adam_takes_moments_as_float32_and_finds_their_codes_again() -
         assert torch.equal(mine[:, : p.shape[1]], theirs[:, : p.shape[1]]), key
 
 
+@pytest.mark.parametrize("shape", [(32, 144), (32, 16, 3, 3)])
+def test_our_8_bit_adam_rounds_the_float32_moments_of_kernels_as_of_matrices(shape: tuple[int, ...]) -> None:
+    p = nn.Parameter(torch.zeros(shape))
+    exact, rounded = Adam8bit([p], min_8bit_size=10**6), Adam8bit([p])
+    for gradient in gradients(shape):
+        p.grad = gradient
+        exact.step()
+    rounded.load_state_dict(exact.state_dict())
+    before, after = (second_moment(optimizer, p) for optimizer in (exact, rounded))
+    assert before is not None and after is not None and rounded.state[p]["state2"].dtype == torch.uint8
+    assert float((after.flatten() - before.flatten()).norm() / before.norm()) < 0.05
+
+
 def gradients(shape: tuple[int, ...], steps: int = 3) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(shape, generator=generator) for _ in range(steps)]
