@@ -35,7 +35,7 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
         lr: Learning rate.
         betas: Decay rates of the two moments.
         eps: Added to the denominator.
-        weight_decay: Factor of the weights added to the gradient.
+        weight_decay: Each step first multiplies the weights by ``1 - lr * weight_decay``, as AdamW does.
         min_8bit_size: Entries of the smallest matrix with 8-bit state.
     """
 

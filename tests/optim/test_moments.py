@@ -118,6 +118,13 @@ def test_our_8_bit_adam_rounds_the_float32_moments_of_kernels_as_of_matrices(sha
     assert float((after.flatten() - before.flatten()).norm() / before.norm()) < 0.05
 
 
+def test_our_8_bit_adam_decays_the_weights_and_not_the_gradient() -> None:
+    p = nn.Parameter(torch.full((2,), 2.0))
+    p.grad = torch.zeros_like(p)
+    Adam8bit([p], lr=0.1, weight_decay=0.01).step()
+    torch.testing.assert_close(p.detach(), torch.full((2,), 2 * (1 - 0.1 * 0.01)))
+
+
 def gradients(shape: tuple[int, ...], steps: int = 3) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(shape, generator=generator) for _ in range(steps)]
