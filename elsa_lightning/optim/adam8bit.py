@@ -125,12 +125,13 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
             for t in (rows_of(p, local(p)), rows_of(p, grad), *(local(state[key]) for key in _STATE))
         )
         filler = first.shape[-1] - x.shape[-1]
-        weights, grad = (nn.functional.pad(t, (0, filler)) if filler else t for t in (x, grad))
+        apart = filler or not x.is_contiguous()  # the kernel takes entries in the order of memory, whatever the strides
+        weights, grad = (nn.functional.pad(t, (0, filler)).contiguous() if apart else t for t in (x, grad))
         functional.optimizer_update_8bit_blockwise(
             "adam", grad, weights, first, second, beta1, beta2, 0.0, 0.0, group["eps"], state["step"], group["lr"],
             state["qmap1"], state["qmap2"], scales[0].view(-1), scales[1].view(-1), group["weight_decay"],
         )  # fmt: skip
-        if filler:
+        if apart:
             x.copy_(weights[..., : x.shape[-1]])
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+from bitsandbytes import functional
 from bitsandbytes.functional import create_dynamic_map
 from torch import nn
 
@@ -123,6 +124,30 @@ def test_our_8_bit_adam_decays_the_weights_and_not_the_gradient() -> None:
     p.grad = torch.zeros_like(p)
     Adam8bit([p], lr=0.1, weight_decay=0.01).step()
     torch.testing.assert_close(p.detach(), torch.full((2,), 2 * (1 - 0.1 * 0.01)))
+
+
+@pytest.mark.parametrize("columns", [512, 300])
+def test_our_8_bit_adam_gives_weights_that_lie_by_columns_to_the_kernel_by_rows(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's kernel is given addresses without strides."""
+    real, given = functional.optimizer_update_8bit_blockwise, []
+
+    def watched(name: str, grad: torch.Tensor, weights: torch.Tensor, *others: Any) -> None:
+        given.extend((grad.is_contiguous(), weights.is_contiguous()))
+        real(name, grad, weights, *others)
+
+    monkeypatch.setattr(functional, "optimizer_update_8bit_blockwise", watched)
+    start, found = torch.randn(16, columns, generator=torch.Generator().manual_seed(0)), []
+    for by_columns in (False, True):
+        p = nn.Parameter(start.t().contiguous().t() if by_columns else start.clone())
+        optimizer = Adam8bit([p], lr=1e-2, weight_decay=0.1)
+        for gradient in gradients((16, columns)):
+            p.grad = gradient
+            optimizer.step()
+        assert p.is_contiguous() != by_columns
+        found.append(p.detach())
+    assert all(given) and torch.equal(*found) and not torch.equal(found[0], start)
 
 
 def gradients(shape: tuple[int, ...], steps: int = 3) -> list[torch.Tensor]:
