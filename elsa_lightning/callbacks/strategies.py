@@ -168,7 +168,8 @@ def expect_what_is_loaded(
         path = Path(strategy.broadcast(checkpoint_path))
         keys = saved_state_keys(path, module, admm.optimizer, optimizer_index)
         admm.expect(keys)
-        unused = [p for p in module.parameters() if p.requires_grad and p not in keys]
+        trained = (p for group in admm.optimizer.param_groups for p in group["params"])  # others have other keys
+        unused = [p for p in trained if p.requires_grad and p not in keys]
         for p in unused:  # else torch requires state that a parameter without gradient never had
             p.requires_grad_(False)
         try:

@@ -90,7 +90,8 @@ def fill(model: nn.Module, path: str, revision: str | None, build: Callable[[], 
     parameters = dict(model.named_parameters())
     files = _safetensors(path, revision) if path else {}
     if parameters.keys() <= files.keys():
-        _read(parameters, str(Path(next(iter(files.values()))).parent))
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in files}
+        _read({**parameters, **buffers}, str(Path(next(iter(files.values()))).parent))
         return
     whole: dict[str, Tensor] = {}
     if dist.get_rank() == 0:
@@ -125,17 +126,17 @@ def _safetensors(path: str, revision: str | None) -> dict[str, str]:
         return dict.fromkeys(file.keys(), single)
 
 
-def _read(parameters: dict[str, nn.Parameter], folder: str) -> None:
-    """Read this process's part of each weight."""
+def _read(tensors: dict[str, Tensor], folder: str) -> None:
+    """Read this process's part of each weight, and whole buffers, such as the factors with which Gemma 4 scales."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     reader = HuggingFaceStorageReader(folder)
     there = reader.read_metadata().state_dict_metadata
-    for name, p in parameters.items():
+    for name, p in tensors.items():
         if (size := getattr(there[name], "size", p.shape)) != p.shape:
             raise UserError(f"{name} has shape {tuple(p.shape)}, and {tuple(size)} in {folder}")
-    load({name: p.detach() for name, p in parameters.items()}, storage_reader=reader)
+    load({name: p.detach() for name, p in tensors.items()}, storage_reader=reader)
 
 
 def _place(p: Tensor) -> tuple[slice, ...]:

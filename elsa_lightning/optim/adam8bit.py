@@ -35,7 +35,7 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
         lr: Learning rate.
         betas: Decay rates of the two moments.
         eps: Added to the denominator.
-        weight_decay: Factor of the weights added to the gradient.
+        weight_decay: Each step first multiplies the weights by ``1 - lr * weight_decay``, as AdamW does.
         min_8bit_size: Entries of the smallest matrix with 8-bit state.
     """
 
@@ -125,12 +125,13 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
             for t in (rows_of(p, local(p)), rows_of(p, grad), *(local(state[key]) for key in _STATE))
         )
         filler = first.shape[-1] - x.shape[-1]
-        weights, grad = (nn.functional.pad(t, (0, filler)) if filler else t for t in (x, grad))
+        apart = filler or not x.is_contiguous()  # the kernel takes entries in the order of memory, whatever the strides
+        weights, grad = (nn.functional.pad(t, (0, filler)).contiguous() if apart else t for t in (x, grad))
         functional.optimizer_update_8bit_blockwise(
             "adam", grad, weights, first, second, beta1, beta2, 0.0, 0.0, group["eps"], state["step"], group["lr"],
             state["qmap1"], state["qmap2"], scales[0].view(-1), scales[1].view(-1), group["weight_decay"],
         )  # fmt: skip
-        if filler:
+        if apart:
             x.copy_(weights[..., : x.shape[-1]])
 
     def state_dict(self) -> dict[str, Any]:
@@ -148,9 +149,9 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
                 self._add_code_books(p)
 
     def _round(self, p: nn.Parameter) -> None:
-        """Round moments that FSDP1 saved to the nearest code; bitsandbytes' CPU kernel does not do so near 0."""
+        """Round float32 moments, as FSDP1 saves them, to the nearest code; bitsandbytes' CPU kernel does not do so near 0."""
         state = self.state[p]
-        moments = {index: local(state[f"state{index}"]).to(p.device) for index in "12"}
+        moments = {index: rows_of(p, local(state[f"state{index}"])).to(p.device) for index in "12"}
         self._make_room(p)
         for index, moment in moments.items():
             codes, scales = local(state[f"state{index}"]), local(state[f"absmax{index}"])

@@ -13,9 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
+from elsa_lightning import ElsaCallback
 from elsa_lightning.callbacks.journal import JOURNAL
 from tests.distributed import worker
 
@@ -279,3 +284,54 @@ def test_a_process_that_fails_early_ends_all_with_its_error(tmp_path: Path) -> N
 def test_a_mesh_that_the_devices_do_not_fill_is_refused(tmp_path: Path) -> None:
     status, said = elsa("fsdp2", tmp_path, "--trainer.strategy.data_parallel_size=3")
     assert status != 0 and "data_parallel_size=3" in said and "world size" in said
+
+
+class Two(LightningModule):
+    """Two layers, each with its own optimizer, under FSDP2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh
+        if mesh is not None and not any(hasattr(layer, "unshard") for layer in self.layers):
+            for layer in self.layers:
+                fully_shard(layer, mesh=mesh["data_parallel"])
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward((self.layers[1](self.layers[0](batch).tanh()) - batch).square().mean())
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(layer.parameters(), lr=1e-2) for layer in self.layers]
+
+
+@pytest.mark.parametrize(("pruned", "distributed"), [([0], True), ([0], False), ([0, 1], True)])
+def test_every_optimizer_of_a_run_is_resumed(pruned: list[int], distributed: bool, tmp_path: Path) -> None:
+    def fitted(steps: int, ckpt_path: Path | None) -> Trainer:
+        callbacks = [
+            ElsaCallback(sparsity=0.5, optimizer_index=i, total_steps=4, targets=[f"layers.{i}.weight"]) for i in pruned
+        ]
+        strategy = ModelParallelStrategy(1, 1, save_distributed_checkpoint=distributed)
+        trainer = Trainer(
+            accelerator="cpu", devices=1, strategy=strategy, max_steps=steps, callbacks=callbacks, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(Two(), torch.utils.data.DataLoader(torch.randn(16, 8), batch_size=2), ckpt_path=ckpt_path)
+        return trainer
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        fitted(8, None).save_checkpoint(tmp_path / "four.ckpt")  # Lightning counts the steps of both
+        resumed = fitted(12, tmp_path / "four.ckpt")
+        states = [state for optimizer in resumed.optimizers for state in optimizer.state.values()]
+        assert [int(state["step"]) for state in states] == [6] * 4
+    finally:
+        dist.destroy_process_group()

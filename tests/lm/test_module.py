@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
 from elsa_lightning.errors import UserError
+from elsa_lightning.lm.sharded import fill
 from elsa_lightning.selection import select
 
 
@@ -303,3 +304,20 @@ def test_tensorboard_has_the_dense_perplexity_as_a_line_and_the_final_one_to_com
     assert events.Scalars("hp_metric")[-1].value == pytest.approx(module.final_perplexity, rel=1e-6)
     layout = events.summary_metadata["custom_scalars__config__"].plugin_data
     assert layout.plugin_name == "custom_scalars"
+
+
+def test_sharded_models_read_the_buffers_that_were_saved(tiny_llama: str, tmp_path: Path) -> None:
+    """Gemma 4's layer_scalar and DeepSeek-V3's e_score_correction_bias are such buffers."""
+
+    def built(scale: float) -> Any:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_llama))
+        model.model.layers[0].register_buffer("scale", torch.tensor([scale]))
+        model.model.layers[0].register_buffer("passing", torch.tensor([scale]), persistent=False)
+        return model
+
+    saved, filled = built(0.3), built(1.0)
+    saved.save_pretrained(tmp_path)
+    fill(filled, str(tmp_path), None, lambda: pytest.fail("the files have all weights"))
+    for name, t in saved.state_dict().items():
+        assert torch.equal(filled.state_dict()[name], t), name
+    assert float(filled.model.layers[0].passing) == 1  # is not in the files

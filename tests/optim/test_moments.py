@@ -5,6 +5,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+from bitsandbytes import functional
 from bitsandbytes.functional import create_dynamic_map
 from torch import nn
 
@@ -103,6 +104,50 @@ def test_our_8_bit_adam_takes_moments_as_float32_and_finds_their_codes_again() -
     for key in ("state1", "state2", "absmax1", "absmax2"):
         mine, theirs = before[key], after[key]
         assert torch.equal(mine[:, : p.shape[1]], theirs[:, : p.shape[1]]), key
+
+
+@pytest.mark.parametrize("shape", [(32, 144), (32, 16, 3, 3)])
+def test_our_8_bit_adam_rounds_the_float32_moments_of_kernels_as_of_matrices(shape: tuple[int, ...]) -> None:
+    p = nn.Parameter(torch.zeros(shape))
+    exact, rounded = Adam8bit([p], min_8bit_size=10**6), Adam8bit([p])
+    for gradient in gradients(shape):
+        p.grad = gradient
+        exact.step()
+    rounded.load_state_dict(exact.state_dict())
+    before, after = (second_moment(optimizer, p) for optimizer in (exact, rounded))
+    assert before is not None and after is not None and rounded.state[p]["state2"].dtype == torch.uint8
+    assert float((after.flatten() - before.flatten()).norm() / before.norm()) < 0.05
+
+
+def test_our_8_bit_adam_decays_the_weights_and_not_the_gradient() -> None:
+    p = nn.Parameter(torch.full((2,), 2.0))
+    p.grad = torch.zeros_like(p)
+    Adam8bit([p], lr=0.1, weight_decay=0.01).step()
+    torch.testing.assert_close(p.detach(), torch.full((2,), 2 * (1 - 0.1 * 0.01)))
+
+
+@pytest.mark.parametrize("columns", [512, 300])
+def test_our_8_bit_adam_gives_weights_that_lie_by_columns_to_the_kernel_by_rows(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's kernel is given addresses without strides."""
+    real, given = functional.optimizer_update_8bit_blockwise, []
+
+    def watched(name: str, grad: torch.Tensor, weights: torch.Tensor, *others: Any) -> None:
+        given.extend((grad.is_contiguous(), weights.is_contiguous()))
+        real(name, grad, weights, *others)
+
+    monkeypatch.setattr(functional, "optimizer_update_8bit_blockwise", watched)
+    start, found = torch.randn(16, columns, generator=torch.Generator().manual_seed(0)), []
+    for by_columns in (False, True):
+        p = nn.Parameter(start.t().contiguous().t() if by_columns else start.clone())
+        optimizer = Adam8bit([p], lr=1e-2, weight_decay=0.1)
+        for gradient in gradients((16, columns)):
+            p.grad = gradient
+            optimizer.step()
+        assert p.is_contiguous() != by_columns
+        found.append(p.detach())
+    assert all(given) and torch.equal(*found) and not torch.equal(found[0], start)
 
 
 def gradients(shape: tuple[int, ...], steps: int = 3) -> list[torch.Tensor]:
