@@ -149,7 +149,7 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
                 self._add_code_books(p)
 
     def _round(self, p: nn.Parameter) -> None:
-        """Round float32 moments, as FSDP1 saves them, to the nearest code, which the CPU kernel does not do near 0."""
+        """Round float32 moments, as of FSDP1, to the nearest code; bitsandbytes' CPU kernel does not do so near 0."""
         state = self.state[p]
         moments = {index: rows_of(p, local(state[f"state{index}"])).to(p.device) for index in "12"}
         self._make_room(p)

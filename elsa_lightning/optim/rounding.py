@@ -152,24 +152,20 @@ class WeightRounding:
 
     @torch.no_grad()
     def set_aside(self, optimizer: Optimizer, parts: Mapping[nn.Parameter, Part], seed: Seed) -> str | None:
-        """Zero the bfloat16 weights about to be stepped; return a warning if that is not possible.
+        """Zero the bfloat16 weights about to be stepped; return a warning if that is not possible for all weights.
 
         Args:
             optimizer: The optimizer about to step.
             parts: The part of each parameter that this process holds.
             seed: Returns the seed for rounding a parameter, for weights that are stepped by pieces.
         """
-        half = (torch.bfloat16, torch.float16)
-        low = [p for group in optimizer.param_groups for p in group["params"] if p.dtype in half]
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        low = [p for p in trained if p.dtype == torch.bfloat16]
+        if low and not self._moves_alike(optimizer):
+            return _lost(optimizer, low[0].dtype)
+        warning = _lost(optimizer, torch.float16) if any(p.dtype == torch.float16 for p in trained) else None
         if not low:
-            return None
-        if low[0].dtype != torch.bfloat16 or not self._moves_alike(optimizer):
-            return (
-                f"The weights are {dtype_name(low[0].dtype)}, and steps of {type(optimizer).__name__} that are small "
-                f"beside them are lost to rounding. Use bfloat16 weights with an Adam or SGD without weight_decay, or "
-                f"keep float32 weights (precision bf16-mixed)."
-                + (f" {warning}." if (warning := hazard(optimizer)) else "")
-            )
+            return warning
         by_rows, around = steps_rows(optimizer), Around(parts, seed)
         if by_rows is not None:
             self._stepping = optimizer
@@ -179,7 +175,7 @@ class WeightRounding:
                 x = local(p)
                 self._before[p] = x.clone()
                 x.zero_()
-        return None
+        return warning
 
     def _moves_alike(self, optimizer: Optimizer) -> bool:
         key = tuple(group.get("weight_decay") for group in optimizer.param_groups)  # a schedule may change it
@@ -220,6 +216,15 @@ class WeightRounding:
         if self._stepping is not None:
             self._stepping.around = None
         self._before, self._stepping = {}, None
+
+
+def _lost(optimizer: Optimizer, dtype: torch.dtype) -> str:
+    """Return the warning that weights of a dtype are rounded to nearest."""
+    return (
+        f"The weights are {dtype_name(dtype)}, and steps of {type(optimizer).__name__} that are small beside them are "
+        f"lost to rounding. Use bfloat16 weights with an Adam or SGD without weight_decay, or keep float32 weights "
+        f"(precision bf16-mixed)." + (f" {warning}." if (warning := hazard(optimizer)) else "")
+    )
 
 
 def _add_rounded(layout: Rows, now: Tensor, former: Tensor, rows: slice, seed: int) -> None:

@@ -315,7 +315,7 @@ class Two(LightningModule):
 @pytest.mark.parametrize(("pruned", "distributed"), [([0], True), ([0], False), ([0, 1], True)])
 def test_every_optimizer_of_a_run_is_resumed(pruned: list[int], distributed: bool, tmp_path: Path) -> None:
     def fitted(steps: int, ckpt_path: Path | None) -> Trainer:
-        callbacks = [
+        callbacks: list[Any] = [
             ElsaCallback(sparsity=0.5, optimizer_index=i, total_steps=4, targets=[f"layers.{i}.weight"]) for i in pruned
         ]
         strategy = ModelParallelStrategy(1, 1, save_distributed_checkpoint=distributed)
@@ -324,7 +324,8 @@ def test_every_optimizer_of_a_run_is_resumed(pruned: list[int], distributed: boo
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             default_root_dir=tmp_path,
         )  # fmt: skip
-        trainer.fit(Two(), torch.utils.data.DataLoader(torch.randn(16, 8), batch_size=2), ckpt_path=ckpt_path)
+        data: Any = torch.randn(16, 8)
+        trainer.fit(Two(), torch.utils.data.DataLoader(data, batch_size=2), ckpt_path=ckpt_path)
         return trainer
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)

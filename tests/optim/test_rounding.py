@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from elsa_lightning import ADMM, Unstructured
 from elsa_lightning.layout import rows
+from elsa_lightning.layout.sharded import part_of
 from elsa_lightning.optim.adam8bit import Adam8bit
-from elsa_lightning.optim.rounding import moves_alike_everywhere
+from elsa_lightning.optim.rounding import WeightRounding, moves_alike_everywhere
 from elsa_lightning.schedule import Schedule
 from tests.callbacks.tiny import Net, loader, make_trainer
 
@@ -119,6 +120,24 @@ def test_bfloat16_weights_of_an_optimizer_that_looks_at_them_stay_finite() -> No
     admm.finish()
     assert layer.weight.isfinite().all()
     assert int((layer.weight == 0).sum()) == 128
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
+def test_bfloat16_weights_alone_are_set_aside_and_float16_ones_beside_them_warned_of(
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    ps = [nn.Parameter(torch.ones(4, 8, dtype=dtype)) for dtype in dtypes]
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    optimizer, rounding, parts = torch.optim.SGD(ps, lr=0.01), WeightRounding(), {p: part_of(p) for p in ps}
+    warning = rounding.set_aside(optimizer, parts, lambda p: 0)
+    assert warning is not None and "weights are float16" in warning
+    assert {p.dtype: float(p.detach().sum()) for p in ps} == {torch.bfloat16: 0, torch.float16: 32}
+    optimizer.step()
+    rounding.put_back(parts, lambda p: 0)
+    half = next(p for p in ps if p.dtype == torch.float16)
+    assert torch.equal(half, torch.full_like(half, 0.99))
+    assert all(float((p - 0.99).abs().max()) < 0.01 for p in ps)
 
 
 class Half(Net):
