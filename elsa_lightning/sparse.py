@@ -105,6 +105,60 @@ def sparse_weights(
     return select(model, chosen, ignore, trained=trained, quiet=True)
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """Sparse weights that are frozen (``requires_grad`` False) when training begins: nothing keeps their zeros.
+
+    If they are trained later, as fine-tuning that unfreezes layers one by one does, these zeros are filled.
+
+    Attributes:
+        tensors: Those with enough zeros.
+    """
+
+    tensors: tuple[Counted, ...]
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, targets: Sequence[str] | None, ignore: Sequence[str], min_sparsity: float = MIN_SPARSITY
+    ) -> Frozen:
+        """Return those among the weights that :func:`sparse_weights` would choose if they were trained."""
+        found = examine(model)
+        linear = found.multiply - found.embeddings - found.heads - found.depthwise
+        names = set(found.parameters) - found.vectors - found.adapters - set(found.computed)
+
+        def watched(name: str) -> bool:
+            meant = targets is None or any(name in linear if t == ALL_LINEAR else re.search(t, name) for t in targets)
+            return bool(meant) and not any(re.search(pattern, name) for pattern in ignore)
+
+        weights = {n: p for n, p in found.parameters.items() if n in names and p.is_floating_point() and not p.is_meta}
+        frozen = {n: p for n, p in weights.items() if not p.requires_grad and watched(n)}
+        counted = [Counted(n, *count_zeros(model, [p])) for n, p in frozen.items()]
+        return cls(tuple(t for t in counted if t.zeros >= max(1, min_sparsity * t.size)))
+
+    def __str__(self) -> str:
+        """Return one line."""
+        named = some([f"{t.name} ({t.zeros:,} zeros of {t.size:,})" for t in self.tensors], SHOWN)
+        return (
+            f"{len(self.tensors)} tensors are frozen (requires_grad False), and nothing keeps their zeros if they are "
+            f"trained later: {named}. To keep them, let them require gradients when training begins"
+        )
+
+    def lost(self, model: nn.Module) -> str | None:
+        """Return a warning that names the tensors that have fewer zeros now, or None."""
+        if not self.tensors:
+            return None
+        parameters = examine(model).parameters
+        now = {t: count_zeros(model, [parameters[t.name]])[0] for t in self.tensors if t.name in parameters}
+        lost = [f"{t.name}: {t.zeros - zeros:,} of {t.zeros:,}" for t, zeros in now.items() if zeros < t.zeros]
+        if not lost:
+            return None
+        return (
+            f"zeros of {len(lost)} tensors were lost that were frozen when training began and were trained later "
+            f"({some(lost, SHOWN)}). To keep them, let them require gradients when training begins, or train them in "
+            f"a second run with its own KeepMask"
+        )
+
+
 def check_min_sparsity(value: float) -> float:
     """Return ``value``, or raise UserError if it is not a fraction of zeros."""
     if not 0 <= value <= 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -17,7 +17,7 @@ from elsa_lightning.errors import UserError
 from elsa_lightning.keep import KeptZeros, Zeros
 from elsa_lightning.selection import Selection
 from elsa_lightning.sets import Constraint
-from elsa_lightning.sparse import MIN_SPARSITY, check_min_sparsity, sparse_weights
+from elsa_lightning.sparse import MIN_SPARSITY, Frozen, check_min_sparsity, sparse_weights
 
 
 class KeepMask(ElsaCallback):
@@ -54,6 +54,7 @@ class KeepMask(ElsaCallback):
         super().__init__(constraint=Zeros(), targets=targets, ignore=ignore, optimizer_index=optimizer_index)
         self.min_sparsity = check_min_sparsity(min_sparsity)
         self._given = targets
+        self._frozen = Frozen(())
 
     @property
     def keep(self) -> KeptZeros:
@@ -92,6 +93,9 @@ class KeepMask(ElsaCallback):
         if not self.keep.frozen:
             self.keep.begin()
         rank_zero_info(f"KeepMask: {self.keep.kept}")
+        self._frozen = Frozen.of(pl_module, self._given, self.ignore, self.min_sparsity)
+        if self._frozen.tensors:
+            rank_zero_info(f"KeepMask: {self._frozen}")
         self._monitors.begin(trainer, count=True)
         self._begin_journal(trainer)
 
@@ -101,7 +105,7 @@ class KeepMask(ElsaCallback):
             self.keep.mask_gradients()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore zeros that other hooks changed, then count all zeros.
+        """Restore zeros that other hooks changed, then count all zeros, and warn if tensors lost some while unwatched.
 
         Raises:
             UserError: Some zeros were lost.
@@ -109,5 +113,7 @@ class KeepMask(ElsaCallback):
         self._hold(trainer)
         self.keep.check()
         zeros = sum(t.zeros for t in self.keep.kept.kept)
-        rank_zero_info(f"KeepMask: none of {zeros:,} zeros was lost in {self.keep.step:,} optimizer steps")
+        rank_zero_info(f"KeepMask: none of the {zeros:,} zeros kept was lost in {self.keep.step:,} optimizer steps")
+        if (said := self._frozen.lost(pl_module)) is not None:
+            rank_zero_warn(f"KeepMask: {said}")
         self._monitors.end(trainer)

@@ -14,7 +14,7 @@ from elsa_lightning.adapters import has_adapter
 from elsa_lightning.admm import ADMM
 from elsa_lightning.integrations.hf_trainer import ElsaTrainerCallback
 from elsa_lightning.keep import KeptZeros, Zeros
-from elsa_lightning.sparse import MIN_SPARSITY, check_min_sparsity, sparse_weights
+from elsa_lightning.sparse import MIN_SPARSITY, Frozen, check_min_sparsity, sparse_weights
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class KeepMaskTrainerCallback(ElsaTrainerCallback):
     def _begin(self) -> None:
         super()._begin()
         self._counts = True  # the model already has its final sparsity
+        self._frozen = Frozen(())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -68,6 +69,9 @@ class KeepMaskTrainerCallback(ElsaTrainerCallback):
             self.keep.begin()
         if state.is_world_process_zero:
             log.info("KeepMask: %s", self.keep.kept)
+        self._frozen = Frozen.of(kwargs["model"], self._given, self.ignore, self.min_sparsity)
+        if self._frozen.tensors and state.is_world_process_zero:
+            log.info("KeepMask: %s", self._frozen)
 
     def _attach(
         self, model: nn.Module, optimizer: Optimizer, total_steps: int, replicas: dist.ProcessGroup | None
@@ -95,6 +99,9 @@ class KeepMaskTrainerCallback(ElsaTrainerCallback):
         """
         self.keep.finish()
         self._detach()
+        said = self._frozen.lost(kwargs["model"])
         if state.is_world_process_zero:
             zeros = sum(t.zeros for t in self.keep.kept.kept)
-            log.info("KeepMask: none of %d zeros was lost in %d optimizer steps", zeros, self.keep.step)
+            log.info("KeepMask: none of the %d zeros kept was lost in %d optimizer steps", zeros, self.keep.step)
+            if said is not None:
+                log.warning("KeepMask: %s", said)

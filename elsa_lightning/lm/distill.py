@@ -59,9 +59,17 @@ class Distillation:
     def __init__(self, teacher: Any, weight: float, features: float) -> None:
         self.teacher, self.weight, self.features = teacher, weight, features
         self._hooks = BeforeHead(), BeforeHead()
-        self.chunked = _is_its_head(teacher)
-        if not self.chunked:
-            rank_zero_info("distillation makes the logits of a batch at once: this model's are more than its head's")
+        self._teachers = _is_its_head(teacher)
+        self._chunked: bool | None = None
+
+    def chunked(self, student: Any) -> bool:
+        """Return whether both models' logits are made of some positions at a time; the student is asked once."""
+        if self._chunked is None:
+            self._chunked = self._teachers and _is_its_head(student)
+            if not self._chunked:
+                whose = "the student" if self._teachers else "the teacher"
+                rank_zero_info(f"distillation makes the logits of a batch at once: {whose}'s are more than its head's")
+        return self._chunked
 
     def __call__(self, student: Any, inputs: dict[str, Tensor]) -> Distilled:
         """Return the losses of a batch.
@@ -72,23 +80,24 @@ class Distillation:
         """
         others = {key: value for key, value in inputs.items() if key != "labels"}
         options = {"output_hidden_states": self.features > 0}
-        if self.chunked:
+        chunked = self.chunked(student)
+        if chunked:
             output, x, head = self._hooks[0].run(student, **others, **options)
         else:
             output = student(**inputs, **options, use_cache=False)
             x, head = output.logits, None
         with torch.no_grad():
-            if self.chunked:
+            if chunked:
                 wanted, y, teacher_head = self._hooks[1].run(self.teacher, **others, **options)
             else:
                 wanted = self.teacher(**others, **options, use_cache=False)
                 y, teacher_head = wanted.logits, None
-        weight = self.weight if self.chunked else float(self.weight > 0)  # the model's own loss has the rest
+        weight = self.weight if chunked else float(self.weight > 0)  # the model's own loss has the rest
         found = distillation_loss(
             x[:, :-1], y[:, :-1], inputs["labels"][:, 1:], weight=weight, head=head, teacher_head=teacher_head,
             logits_at_once=self.logits_at_once,
         )  # fmt: skip
-        if not self.chunked:
+        if not chunked:
             loss = (1 - self.weight) * output.loss + (self.weight * found.loss if self.weight > 0 else 0)
             found = found._replace(loss=loss, by_labels=output.loss.detach())
         if self.features > 0:
@@ -97,13 +106,26 @@ class Distillation:
         return found
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def _is_its_head(model: Any) -> bool:
-    """Return whether a model's logits are its head's output, however large, and its loss is their cross-entropy."""
+    """Return whether a model's logits are its head's output, however large, and its loss is their cross-entropy.
+
+    It is asked in evaluation mode, without dropout, which would draw random numbers and differ from call to call.
+    """
     if model.get_output_embeddings() is None:
         return False
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
     ids = (1 + torch.arange(8, device=model.device)[None]) % model.config.get_text_config().vocab_size
-    output = model(input_ids=ids, labels=ids, use_cache=False)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # else it would be compiled for this shape too
+            output = model(input_ids=ids, labels=ids, use_cache=False)
+            large, x, head = BeforeHead(scale=1024.0).run(model, input_ids=ids)  # so large that a cap shows
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if head is None or not torch.equal(head(x), large.logits):
+        return False
     expected = F.cross_entropy(output.logits[0, :-1].float(), ids[0, 1:])
-    large, x, head = BeforeHead(scale=1024.0).run(model, input_ids=ids)  # so large that a cap shows
-    return head is not None and torch.equal(head(x), large.logits) and torch.allclose(output.loss.float(), expected)
+    return torch.allclose(output.loss.float(), expected)

@@ -1,6 +1,7 @@
 """KeepMask: a sparse model is fine-tuned in any pipeline and loses no zero."""
 
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ def test_it_says_what_it_keeps_which_pattern_and_what_it_leaves_alone(
     assert [(t.name, t.zeros) for t in left] == [("dense.weight", 0)]
     assert "2 of 3 tensors keep" in caplog.text and "2:4 in 1 of them" in caplog.text
     assert f"1 left alone, with too few zeros: dense.weight (0 zeros of {WIDTH * WIDTH:,})" in caplog.text
-    assert "zeros was lost in 8 optimizer steps" in caplog.text
+    assert "zeros kept was lost in 8 optimizer steps" in caplog.text
 
 
 def test_a_dense_model_is_refused_before_training(tmp_path: Path) -> None:
@@ -225,6 +226,28 @@ def test_a_lost_zero_is_an_error_at_the_end(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"zeros were lost .*layers.0.weight: \d+ of"):
         fit(tmp_path, At(8, lose), keep=keep)
+
+
+def test_what_is_unfrozen_later_is_named_and_its_lost_zeros_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unfreeze(trainer: Trainer) -> None:
+        trainer.lightning_module.requires_grad_(True)
+
+    def run(*callbacks: Any) -> None:
+        seed_everything(1, verbose=False)
+        model = Sparse()
+        model.layers[0].requires_grad_(False)
+        make_trainer(tmp_path, KeepMask(), *callbacks, max_steps=8).fit(model, loader())
+
+    zeros = int((~masks(Sparse())["layers.0.weight"]).sum())
+    with caplog.at_level(logging.INFO), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*KeepMask")
+        run()
+    assert "1 tensors are frozen (requires_grad False), and nothing keeps their zeros" in caplog.text
+    assert f"layers.0.weight ({zeros:,} zeros of {WIDTH * WIDTH:,})" in caplog.text
+    with pytest.warns(UserWarning, match=rf"zeros of 1 tensors were lost .*layers.0.weight: [\d,]+ of {zeros:,}\)"):
+        run(At(4, unfreeze))
 
 
 def test_averaged_weights_keep_the_zeros(tmp_path: Path) -> None:

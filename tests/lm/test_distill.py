@@ -100,7 +100,7 @@ def test_the_loss_is_its_definition_in_every_family_whole_and_in_chunks(
 ) -> None:
     monkeypatch.setattr(Distillation, "logits_at_once", at_once)
     module = begun(family[0], distillation=distillation, feature_distillation=features)
-    assert module._distillation is not None and module._distillation.chunked == family[1]
+    assert module._distillation is not None and module._distillation.chunked(module.model) == family[1]
     loss, gradients = step(module, batch())
     module.zero_grad()
     wanted = expected(module, batch())
@@ -109,6 +109,23 @@ def test_the_loss_is_its_definition_in_every_family_whole_and_in_chunks(
     for name, p in module.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(gradients[name], p.grad, msg=name, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("student", ["scaled", "balanced", "capped"])
+def test_a_student_whose_logits_are_more_than_its_heads_is_asked_too(student: str) -> None:
+    """Its loss is its own also where the teacher's logits are plain; asking changes neither mode nor random state."""
+    teacher, model = (AutoModelForCausalLM.from_config(FAMILIES[name][0]) for name in ("llama", student))
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    of = {"input_ids": batch()["input_ids"], "labels": batch()["input_ids"]}
+    distillation = Distillation(teacher.eval(), 0.5, 0.0)
+    state = torch.get_rng_state()
+    assert not distillation.chunked(model)
+    assert torch.equal(torch.get_rng_state(), state) and [m.training for m in model.modules()] == modes
+    found, own = distillation(model, of), model(**of)
+    torch.testing.assert_close(found.by_labels, own.loss.detach())
+    soft = F.cross_entropy(own.logits[:, :-1].flatten(0, 1), teacher(**of).logits[:, :-1].flatten(0, 1).softmax(-1))
+    torch.testing.assert_close(found.loss, 0.5 * own.loss + 0.5 * soft)
 
 
 def test_padding_counts_nowhere(tiny_llama: str) -> None:
