@@ -133,7 +133,11 @@ def _range(tokenizer: PreTrainedTokenizerBase, whole: str, before: str, after: s
 
 
 def _marked(tokenizer: PreTrainedTokenizerBase, text: str, scored: list[tuple[int, int]]) -> np.ndarray:
-    """Return the tokens of a text: ``id`` for those that begin in a scored range of characters, ``~id`` for others."""
+    """Return the tokens of a text: ``id`` for those that overlap a scored range of characters, ``~id`` for others.
+
+    A token may begin before its range: after a prompt that ends in a blank, the answer's first token is often the blank
+    together with a word.
+    """
     if not tokenizer.is_fast:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path!r} does not say which characters its tokens are, as messages and "
@@ -144,5 +148,5 @@ def _marked(tokenizer: PreTrainedTokenizerBase, text: str, scored: list[tuple[in
     starts, ends = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
     chosen = np.zeros(len(ids), dtype=bool)
     for start, end in scored:
-        chosen |= (start <= starts) & (starts < end) & (starts < ends)
+        chosen |= (start < ends) & (starts < end) & (starts < ends)
     return np.where(chosen, ids, ~ids)
