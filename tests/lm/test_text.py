@@ -231,6 +231,14 @@ def test_of_a_prompt_with_a_completion_the_completion_alone_is_scored(
     assert scored(data._tokens("train"), words) == [expected] * 30
 
 
+@pytest.mark.parametrize("start", ["", "<system>Be brief.</system>"])
+def test_a_conversation_may_begin_with_the_assistant(start: str, chat: str) -> None:
+    words = AutoTokenizer.from_pretrained(chat)
+    words.chat_template = start + TEMPLATE
+    (tokens,) = next(encode([{"messages": TALK[1:]}], "messages", words, "rows", 10))
+    assert scored(tokens, words) == [f"{m['content']}</assistant>" for m in TALK if m["role"] == "assistant"]
+
+
 def test_a_token_that_begins_in_the_prompt_and_ends_in_the_completion_is_scored(words: Any) -> None:
     """The blank at the end of the prompt and the completion are one token, which is all of the answer."""
     rows = [{"prompt": "Name the word: ", "completion": "the"}, {"prompt": "Name the word:", "completion": " the"}]
