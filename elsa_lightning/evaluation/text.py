@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tqdm.auto import tqdm
 
 from elsa_lightning.errors import UnavailableError, UserError
@@ -123,9 +124,18 @@ def _tokens(text: str, tokenizer: PreTrainedTokenizerBase, length: int, bos: Bos
 
 
 def _local_text(source: Source) -> str:
+    """Return the documents of a local text, joined.
+
+    Rows whose text is null are left out, as they are in training. Completions are refused: without their prompts, which
+    are only context, they would be measured as something that the model never has to predict.
+    """
     read = list(rows(source.part("test")))
     column = column_of(read[0], source.text_column, source.name)
-    documents = [row[column] for row in read]
-    if not all(isinstance(document, str) for document in documents):
+    documents = [value for row in read if (value := row.get(column)) is not None]
+    if column == "completion" or not all(isinstance(document, str) for document in documents):
         raise UserError(f"{source.name!r} holds conversations, which elsa test measures; perplexity here is of text")
+    if left_out := len(read) - len(documents):
+        rank_zero_warn(f"{left_out} of the {len(read)} rows of {source.name!r} have no {column!r} (null), left out")
+    if not any(documents):
+        raise UserError(f"the text {source.name!r} is empty: none of its {len(read)} rows has any {column!r}")
     return "\n\n".join(documents)

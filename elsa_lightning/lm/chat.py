@@ -100,8 +100,21 @@ def _conversation(messages: list[Any], tokenizer: PreTrainedTokenizerBase, promp
         return np.where(np.asarray(out["assistant_masks"]) == 1, ids, ~ids)
     whole = _render(tokenizer, messages)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    parts = [(_render(tokenizer, messages[:i], True), _render(tokenizer, messages[: i + 1])) for i in answers]
+    parts = [(_before(tokenizer, messages, i), _render(tokenizer, messages[: i + 1])) for i in answers]
     return _marked(tokenizer, whole, [_range(tokenizer, whole, before, after) for before, after in parts])
+
+
+def _before(tokenizer: PreTrainedTokenizerBase, messages: list[Any], place: int) -> str:
+    """Return the text rendered before the answer at ``place``, with the answer's header.
+
+    Before a first message there are none, which cannot be rendered: if the assistant begins, its
+    header is what a template puts after the message where an answer is to follow.
+    """
+    if place > 0:
+        return str(_render(tokenizer, messages[:place], True))
+    one = str(_render(tokenizer, messages[:1]))
+    head = str(_render(tokenizer, messages[:1], True))[len(one) :]
+    return one[: one.find(head) + len(head)] if head in one else ""
 
 
 def _render(
@@ -133,7 +146,11 @@ def _range(tokenizer: PreTrainedTokenizerBase, whole: str, before: str, after: s
 
 
 def _marked(tokenizer: PreTrainedTokenizerBase, text: str, scored: list[tuple[int, int]]) -> np.ndarray:
-    """Return the tokens of a text: ``id`` for those that begin in a scored range of characters, ``~id`` for others."""
+    """Return the tokens of a text: ``id`` for those that overlap a scored range of characters, ``~id`` for others.
+
+    A token may begin before its range: after a prompt that ends in a blank, the answer's first token is often the blank
+    together with a word.
+    """
     if not tokenizer.is_fast:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path!r} does not say which characters its tokens are, as messages and "
@@ -144,5 +161,5 @@ def _marked(tokenizer: PreTrainedTokenizerBase, text: str, scored: list[tuple[in
     starts, ends = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
     chosen = np.zeros(len(ids), dtype=bool)
     for start, end in scored:
-        chosen |= (start <= starts) & (starts < end) & (starts < ends)
+        chosen |= (start < ends) & (starts < end) & (starts < ends)
     return np.where(chosen, ids, ~ids)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _HELD_OUT = 0.05  # fraction of a local text held out for validation, and the same again for test
 _C4_DOCUMENTS, _C4_SEGMENTS = 1100, 256  # the published C4 evaluation
 _DOCUMENTS_A_BATCH = 500
-_VERSION = 2  # increased when streams are made differently, so that older caches are not used
+_VERSION = 3  # increased when streams are made differently, so that older caches are not used
 _NAMES = ("pydocs", "c4", "wikitext2")
 
 

@@ -1,5 +1,6 @@
 """Perplexity by the published protocol, against its definition."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,25 @@ def test_documents_are_joined_with_two_newlines(model: Any, tokenizer: Any, tmp_
     ids = torch.tensor(tokenizer("\n\n".join(words))["input_ids"])
     ids = ids[: len(ids) // 32 * 32].view(-1, 32)
     assert found.value == pytest.approx(by_definition(model, ids), rel=1e-5)
+
+
+def test_rows_without_text_are_left_out_and_counted(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    words = "A class is a type. " * 20
+    (tmp_path / "some.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in (words, None, words)))
+    with pytest.warns(UserWarning, match="1 of the 3 rows"):
+        found = perplexity(model, tokenizer, str(tmp_path / "some.jsonl"), seq_len=32)
+    (tmp_path / "all.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in (words, words)))
+    assert found.value == perplexity(model, tokenizer, str(tmp_path / "all.jsonl"), seq_len=32).value
+    (tmp_path / "none.jsonl").write_text(json.dumps({"text": None}))
+    with pytest.warns(UserWarning, match="1 of the 1 rows"), pytest.raises(UserError, match="is empty"):
+        perplexity(model, tokenizer, str(tmp_path / "none.jsonl"))
+
+
+def test_completions_are_not_measured_without_their_prompts(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    row = json.dumps({"prompt": "Two and two?", "completion": " Four, which is two and two."})
+    (tmp_path / "a.jsonl").write_text("\n".join([row] * 50))
+    with pytest.raises(UserError, match="which elsa test measures"):
+        perplexity(model, tokenizer, str(tmp_path / "a.jsonl"), seq_len=32)
 
 
 def test_a_broken_model_is_not_one_of_infinite_perplexity(tokenizer: Any, text_file: Path, tiny_llama: str) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from elsa_lightning import CalibrationData, CausalLM
 from elsa_lightning.errors import UserError
 from elsa_lightning.lm import EMBEDDED_MODEL, model_path
+from elsa_lightning.lm.chat import encode
 from elsa_lightning.lm.data import PackedTokens
 from elsa_lightning.lm.local import Split
 from elsa_lightning.lm.packing import EvaluationShare
@@ -228,6 +229,22 @@ def test_of_a_prompt_with_a_completion_the_completion_alone_is_scored(
     data = opened(name=name, tokenizer=chat, cache_dir=token_cache, eval_name="pydocs", eval_segments=2)
     expected = f"{TALK[3]['content']}</assistant>" if as_messages else f" Four.{words.eos_token}"
     assert scored(data._tokens("train"), words) == [expected] * 30
+
+
+@pytest.mark.parametrize("start", ["", "<system>Be brief.</system>"])
+def test_a_conversation_may_begin_with_the_assistant(start: str, chat: str) -> None:
+    words = AutoTokenizer.from_pretrained(chat)
+    words.chat_template = start + TEMPLATE
+    (tokens,) = next(encode([{"messages": TALK[1:]}], "messages", words, "rows", 10))
+    assert scored(tokens, words) == [f"{m['content']}</assistant>" for m in TALK if m["role"] == "assistant"]
+
+
+def test_a_token_that_begins_in_the_prompt_and_ends_in_the_completion_is_scored(words: Any) -> None:
+    """The blank at the end of the prompt and the completion are one token, which is all of the answer."""
+    rows = [{"prompt": "Name the word: ", "completion": "the"}, {"prompt": "Name the word:", "completion": " the"}]
+    first, second = next(encode(rows, "completion", words, "rows", 10))
+    assert first.tolist() == second.tolist()
+    assert scored(first, words) == [f" the{words.eos_token}"]
 
 
 def test_sequences_in_which_nothing_is_scored_are_left_out() -> None:
