@@ -115,8 +115,8 @@ def _losses(model: Any, packed: PackedTokens, text: str) -> dict[Hashable, float
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase, length: int, bos: Bos) -> np.ndarray:
     source = Source(text, hold_out=False, argument="text")
     plain = bos != "stream"
-    if not source.is_local and not plain:
-        return token_stream(source, "test", tokenizer.name_or_path, seq_len=length)
+    if not source.is_local and not plain and tokenizer.is_fast:  # the cache cannot tell how a slow one puts BOS
+        return token_stream(source, "test", tokenizer, seq_len=length)
     joined = _local_text(source) if source.is_local else source.evaluation_text("test")
     ids = tokenizer(joined, add_special_tokens=not plain, verbose=False)["input_ids"]
     most = 256 * length if text == "c4" else None

@@ -5,6 +5,7 @@ A token that is only context, such as the user's words, is stored as ``~id``, wh
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -70,7 +71,10 @@ def encode(
             elif isinstance(value, str) and column != "completion":
                 texts.append(value)
             elif _are_messages(value):
-                encoded.append(_conversation(value, tokenizer, row.get("prompt") if column == "completion" else None))
+                prompt = row.get("prompt") if column == "completion" else None
+                encoded.append(
+                    _conversation(value, tokenizer, prompt, _tools(row.get("tools"), f"{name!r}: row {count}"))
+                )
             elif isinstance(value, str) and isinstance(prompt := row.get("prompt") or "", str):
                 marked = _marked(tokenizer, prompt + value, [(len(prompt), len(prompt + value))])
                 encoded.append(np.concatenate([marked, np.asarray(end, dtype=np.int64)]))
@@ -86,34 +90,73 @@ def _are_messages(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value)
 
 
-def _conversation(messages: list[Any], tokenizer: PreTrainedTokenizerBase, prompt: list[Any] | None) -> np.ndarray:
+def _without_nulls(value: Any) -> Any:
+    """Return a value without the nulls in its objects.
+
+    Arrow gives all objects of a column the same keys, so an object has nulls for the keys of others, such as the
+    arguments of other tools, which a template would render.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _messages(messages: list[Any]) -> list[Any]:
+    """Return messages without nulls, but with a role and content, which templates take for granted."""
+    kept = ("role", "content")
+    return [{k: _without_nulls(v) for k, v in message.items() if v is not None or k in kept} for message in messages]
+
+
+def _tools(value: Any, row: str) -> list[Any] | None:
+    """Return the tools of a row, a list or JSON of one, as templates take them; None if there are none."""
+    tools = value
+    if isinstance(value, str) and value.strip():
+        try:
+            tools = json.loads(value)
+        except ValueError:
+            tools = value  # refused below
+    if not tools:
+        return None
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise UserError(f"{row} holds {str(value)[:80]!r} as 'tools', which must be a list of objects, or JSON of one")
+    return list(_without_nulls(tools))
+
+
+def _conversation(
+    messages: list[Any], tokenizer: PreTrainedTokenizerBase, prompt: list[Any] | None, tools: list[Any] | None
+) -> np.ndarray:
     """Return a conversation's tokens; scored are the assistant's, or all that follow ``prompt`` if there is one."""
+    messages = _messages(messages)
     if prompt is not None:
         if not _are_messages(prompt):
             raise UserError(f"a completion of messages needs a prompt of messages, got {str(prompt)[:80]!r}")
-        whole = _render(tokenizer, [*prompt, *messages])
-        return _marked(tokenizer, whole, [_range(tokenizer, whole, _render(tokenizer, prompt, True), whole)])
+        prompt = _messages(prompt)
+        whole = _render(tokenizer, [*prompt, *messages], tools=tools)
+        before = _render(tokenizer, prompt, True, tools=tools)
+        return _marked(tokenizer, whole, [_range(tokenizer, whole, before, whole)])
     if _GENERATION.search(str(tokenizer.chat_template)):  # the template marks what is the assistant's
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        out: Any = _render(tokenizer, messages, **options)
+        out: Any = _render(tokenizer, messages, tools=tools, **options)
         ids = np.asarray(out["input_ids"], dtype=np.int64)
         return np.where(np.asarray(out["assistant_masks"]) == 1, ids, ~ids)
-    whole = _render(tokenizer, messages)
+    whole = _render(tokenizer, messages, tools=tools)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    parts = [(_before(tokenizer, messages, i), _render(tokenizer, messages[: i + 1])) for i in answers]
+    parts = [
+        (_before(tokenizer, messages, i, tools), _render(tokenizer, messages[: i + 1], tools=tools)) for i in answers
+    ]
     return _marked(tokenizer, whole, [_range(tokenizer, whole, before, after) for before, after in parts])
 
 
-def _before(tokenizer: PreTrainedTokenizerBase, messages: list[Any], place: int) -> str:
+def _before(tokenizer: PreTrainedTokenizerBase, messages: list[Any], place: int, tools: list[Any] | None) -> str:
     """Return the text rendered before the answer at ``place``, with the answer's header.
 
     Before a first message there are none, which cannot be rendered: if the assistant begins, its
     header is what a template puts after the message where an answer is to follow.
     """
     if place > 0:
-        return str(_render(tokenizer, messages[:place], True))
-    one = str(_render(tokenizer, messages[:1]))
-    head = str(_render(tokenizer, messages[:1], True))[len(one) :]
+        return str(_render(tokenizer, messages[:place], True, tools=tools))
+    one = str(_render(tokenizer, messages[:1], tools=tools))
+    head = str(_render(tokenizer, messages[:1], True, tools=tools))[len(one) :]
     return one[: one.find(head) + len(head)] if head in one else ""
 
 

@@ -169,7 +169,7 @@ class Source:
 def token_stream(
     source: Source,
     split: Split,
-    tokenizer_path: str,
+    tokenizer: PreTrainedTokenizerBase | str,
     *,
     seq_len: int,
     limit: int | None = None,
@@ -184,7 +184,7 @@ def token_stream(
     Args:
         source: The text.
         split: The split.
-        tokenizer_path: Folder or hub name of the tokenizer.
+        tokenizer: The tokenizer, or its folder or hub name.
         seq_len: Tokens in a sequence; the published C4 evaluation takes 256 sequences.
         limit: Number of tokens needed; None for all. A local text is always returned whole.
         cache_dir: Folder for token files; None puts them beside the cache of ``datasets``.
@@ -192,7 +192,8 @@ def token_stream(
     Returns:
         int32 ``(tokens,)``, memory-mapped; int64 if some tokens are only context, stored as ``~id``.
     """
-    tokenizer = load_tokenizer(tokenizer_path)
+    if isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer)
     if split != "train" and source.name == "c4":
         limit = min(limit or _C4_SEGMENTS * seq_len, _C4_SEGMENTS * seq_len)
     needed = limit if split == "train" and not source.is_local else None

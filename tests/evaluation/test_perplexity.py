@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.evaluation import difference, perplexity, table
+from elsa_lightning.lm.text import Source
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,22 @@ def test_completions_are_not_measured_without_their_prompts(model: Any, tokenize
     (tmp_path / "a.jsonl").write_text("\n".join([row] * 50))
     with pytest.raises(UserError, match="which elsa test measures"):
         perplexity(model, tokenizer, str(tmp_path / "a.jsonl"), seq_len=32)
+
+
+def test_the_tokenizer_that_is_given_is_used_for_texts_with_names(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not another one that is loaded from where it once came from."""
+    monkeypatch.setattr(Source, "evaluation_text", lambda source, split: "A class is a type. " * 50)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    plain = perplexity(model, tokenizer, "pydocs", seq_len=32, segments=3)
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    tokenizer.name_or_path = "nowhere"
+    found = perplexity(model, tokenizer, "pydocs", seq_len=32, segments=3)
+    assert "no BOS" in plain.protocol and "BOS once, at the beginning" in found.protocol
 
 
 def test_a_broken_model_is_not_one_of_infinite_perplexity(tokenizer: Any, text_file: Path, tiny_llama: str) -> None:

@@ -21,6 +21,7 @@ from elsa_lightning.lm import EMBEDDED_MODEL, model_path
 from elsa_lightning.lm.chat import encode
 from elsa_lightning.lm.data import PackedTokens
 from elsa_lightning.lm.local import Split
+from elsa_lightning.lm.local import rows as read
 from elsa_lightning.lm.packing import EvaluationShare
 
 TEMPLATE = (
@@ -237,6 +238,32 @@ def test_a_conversation_may_begin_with_the_assistant(start: str, chat: str) -> N
     words.chat_template = start + TEMPLATE
     (tokens,) = next(encode([{"messages": TALK[1:]}], "messages", words, "rows", 10))
     assert scored(tokens, words) == [f"{m['content']}</assistant>" for m in TALK if m["role"] == "assistant"]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_nulls_that_arrow_puts_into_messages_are_not_rendered_and_tools_are(
+    as_json: bool, tmp_path: Path, chat: str
+) -> None:
+    """Arrow gives each call the arguments of all others, each message ``tool_calls``, and each tool all properties."""
+    words = AutoTokenizer.from_pretrained(chat)
+    words.chat_template = (
+        "{{ tools | tojson }}{% for m in messages %}<{{ m.role }}>{% if 'tool_calls' in m %}"
+        "{{ m.tool_calls[0].function.arguments | tojson }}{% else %}{{ m.content }}{% endif %}"
+        "</{{ m.role }}>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    rows, expected = [], []
+    for key in ("city", "expr"):
+        call = {"function": {"name": "f", "arguments": {key: "x"}}}
+        tools = [{"type": "function", "function": {"name": "f", "parameters": {key: {"type": "string"}}}}]
+        talk = [TALK[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+        rows.append({"messages": talk, "tools": json.dumps(tools) if as_json else tools})
+        expected.append(words.apply_chat_template(talk, tools=tools, tokenize=False))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = next(encode(read([tmp_path / "a.parquet"]), "messages", words, "rows", 10))
+    assert [words.decode(np.where(tokens < 0, ~tokens, tokens)) for tokens in found] == expected
+    assert [scored(tokens, words) for tokens in found] == [['{"city": "x"}</assistant>'], ['{"expr": "x"}</assistant>']]
+    with pytest.raises(UserError, match="row 1 holds 'search' as 'tools'"):
+        next(encode([{"messages": TALK, "tools": "search"}], "messages", words, "rows", 10))
 
 
 def test_a_token_that_begins_in_the_prompt_and_ends_in_the_completion_is_scored(words: Any) -> None:
