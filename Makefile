@@ -7,8 +7,10 @@ READY := $(VENV)/.ready
 ARGS ?=
 # processes that run the tests, as many as there are cores and four at most; 0 runs them in this one, as --pdb needs
 WORKERS ?= logical
-# idle OpenMP threads spin for long otherwise, which on a busy machine more than halves the speed of two
-export GOMP_SPINCOUNT ?= 5000
+# Idle OpenMP threads spin for long otherwise, which on a busy machine more than halves the speed of two. A little is best
+# for one run; the tests start many processes at once, and these wait for each other least if no thread spins.
+demo: export GOMP_SPINCOUNT ?= 5000
+test: export GOMP_SPINCOUNT ?= 0
 
 .PHONY: demo test gpu docs wheel clean
 
