@@ -49,6 +49,11 @@ class Anatomy:
     computed: dict[str, str] = field(default_factory=dict)
     vectors: set[str] = field(default_factory=set)
 
+    @property
+    def linear(self) -> set[str]:
+        """What ``all-linear`` means."""
+        return self.multiply - self.embeddings - self.heads - self.adapters - self.depthwise
+
     def matrices(self) -> Iterator[str]:
         """Yield parameters that multiply or may do so: all but vectors, tables and tensors that are added."""
         for name, p in self.parameters.items():
@@ -120,7 +125,7 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def _weight_names(module: nn.Module) -> list[str]:
     if isinstance(module, (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)):
         return ["weight"]
-    if _is_conv1d(module):
+    if is_conv1d(module):
         return ["weight"]
     if isinstance(module, nn.MultiheadAttention):
         return ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
@@ -136,7 +141,8 @@ def _weight_names(module: nn.Module) -> list[str]:
     return []
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether a module is transformers' linear layer that stores its weight (in, out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # that of transformers, without importing it
 
 
@@ -145,7 +151,7 @@ def _is_transposed(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.conv._ConvNd):
         return module.transposed
     experts = type(module).__name__ == "Llama4TextExperts" or getattr(module, "is_transposed", False) is True
-    return _is_conv1d(module) or (experts and bool(_EXPERTS.search(type(module).__name__)))
+    return is_conv1d(module) or (experts and bool(_EXPERTS.search(type(module).__name__)))
 
 
 def _adapters(module: nn.Module, prefix: str, parameters: dict[str, nn.Parameter]) -> Iterator[str]:

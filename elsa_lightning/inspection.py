@@ -24,6 +24,7 @@ _KINDS = {
     "attention": r"attn|attention|(^|[._])(q|k|v|o|qkv|out)_proj\b",
     "mlp": r"mlp|ffn|feed_forward|expert|moe|(^|\.)(fc\d|w[123]|(gate|up|down)_proj|(intermediate|output)\.dense)\.",
 }
+_VECTORS = "norms and biases"
 _BIAS = re.compile(r"[._]bias$")  # those of stacks of experts have two dimensions, and are no matrices
 _SCALES = re.compile(r"(scales?|scale_inv|absmax|quant_map|SCB|input_scale|weight_scale_2)$")
 
@@ -196,7 +197,7 @@ def _unreadable(stored: Stored) -> str | None:
 
 def _kind(stored: Stored) -> str:
     if len(stored.shape) < 2 or _BIAS.search(stored.name):
-        return "norms and biases"
+        return _VECTORS
     return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, stored.name)), "other")
 
 
@@ -204,7 +205,7 @@ def _count(stored: Stored) -> tuple[TensorZeros, Rows]:
     """Return the zeros of a tensor, and which of its rows and columns have non-zeros."""
     shape, kind = stored.shape, _kind(stored)
     size = int(torch.Size(shape).numel())
-    if len(shape) < 2 or not size or _BIAS.search(stored.name):
+    if kind == _VECTORS or not size:
         kept = stored.rows(0, shape[0] if shape else 1) != 0 if size else torch.zeros(0, dtype=torch.bool)
         zeros = size - int(kept.sum())
         return TensorZeros(stored.name, kind, shape, stored.dtype, zeros, size), Rows(kept.flatten().cpu(), None)

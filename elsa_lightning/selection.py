@@ -112,11 +112,10 @@ def select(
     """
     found = examine(model)
     names = found.parameters
-    exempt = found.embeddings | found.heads | found.adapters | found.depthwise
     matched: set[str] = set()
     for target in targets:
         if target == ALL_LINEAR:
-            matched |= found.multiply - exempt
+            matched |= found.linear
         else:
             named = _search("targets", target, names)
             matched |= named if named <= found.adapters else named - found.adapters  # adapters only alone

@@ -97,8 +97,7 @@ def sparse_weights(
         )
     chosen = list(targets or [ALL_LINEAR])
     if targets is None:
-        known = found.multiply - found.embeddings - found.heads - found.depthwise
-        others = set(found.parameters) - known - found.vectors - found.adapters - set(found.computed)
+        others = set(found.parameters) - found.linear - found.vectors - found.adapters - set(found.computed)
         ours = {id(p) for p in (model.parameters() if trained is None else trained)}
         candidates = {n: p for n, p in found.parameters.items() if n in others and p.requires_grad and id(p) in ours}
         chosen += [f"^{re.escape(n)}$" for n, p in candidates.items() if _sparse(model, p, min_sparsity)]
@@ -123,7 +122,7 @@ class Frozen:
     ) -> Frozen:
         """Return those among the weights that :func:`sparse_weights` would choose if they were trained."""
         found = examine(model)
-        linear = found.multiply - found.embeddings - found.heads - found.depthwise
+        linear = found.linear
         names = set(found.parameters) - found.vectors - found.adapters - set(found.computed)
 
         def watched(name: str) -> bool:

@@ -130,11 +130,12 @@ def closing(trainer: Trainer, logs: str, again: str, another: str | None) -> str
         ("its perplexity on the test text", f"{run} test {again} --model.name {folder}"),
         ("all of it on a page", f"{run} report {logs}"),
         ("beside the dense model, on WikiText-2 and standard tasks, which it downloads", f"{run} evaluate {logs}"),
-        *[("a form of it that is faster on CPUs; others: elsa export --help",
-           f"{run} export --from {logs} --to cpu-sparse --output exports/cpu")] * (saver.shrunk is None),
         ("your model and your text", f"{run} fit {again} --model.name MODEL --data.name TEXT"),
         ("in Python", f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"),
     ]  # fmt: skip
+    if saver.shrunk is None:  # a smaller model has no zeros to gain from
+        command = f"{run} export --from {logs} --to cpu-sparse --output exports/cpu"
+        hints.insert(3, ("a form of it that is faster on CPUs; others: elsa export --help", command))
     if another:
         hints.insert(3, ("another sparsity", f"{run} fit {again} {another} 0.95"))
     if longer:

@@ -13,6 +13,7 @@ from torch import Tensor
 from elsa_lightning.adapters import uncompiled
 from elsa_lightning.callbacks.strategies import check_whole, on_first
 from elsa_lightning.errors import UserError
+from elsa_lightning.layout.precise import evaluating
 from elsa_lightning.lm.text import load_tokenizer
 
 
@@ -75,14 +76,12 @@ class Samples(Callback):
                 f"Samples needs a Hugging Face model that generates in the module's attribute 'model', and its "
                 f"tokenizer in 'path'; {type(pl_module).__name__} has not: remove the callback"
             )
-        with torch.random.fork_rng(), trainer.precision_plugin.val_step_context():  # data loaders draw a seed
+        with torch.random.fork_rng(), evaluating(model), trainer.precision_plugin.val_step_context():  # loaders draw
             self._continue(trainer, model, load_tokenizer(path), by)
 
     def _continue(self, trainer: Trainer, model: Any, tokenizer: Any, by: str) -> None:
         if not self.samples:
             self.samples = [{"prompt": prompt} for prompt in self.prompts or self._beginnings(trainer, tokenizer)]
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         for sample in self.samples:
             ids = tokenizer(sample["prompt"], return_tensors="pt", add_special_tokens=False)["input_ids"]
@@ -99,8 +98,6 @@ class Samples(Callback):
                 pad_token_id=end,
             )  # fmt: skip
             sample[by] = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
-        for module, training in modes.items():
-            module.training = training
 
     def _beginnings(self, trainer: Trainer, tokenizer: Any) -> list[str]:
         """Return the beginnings of the first validation sequences; empty without such data."""

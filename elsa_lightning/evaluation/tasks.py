@@ -17,6 +17,7 @@ import torch
 from elsa_lightning.commands import nearest
 from elsa_lightning.errors import UnavailableError, UserError
 from elsa_lightning.evaluation.compare import Score
+from elsa_lightning.layout.precise import evaluating
 from elsa_lightning.optim.moments import dtype_name
 
 if TYPE_CHECKING:
@@ -103,14 +104,11 @@ def _evaluate(
 @contextmanager
 def unmoved(model: Any) -> Iterator[None]:
     """Put the model into evaluation mode, and restore its modes and all random states afterwards."""
-    modes = {module: module.training for module in model.modules()}
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, training in modes.items():
-            module.training = training
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])

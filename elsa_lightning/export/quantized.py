@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from elsa_lightning.anatomy import is_conv1d
 from elsa_lightning.errors import UserError
 from elsa_lightning.export.folders import edit
 
@@ -80,11 +81,7 @@ def check_groups(model: nn.Module, bits: int, group_size: int) -> dict[str, nn.L
 
 def _others(model: nn.Module) -> list[nn.Module]:
     """Return layers that multiply like linear ones, but that compressed-tensors does not treat as such."""
-    return [
-        m
-        for m in model.modules()
-        if type(m).__name__ == "Conv1D" or (isinstance(m, nn.Linear) and type(m) is not nn.Linear)
-    ]
+    return [m for m in model.modules() if is_conv1d(m) or (isinstance(m, nn.Linear) and type(m) is not nn.Linear)]
 
 
 @torch.no_grad()

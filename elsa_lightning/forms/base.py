@@ -194,12 +194,10 @@ class Form(ABC):
 
     def direction(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
         """Return D⁻¹ ∇f of the latest batch, in float32; D is the root of the second moment, 1 without one."""
-        group, moment = group_of(tensor), tensor.importance(rows)
-        grad = tensor.grad(rows).float()
-        grad = -grad if group.get("maximize") else grad  # f is what falls
+        grad, moment = gradient(tensor, rows), tensor.importance(rows)
         if moment is None:
             return grad
-        betas = group.get("betas")
+        betas = _group(tensor).get("betas")
         correction = 1.0 if betas is None else 1 - betas[1] ** max(1.0, float(tensor.state.get("step", 1)))
         return grad / ((moment.float() / correction).sqrt() + 1e-12)
 
@@ -228,14 +226,19 @@ def relative_rates(optimizer: Optimizer, peaks: Sequence[float]) -> tuple[dict[n
     return {p: rate for group, rate in zip(groups, relative, strict=True) for p in group["params"]}, now
 
 
+def gradient(tensor: ConstrainedTensor, rows: slice) -> Tensor:
+    """Return ∇f of the latest batch, in float32. f is what falls, so ``maximize`` turns the sign."""
+    grad = tensor.grad(rows).float()
+    return -grad if _group(tensor).get("maximize") else grad
+
+
 def peak_rate(tensor: ConstrainedTensor) -> float:
     """Return the largest learning rate of a tensor that is known from its parameter group."""
-    group = group_of(tensor)
+    group = _group(tensor)
     return max(rate_of(group), _known_peak(group))
 
 
-def group_of(tensor: ConstrainedTensor) -> dict[str, Any]:
-    """Return the parameter group of a tensor."""
+def _group(tensor: ConstrainedTensor) -> dict[str, Any]:
     return next(g for g in tensor.optimizer.param_groups if any(p is tensor.p for p in g["params"]))
 
 

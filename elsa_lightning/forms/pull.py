@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elsa_lightning.forms.base import Form, Step, group_of, relative_rates
+from elsa_lightning.forms.base import Form, Step, gradient, relative_rates
 from elsa_lightning.layout.lowbit import chosen
 from elsa_lightning.tensors import ConstrainedTensor
 
@@ -64,8 +64,7 @@ class Coupled(Pull):
 
     def direction(self, tensor: ConstrainedTensor, rows: slice) -> Tensor:
         """Return ∇f."""
-        grad = tensor.grad(rows).float()
-        return -grad if group_of(tensor).get("maximize") else grad
+        return gradient(tensor, rows)
 
 
 class Published(Coupled):

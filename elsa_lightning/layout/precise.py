@@ -1,4 +1,4 @@
-"""Keeps the buffers of a model in float32 that must stay precise when its weights are cast."""
+"""Holds what must stay of a model while it is cast or measured: float32 buffers, modes of its modules."""
 
 from __future__ import annotations
 
@@ -27,3 +27,15 @@ def precise_buffers(model: nn.Module) -> Iterator[None]:
         now = module._buffers[name]
         if now is not None and now.is_floating_point() and now.dtype.itemsize < buffer.dtype.itemsize:
             module._buffers[name] = buffer.to(now.device)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and restore the mode of each of its modules afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

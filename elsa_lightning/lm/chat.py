@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -111,10 +112,8 @@ def _tools(value: Any, row: str) -> list[Any] | None:
     """Return the tools of a row, a list or JSON of one, as templates take them; None if there are none."""
     tools = value
     if isinstance(value, str) and value.strip():
-        try:
+        with suppress(ValueError):  # what is no JSON is refused below
             tools = json.loads(value)
-        except ValueError:
-            tools = value  # refused below
     if not tools:
         return None
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from elsa_lightning.distillation import LOGITS_AT_ONCE, Distilled, Head, distillation_loss, feature_distance
+from elsa_lightning.layout.precise import evaluating
 
 
 class BeforeHead:
@@ -115,16 +116,10 @@ def _is_its_head(model: Any) -> bool:
     """
     if model.get_output_embeddings() is None:
         return False
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     ids = (1 + torch.arange(8, device=model.device)[None]) % model.config.get_text_config().vocab_size
-    try:
-        with torch.compiler.set_stance("force_eager"):  # else it would be compiled for this shape too
-            output = model(input_ids=ids, labels=ids, use_cache=False)
-            large, x, head = BeforeHead(scale=1024.0).run(model, input_ids=ids)  # so large that a cap shows
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), torch.compiler.set_stance("force_eager"):  # else it would be compiled for this shape too
+        output = model(input_ids=ids, labels=ids, use_cache=False)
+        large, x, head = BeforeHead(scale=1024.0).run(model, input_ids=ids)  # so large that a cap shows
     if head is None or not torch.equal(head(x), large.logits):
         return False
     expected = F.cross_entropy(output.logits[0, :-1].float(), ids[0, 1:])

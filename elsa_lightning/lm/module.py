@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from elsa_lightning.callbacks.ends import attached, trains_nothing
 from elsa_lightning.errors import UnavailableError, UserError
-from elsa_lightning.layout.precise import precise_buffers
+from elsa_lightning.layout.precise import evaluating, precise_buffers
 from elsa_lightning.layout.sharded import match_names
 from elsa_lightning.lm import EMBEDDED_MODEL, model_path
 from elsa_lightning.lm.distill import Distillation
@@ -457,12 +457,10 @@ class CausalLM(LightningModule):
             return None
         combined = CombinedLoader(loaders, "sequential")
         combined.limits = list(self.trainer.num_val_batches)
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
         self.perplexity.reset()
         whole = cast(nn.Module, self.trainer.strategy.model) if isinstance(self._strategy(), FSDPStrategy) else self
         hidden = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
-        with self.trainer.precision_plugin.val_step_context():
+        with evaluating(self), self.trainer.precision_plugin.val_step_context():
             total = int(sum(self.trainer.num_val_batches))
             every = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a file gets a line at each refresh
             bar = tqdm(combined, title, total=total, leave=False, dynamic_ncols=True, disable=hidden, mininterval=every)
@@ -471,8 +469,6 @@ class CausalLM(LightningModule):
                 self.perplexity.update(output.logits[:, :-1], labels[:, 1:])
         value = float(self.perplexity.compute())
         self.perplexity.reset()
-        for module, training in modes.items():
-            module.training = training
         return value
 
     def _protocol(self) -> str:
