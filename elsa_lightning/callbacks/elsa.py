@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
@@ -16,6 +17,7 @@ from elsa_lightning import rate
 from elsa_lightning.admm import ADMM
 from elsa_lightning.callbacks.ends import (
     attached,
+    had_ended,
     is_early,
     is_last_step,
     is_stopping,
@@ -23,10 +25,13 @@ from elsa_lightning.callbacks.ends import (
     trains_nothing,
     unfinished,
 )
+from elsa_lightning.callbacks.export import SaveHuggingFace
 from elsa_lightning.callbacks.figures import Figures, log_settings
 from elsa_lightning.callbacks.journal import Journal
 from elsa_lightning.callbacks.monitors import Monitors
+from elsa_lightning.callbacks.record import is_causal_lm
 from elsa_lightning.callbacks.rng import random_states, restore_random_states
+from elsa_lightning.callbacks.samples import Samples
 from elsa_lightning.callbacks.saves import BeforeSaving, MethodHook, Saves
 from elsa_lightning.callbacks.strategies import (
     check_optimizer_of_fsdp,
@@ -386,6 +391,8 @@ class ElsaCallback(Callback):
         """Bring a model without training (``max_steps=0``) into the set at once, by magnitude."""
         if self.admm is not None and trains_nothing(trainer) and not self.admm.finished:
             self._finish(trainer, resumable=False)
+        if self._loaded is not None and self._fits and had_ended(trainer):
+            self._end_again(trainer, pl_module)
         if self._writes(trainer):
             self._journal.end(trainer, pl_module)
         if not (self._running or self._loaded or trains_nothing(trainer) or trainer.global_step):
@@ -393,6 +400,31 @@ class ElsaCallback(Callback):
                 "no batch of training data was seen, so nothing was pruned: there are none (limit_train_batches=0), or "
                 "all together are shorter than a batch that may not be smaller (drop_last)"
             )
+
+    def _end_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do what follows the last step of a run that had ended, as an export that failed then.
+
+        Raises:
+            UserError: The run had not ended, and has no step left.
+        """
+        ending: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for state in (c._loaded["admm"] for c in ending if isinstance(c, ElsaCallback) and c._loaded is not None):
+            if state["phase"] not in ("finished", "suspended"):
+                raise UserError(
+                    f"nothing was trained: the checkpoint is of step {trainer.global_step}, and "
+                    f"max_steps={trainer.max_steps}, max_epochs={trainer.max_epochs} leave no further one, but its "
+                    f"zeros are not exact after {state['step']} of {state['total_steps']} steps. Give the max_steps "
+                    f"and max_epochs of the run"
+                )
+        rank_zero_info("Elsa: the checkpoint is of a run that had ended; its model is measured and saved again")
+        for callback in ending:
+            if isinstance(callback, ElsaCallback):
+                callback.on_train_start(trainer, pl_module)
+        for callback in ending:  # no others, which may need what they do at the start
+            if isinstance(callback, (ElsaCallback, SaveHuggingFace, Samples, WeightAveraging)):
+                callback.on_train_end(trainer, pl_module)
+        if is_causal_lm(pl_module):
+            pl_module.on_train_end()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the zeros exact, whatever ended the run, and report how it ended."""

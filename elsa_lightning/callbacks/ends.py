@@ -40,6 +40,13 @@ def trains_nothing(trainer: Trainer) -> bool:
     return 0 in (trainer.max_steps, trainer.max_epochs)
 
 
+def had_ended(trainer: Trainer) -> bool:
+    """Return, at the end of a fit, whether it resumed a run with no step left, so that Lightning trained nothing."""
+    return bool(
+        trainer.fit_loop.restarting
+    )  # Lightning sets it when the loop is restored and clears it when the loop ran
+
+
 def is_stopping(trainer: Trainer) -> bool:
     """Return whether a request to stop was made and will be heeded."""
     if not trainer.should_stop or trainer.sanity_checking:

@@ -30,7 +30,7 @@ def run_record(trainer: Trainer, module: LightningModule, **known: Any) -> Recor
         training=_training(trainer, module),
         data=_data(getattr(trainer, "datamodule", None)),
         perplexity=_perplexity(module),
-        evaluation=module.evaluation() if _is_causal_lm(module) else {},  # type: ignore[operator]
+        evaluation=module.evaluation() if is_causal_lm(module) else {},  # type: ignore[operator]
         convergence=_convergence(methods),
         notes=_notes(methods),
         command=command(),
@@ -39,12 +39,13 @@ def run_record(trainer: Trainer, module: LightningModule, **known: Any) -> Recor
     )
 
 
-def _is_causal_lm(module: LightningModule) -> bool:
+def is_causal_lm(module: LightningModule) -> bool:
+    """Return whether a module is CausalLM, which this file must not import."""
     return hasattr(module, "given_dtype") and hasattr(module, "dense_perplexity")
 
 
 def _base_model(module: LightningModule) -> str | None:
-    if _is_causal_lm(module):
+    if is_causal_lm(module):
         known: Any = module
         return str(known.name) if known.pretrained else None
     name = getattr(getattr(getattr(module, "model", None), "config", None), "_name_or_path", None)
@@ -52,7 +53,7 @@ def _base_model(module: LightningModule) -> str | None:
 
 
 def _training(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-    ours = module.hparams.items() if _is_causal_lm(module) else ()  # other modules' may be secrets
+    ours = module.hparams.items() if is_causal_lm(module) else ()  # other modules' may be secrets
     arguments = {name: value for name, value in ours if isinstance(value, _SCALAR) and name != "name"}
     found: dict[str, Any] = {"optimizer steps": trainer.global_step, "precision": trainer.precision, **arguments}
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]

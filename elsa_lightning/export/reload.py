@@ -148,7 +148,7 @@ def perplexity(model: Any, segments: torch.Tensor, labels: torch.Tensor, precisi
             total += float(F.cross_entropy(logits.float(), scored[1:], reduction="sum").double())
             count += int((scored[1:] != -100).sum())
     mean = total / max(1, count)
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.inf if mean >= 700 else math.exp(mean)  # NaN stays NaN
 
 
 def load(folder: Path) -> tuple[Any, str]:

@@ -362,7 +362,6 @@ class CausalLM(LightningModule):
         """Measure, prune without training, and measure again."""
         if not attached(self.trainer):
             return
-        self.trainer.fit_loop.epoch_loop.val_loop.setup_data()  # Lightning does so only when training begins
         self.on_train_start()
         for admm in attached(self.trainer):
             admm.finish()
@@ -452,6 +451,7 @@ class CausalLM(LightningModule):
     @torch.no_grad()
     def _measure(self, title: str) -> float | None:
         """Return the perplexity over the validation data, or None without such data."""
+        self.trainer.fit_loop.epoch_loop.val_loop.setup_data()  # Lightning does so only when training begins
         loaders = self.trainer.val_dataloaders
         if loaders is None or not self.trainer.enable_validation:
             return None

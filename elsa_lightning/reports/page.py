@@ -208,7 +208,7 @@ def _json(runs: Sequence[Run]) -> str:
             "perplexity": {"dense": run.dense, "sparse": run.sparse,
                            "protocol": run.record.get("perplexity", {}).get("protocol")},
             "saved": [asdict(saved) for saved in run.saved], "journal": run.journal, "record": run.record,
-            "series": run.series, "missing": run.missing,
+            "series": run.series, "evaluations": run.evaluations, "missing": run.missing,
         }
         for run in runs
     ]  # fmt: skip

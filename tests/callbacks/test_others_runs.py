@@ -184,6 +184,9 @@ def test_a_finished_run_may_be_resumed_without_a_step(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, ElsaCallback(0.9), max_steps=12)
     trainer.fit(net, loader(), ckpt_path=str(tmp_path / "12.ckpt"), weights_only=True)
     assert zeros(net.state_dict())["layers.3.weight"] == 3686
+    trainer = make_trainer(tmp_path, ElsaCallback(0.9), max_steps=6)
+    with pytest.raises(UserError, match=r"of step 6, and max_steps=6, .* leave no further one, .* after 6 of 12 steps"):
+        trainer.fit(net, loader(), ckpt_path=str(tmp_path / "6.ckpt"), weights_only=True)
 
 
 class Two(Net):

@@ -63,6 +63,33 @@ def test_a_resumed_run_has_the_texts_of_the_dense_model(tiny_llama: str, token_c
     assert resumed.samples == whole.samples and whole.samples[0].keys() == {"prompt", "dense", "sparse"}
 
 
+class FullDisk(SaveHuggingFace):
+    """A save that fails when the run is over."""
+
+    def _write(self, *_: Any) -> str:
+        raise OSError("No space left on device")
+
+
+def test_a_run_whose_export_failed_is_completed_by_resuming_it(
+    tiny_llama: str, token_cache: str, tmp_path: Path
+) -> None:
+    texts = Samples(["The list"], new_tokens=8), Samples(["The list"], new_tokens=8)
+    whole = fit(tmp_path / "whole", tiny_llama, token_cache, texts[0], SaveHuggingFace(str(tmp_path / "whole/hf")))
+    with pytest.raises(OSError, match="No space left"):
+        fit(tmp_path, tiny_llama, token_cache, Samples(["The list"], new_tokens=8), FullDisk(str(tmp_path / "hf")))
+    assert json.loads((tmp_path / JOURNAL).read_text())["status"] == "failed" and not (tmp_path / "hf").exists()
+    saver = SaveHuggingFace(str(tmp_path / "hf"))
+    resumed = fit(tmp_path, tiny_llama, token_cache, texts[1], saver, resume=tmp_path / "4.ckpt")
+    assert resumed.final_perplexity == whole.final_perplexity and texts[1].samples == texts[0].samples
+    model = "model.safetensors"
+    assert (tmp_path / "hf" / model).read_bytes() == (tmp_path / "whole" / "hf" / model).read_bytes()
+    journals = sorted(tmp_path.glob("elsa_run*.json"))
+    assert len(journals) == 2
+    first, second = (json.loads(file.read_text()) for file in (tmp_path / "whole" / JOURNAL, journals[1]))
+    assert second["status"] == "finished" and second["record"]["perplexity"] == first["record"]["perplexity"]
+    assert second["record"]["method"] == first["record"]["method"] and second["tensors"] == first["tensors"]
+
+
 def test_prompts_as_long_as_the_model_takes_are_left_out(tiny_llama: str, token_cache: str, tmp_path: Path) -> None:
     samples = Samples(["word " * 200, "The list"])
     with pytest.warns(UserWarning, match="nothing can be added to the prompt"):
