@@ -87,6 +87,13 @@ def test_a_stack_is_as_its_matrices(rows: int, n: int, in_places: bool, data: st
         assert torch.equal(found, expected)
 
 
+def test_zeros_that_are_kept_are_counted_where_rows_of_a_stack_have_different_numbers() -> None:
+    score = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0], [0.0] * 5])
+    pools = torch.zeros(2, dtype=torch.int64)
+    (mask,) = largest(lambda _: [Scores(score, score, 0)], pools, torch.tensor([6]))
+    assert mask.tolist() == [[True] * 5, [True, False, False, False, False]]
+
+
 def on_processes(count: int, find: Any) -> list[Any]:
     """Return what ``find(rank, add)`` returns on each of some processes; here they are threads."""
     barrier, given = threading.Barrier(count), [torch.empty(0)] * count
