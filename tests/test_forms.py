@@ -1,5 +1,6 @@
 """What the forms of the x-update have in common, and what only some have: fixed points, long runs, own forms."""
 
+import copy
 import itertools
 import logging
 from collections.abc import Callable
@@ -190,6 +191,34 @@ def test_a_form_of_ones_own_needs_nothing_else() -> None:
         masks.append(admm.masks()["p"])
     assert int((p != 0).sum()) == 200
     assert all(bool((now <= before).all()) for before, now in itertools.pairwise(masks)), "nothing returns"
+
+
+@pytest.mark.parametrize("prox", ["linearized", "decoupled"])
+def test_a_resumed_run_remembers_the_largest_learning_rate(prox: Any) -> None:
+    """Which nothing else knows where rates are set by hand."""
+
+    def build() -> tuple[nn.Parameter, Callable[[], Tensor], torch.optim.Optimizer, ADMM]:
+        p, loss, _ = quadratic(0.5, seed=3)
+        optimizer = torch.optim.Adam([p], lr=0.02)
+        schedule = Schedule(interval=3, **ALWAYS_OPEN)
+        return p, loss, optimizer, ADMM(optimizer, {"p": p}, Unstructured(0.8), total_steps=40, prox=prox,
+                                        schedule=schedule)  # fmt: skip
+
+    def falling(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], steps: range) -> None:
+        for step in steps:
+            optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 40)
+            run(optimizer, loss, 1)
+
+    p, loss, optimizer, admm = build()
+    falling(optimizer, loss, range(20))
+    q, again, other, resumed = build()
+    with torch.no_grad():
+        q.copy_(p)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed.load_state_dict(admm.state_dict())
+    falling(optimizer, loss, range(20, 40))
+    falling(other, again, range(20, 40))
+    assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("prox", ["linearized", "decoupled", "coupled", "feedback"])

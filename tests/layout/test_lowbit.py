@@ -72,6 +72,21 @@ def test_what_is_stored_again_does_not_change(dtype: StateDtype) -> None:
     assert torch.equal(again[0][large][1:], once[0][large][1:])
 
 
+@pytest.mark.parametrize(("largest", "smallest"), [(448, 2**-9), (240, 2**-9), (224, 2**-10), (208, 2**-10)])
+def test_the_largest_and_the_smallest_value_of_a_block_are_stored_exactly(largest: float, smallest: float) -> None:
+    """Its scale is the least with which the largest fits."""
+    values = torch.tensor([[largest, smallest, -3 * smallest, 0.0] * 8])
+    for seed in range(20):
+        assert torch.equal(stored(values, "float8_e4m3fn", seed)[0], values)
+
+
+def test_no_number_is_rounded_to_one() -> None:
+    """The bits of some NaN are so high that the noise takes them beyond the last, to 0."""
+    bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1], dtype=torch.int32)
+    for seed in (0, 0xFFFF):
+        assert round_to_bfloat16(bits.view(torch.float32), torch.full_like(bits, seed)).isnan().all()
+
+
 @pytest.mark.parametrize("dtype", LOW)
 def test_small_steps_are_lost_to_nearest_rounding_and_not_to_ours(dtype: StateDtype) -> None:
     """A thousand steps of a hundredth of a unit of the last place."""

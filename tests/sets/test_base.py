@@ -37,6 +37,21 @@ def train(constraint: Constraint, prox: Any, steps: int = 40, **options: Any) ->
 
 
 @dataclass(frozen=True)
+class Itself(Unstructured):
+    """The same set; it yields the masks tensor by tensor."""
+
+    def support(self, points: Points) -> Iterator[Tensor]:
+        for point in points:
+            score = point.v.abs() if point.importance is None else point.v.abs() * point.importance.sqrt()
+            yield score >= score.flatten().topk(self.kept(score.numel())).values[-1]
+
+
+def test_a_set_made_of_another_sees_small_tensors_one_by_one() -> None:
+    one, other = (train(kind(0.7), "linearized")[0] for kind in (Unstructured, Itself))
+    assert all(torch.equal(p, other[name]) for name, p in one.items())
+
+
+@dataclass(frozen=True)
 class LooksAgain(Unstructured):
     """The same set; it reads its points before, backwards and in between."""
 

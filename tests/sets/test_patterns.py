@@ -132,6 +132,14 @@ def test_no_tensor_is_emptied_beyond_its_floor_or_spared_beyond_its_ceiling(floo
     assert not all(floor <= share <= ceiling for share in free)  # or nothing was tested
 
 
+def test_a_ceiling_below_what_a_ramp_begins_with_is_raised_to_that() -> None:
+    constraint = Unstructured(0.9, "model", ceiling=0.12)
+    for tightness, kept in ((0.0, 300), (0.5, 200), (1.0, 100)):
+        found = masks(constraint.relaxed(tightness), *several())
+        assert sum(int(mask.sum()) for mask in found) == kept
+    assert all(float(mask.float().mean()) <= 0.12 for mask in found)
+
+
 def test_bounds_that_do_not_bind_change_nothing() -> None:
     free, bounded = (masks(Unstructured(0.5, "model", **bounds), *several()) for bounds in ({}, {"floor": 1e-3}))
     assert all(torch.equal(a, b) for a, b in zip(free, bounded, strict=True))
@@ -149,6 +157,14 @@ def test_a_profile_prunes_deeper_blocks_more_and_as_much_in_all() -> None:
     assert sum(int(mask.sum()) for mask in found) == pytest.approx(0.4 * total, abs=3)
     flat = masks(Unstructured(0.6, depth=0.0), *tensors, names=names)
     assert {round(1 - float(mask.float().mean()), 3) for mask in flat} == {0.6}
+
+
+def test_a_profile_too_steep_for_its_sparsity_keeps_as_many_in_all() -> None:
+    """The last blocks would lose more than all they have: they keep next to nothing, and the others make up for it."""
+    tensors = [(torch.randn(40, 50, generator=torch.Generator().manual_seed(i)), None) for i in range(5)]
+    found = masks(Unstructured(0.9, depth=0.4), *tensors, names=[f"layers.{i}" for i in range(5)])
+    assert sum(int(mask.sum()) for mask in found) == pytest.approx(1000, abs=5)
+    assert 1 <= int(found[-1].sum()) <= 2
 
 
 def test_a_number_of_weights_is_kept() -> None:

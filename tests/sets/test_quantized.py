@@ -348,6 +348,36 @@ def test_groups_of_transposed_weights_run_along_the_input() -> None:
         assert torch.equal(turned, projected(constraint, v.mT.contiguous(), f.abs().mT.contiguous()).mT)
 
 
+def test_many_groups_have_the_scales_that_each_has_by_itself() -> None:
+    """They are fitted some rows at a time, with the importance and the last scales of these."""
+    generator = torch.Generator().manual_seed(0)
+    v, f = (torch.randn(70, 2048, generator=generator).abs() for _ in range(2))
+    (point,) = WholePoints([(v, f)])
+    for last in (None, (v.view(70, -1, 64).amax(dim=-1) * torch.linspace(0.1, 0.2, 70)[:, None]).bfloat16()):
+        found = Quantized(4, 64).fit(v, replace(point, numbers=last))
+        for row in range(70):
+            numbers = None if last is None else last[row, None]
+            alone = replace(point, v=v[row, None], importance=f[row, None], numbers=numbers)
+            assert torch.equal(found[row, None], Quantized(4, 64).fit(v[row, None], alone))
+
+
+def test_entries_without_importance_have_the_scale_of_equally_important_ones() -> None:
+    v = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    (point,) = WholePoints([(v, None)])
+    found = Quantized(3, 16).fit(v, replace(point, importance=torch.zeros_like(v)))
+    assert torch.equal(found, Quantized(3, 16).fit(v, point))
+
+
+def test_the_other_set_is_told_which_tensors_are_transposed_and_what_the_model_is() -> None:
+    Quantized(4, 4, NM(2, 4)).check({"a": torch.Size((8, 6))}, ["a"])  # 8 inputs
+
+    class Fits(NM):
+        def fitted(self, model: nn.Module) -> NM:
+            return NM(1, 4)
+
+    assert Quantized(4, 4, Fits(2, 4)).fitted(nn.Linear(8, 8)).inside == NM(1, 4)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -2,9 +2,12 @@
 
 import itertools
 import sys
+import threading
 from collections.abc import Collection, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +85,71 @@ def test_a_stack_is_as_its_matrices(rows: int, n: int, in_places: bool, data: st
     for _ in range(2):
         (found,) = largest(lambda _: [Scores(score, tie, first)], pools, kept, guesses=guesses)
         assert torch.equal(found, expected)
+
+
+def test_zeros_that_are_kept_are_counted_where_rows_of_a_stack_have_different_numbers() -> None:
+    score = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0], [0.0] * 5])
+    pools = torch.zeros(2, dtype=torch.int64)
+    (mask,) = largest(lambda _: [Scores(score, score, 0)], pools, torch.tensor([6]))
+    assert mask.tolist() == [[True] * 5, [True, False, False, False, False]]
+
+
+def on_processes(count: int, find: Any) -> list[Any]:
+    """Return what ``find(rank, add)`` returns on each of some processes; here they are threads."""
+    barrier, given = threading.Barrier(count), [torch.empty(0)] * count
+
+    def one(rank: int) -> Any:
+        def add(t: Tensor) -> Tensor:
+            given[rank] = t
+            barrier.wait(60)
+            total = torch.stack(given).sum(dim=0)
+            barrier.wait(60)
+            return t.copy_(total)
+
+        try:
+            return find(rank, add)
+        except BaseException:
+            barrier.abort()  # else the others would wait
+            raise
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), st.data())
+def test_equals_that_are_sharded_go_to_the_first_part_and_copies_count_once(
+    case: tuple[list[Tensor], list[Tensor], bool, list[list[int]]], data: st.DataObject
+) -> None:
+    """Three processes hold parts of each matrix, some of them empty, or all hold all of it."""
+    matrices, ties, together, _ = case
+    sizes = [sum(map(len, matrices))] if together else list(map(len, matrices))
+    kept = torch.tensor([data.draw(st.integers(1, size)) for size in sizes])
+    pools = torch.zeros(len(matrices), dtype=torch.int64) if together else torch.arange(len(matrices))
+    copied = [data.draw(st.booleans()) for _ in matrices]
+    cuts = [[0, *sorted(data.draw(st.integers(0, len(m))) for _ in range(2)), len(m)] for m in matrices]
+
+    def held(rank: int, index: int) -> slice:
+        return slice(None) if copied[index] else slice(*cuts[index][rank : rank + 2])
+
+    def find(rank: int, add: Any) -> list[list[Tensor]]:
+        def scores(wanted: Collection[int] | None) -> Iterator[Scores]:
+            for index in range(len(matrices)) if wanted is None else sorted(wanted):
+                score, tie = (of[index][None, held(rank, index)].clone() for of in (matrices, ties))
+                counts, order = (rank == 0, 0) if copied[index] else (True, rank)
+                yield Scores(score, tie, index, counts, order)
+
+        guesses: dict[Hashable, Tensor] = {}
+        return [list(largest(scores, pools, kept, add, 3, guesses)) for _ in range(2)]
+
+    def whole(_: object) -> Iterator[Scores]:
+        yield from (Scores(s[None], t[None], i) for i, (s, t) in enumerate(zip(matrices, ties, strict=True)))
+
+    expected = list(largest(whole, pools, kept))
+    for rank, searches in enumerate(on_processes(3, find)):
+        for masks in searches:
+            for index, mask in enumerate(masks):
+                assert torch.equal(mask, expected[index][:, held(rank, index)])
 
 
 def test_noise_depends_on_the_place_in_the_whole_and_not_on_the_cut() -> None:
