@@ -29,7 +29,7 @@ class Schedule:
             from a thousandth.
         interval: Optimizer steps between projections (K). None takes a 256th of the ADMM phase, at most 32.
         ramp: Fraction of all steps over which the sparsity rises to its target, as 1 − (1 − t)³ from the sparsity at
-            which the set begins; 0 asks for the target from the first projection.
+            which the set begins (70 %, or the target if that is less); 0 asks for the target from the first projection.
         frozen: Fraction of all steps, the last ones, that form the frozen phase; 0 for none.
 
     Raises:

@@ -159,7 +159,8 @@ class ElsaCLI(LightningCLI):
                     f"elsa.{given[0]} asks for an ElsaCallback beside the one under trainer.callbacks: set that one's "
                     f"arguments with --trainer.callbacks.{given[0]}, or move them to 'elsa:' in the configuration"
                 )
-            if elsa["learning_rate"] is None and self._get(self.config, "model").optimizer == defaults.model.optimizer:
+            optimizer = self._get(self.config, "model").optimizer
+            if elsa["learning_rate"] is None and _rate(optimizer) == _rate(defaults.model.optimizer):  # given none
                 elsa["learning_rate"] = "auto"
             callbacks = [*callbacks, ElsaCallback(**elsa)]
         barred = config["enable_progress_bar"] is False or any(isinstance(c, ProgressBar) for c in listed)
@@ -221,6 +222,12 @@ class ElsaCLI(LightningCLI):
             guide.sizes = (planned.constrained, planned.parameters)
             shards = self.trainer.world_size if isinstance(self.trainer.strategy, SHARDING) else 1
             guide.memory = planned.total(shards) / 2**30
+
+
+def _rate(optimizer: Any) -> tuple[Any, Any]:
+    """Return the class and the learning rate of an optimizer in a configuration."""
+    arguments = getattr(optimizer, "init_args", None)
+    return getattr(optimizer, "class_path", optimizer), None if arguments is None else arguments.get("lr")
 
 
 def check_checkpoint(given: str | None) -> None:

@@ -74,6 +74,26 @@ def test_main_job_prunes_to_ninety_percent_with_default_settings() -> None:
     assert (callback.schedule, callback.prox) == (default.schedule, default.prox)
 
 
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ([], "auto"),
+        (["--model.optimizer.fused=true"], "auto"),  # no rate was given
+        (["--model.optimizer.lr=2e-4"], None),
+        (["--model.optimizer=torch.optim.Adam", "--model.optimizer.lr=2e-4"], None),
+        (["--model.optimizer=torch.optim.AdamW"], None),
+        (["--elsa.learning_rate=auto", "--model.optimizer.lr=2e-4"], "auto"),
+    ],
+)
+def test_a_rate_is_chosen_where_none_is_given(options: list[str], chosen: str | None) -> None:
+    assert elsa(built(ROOT / "configs/elsa.yaml", *options)).learning_rate == chosen
+
+
+@pytest.mark.parametrize("config", [*PAPER, ROOT / "configs/opt-125m.yaml"], ids=name)
+def test_the_rate_that_a_config_gives_is_kept(config: Path) -> None:
+    assert elsa(built(config)).learning_rate is None
+
+
 @pytest.mark.parametrize("config", PAPER, ids=name)
 def test_paper_config_holds_the_published_hyperparameters(config: Path) -> None:
     cli = built(config)

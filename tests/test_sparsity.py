@@ -1,6 +1,7 @@
 """elsa sparsity: what is counted of a file is what is in the model, and what is not read is said."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -316,6 +317,12 @@ def test_a_run_without_a_model_is_counted_by_its_last_checkpoint(model: Any, tmp
     for run in (place.parent, tmp_path):
         found = sparsity(run)
         assert found.source == str(place / "last.ckpt") and by_name(found) == by_name(sparsity(model))
+    later = place / "terminated-step=7.ckpt"  # SaveOnTerminate's, made after the last regular one
+    torch.save({"state_dict": {name: 0 * t for name, t in model.state_dict().items()}}, later)
+    for checkpoint, seconds in ((place / "last.ckpt", 1), (later, 2)):
+        os.utime(checkpoint, (seconds, seconds))
+    assert sparsity(tmp_path).source == str(later)
+    later.unlink()
     (tmp_path / "lightning_logs/version_1/checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match=r"^'.*holds several runs, give one: .*version_0, .*version_1"):
         sparsity(tmp_path)

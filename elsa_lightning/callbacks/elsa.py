@@ -77,8 +77,8 @@ class ElsaCallback(Callback):
             ``decoupled``: a pull towards the set in the optimizer's metric; ``coupled``: a pull through the gradient;
             ``published``: the same, exactly as in the paper; ``feedback``: a dual that never forgets, for short runs.
         interval: Optimizer steps between projections; None takes a 256th of the ADMM phase, at most 32.
-        ramp: Fraction of all steps over which the sparsity rises to its target, from 70 % or from less if the target is
-            less.
+        ramp: Fraction of all steps over which the sparsity rises from 70 % to its target. A target of 70 % or less
+            holds from the first projection; neurons, heads, layers and experts are removed one by one from the start.
         frozen: Fraction of all steps, the last ones, in which the mask is fixed and the zeros are exact.
         state_dtype: The dtype of the number that the method stores for each weight: ``float32``, ``bfloat16`` or
             ``float8_e4m3fn``.
@@ -91,7 +91,8 @@ class ElsaCallback(Callback):
             not step at every batch, or several optimizers that step unequally. None asks Lightning.
         learning_rate: ``auto`` scales the learning rates of an Adam, and of its schedule, to a peak that suits how much
             the set takes from the weights and how wide and deep the model is; see :mod:`elsa_lightning.rate`. None
-            keeps the optimizer's rate, and warns if it is far from that one.
+            keeps the optimizer's rate, and warns if it is far from that one; but ``elsa fit`` takes ``auto`` if its
+            default optimizer is given no rate.
 
     Raises:
         ValueError: An argument is out of range.

@@ -108,8 +108,7 @@ def choose_optimizer(optimizers: list[Optimizer], index: int | None) -> Optimize
         raise UserError("the module has no optimizer (configure_optimizers returns none): nothing trains its weights")
     if index is None and len(optimizers) > 1:
         raise UserError(
-            f"the module has {len(optimizers)} optimizers ({names}); say whose weights to prune with optimizer_index, "
-            f"and restrict targets to them"
+            f"the module has {len(optimizers)} optimizers ({names}); say whose weights to prune with optimizer_index"
         )
     if not 0 <= (index or 0) < len(optimizers):
         raise UserError(f"optimizer_index is {index}, and the module's optimizers are {names}")

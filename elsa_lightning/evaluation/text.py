@@ -47,7 +47,7 @@ def perplexity(
         model: A causal language model of transformers, on its device.
         tokenizer: The model's tokenizer.
         text: ``wikitext2`` (its test text), ``c4`` (256 segments of its validation text), ``pydocs``, or a file or
-            folder of text: its test files if names tell which these are, else all of it.
+            folder of text: its test files (else its validation files) if names tell which these are, else all of it.
         seq_len: Tokens in a segment; None takes 2048, or as many as the model can take.
         segments: Use only so many segments, the first ones; None uses all.
         bos: Where BOS goes. ``stream``: once, where the tokenizer puts it before the whole text, as published.

@@ -28,7 +28,7 @@ def parser() -> CommandParser:
     )  # fmt: skip
     add(
         "--break-even", "--break_even", type=float, metavar="SHARE",
-        help="of cpu-sparse: zeros from which on a layer is kept as sparse rows (default: measured)",
+        help="of cpu-sparse: zeros from which on a layer is kept as sparse rows (default: 0.6)",
     )  # fmt: skip
     add("--gguf-type", "--gguf_type", default="f16", metavar="TYPE", help="of gguf: f32, f16, bf16, q8_0 or q4_0")
     add("--converter", metavar="PATH", help="of gguf: llama.cpp's convert_hf_to_gguf.py, if it is no command")

@@ -90,7 +90,7 @@ def find(path: Path) -> Path:
         return path / "hf"
     checkpoints = sorted((path / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
     if checkpoints:
-        last = [file for file in checkpoints if file.name.startswith("last")]
+        last = [file for file in checkpoints if file.name.startswith(("last", "terminated"))]  # SaveOnTerminate's
         return find((last or checkpoints)[-1])
     inside = [*path.glob("lightning_logs/version_*"), *path.glob("version_*")]
     runs = [str(run) for run in sorted(inside) if (run / "hf").is_dir() or (run / "checkpoints").is_dir()]

@@ -69,8 +69,9 @@ class CausalLM(LightningModule):
         name: Hub name (``facebook/opt-125m``) or folder of the model; ``pydocs-2m`` is the small one that
             comes with the package and needs no network.
         pretrained: Load the weights. False starts from random weights with the model's configuration.
-        optimizer: Any torch optimizer. The published method uses Adam without weight decay; projections are
-            weighted by the second moment of an Adam.
+        optimizer: Any torch optimizer; projections are weighted by the second moment of an Adam. The default is an Adam
+            without weight decay at 2.0001e-4, a rate that nobody would write: ``elsa fit`` takes it for none given, and
+            chooses one (``learning_rate`` of ElsaCallback).
         lr_schedule: Shape of the learning rate over the whole run, after the warm-up.
         warmup_steps: Optimizer steps of linear warm-up.
         dtype: The dtype in which weights are loaded. For mixed precision keep float32 and set ``trainer.precision``
@@ -93,7 +94,7 @@ class CausalLM(LightningModule):
         self,
         name: str = EMBEDDED_MODEL,
         pretrained: bool = True,
-        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=2e-4),
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=2.0001e-4),
         lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
         warmup_steps: int = 0,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
