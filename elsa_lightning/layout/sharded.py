@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.kernels import is_kernel, matrix_shape
@@ -234,13 +235,26 @@ def processes_of(parameters: Iterable[nn.Parameter]) -> Processes:
 
 
 def _cuts_rows(kernel: Tensor) -> bool:
-    return isinstance(kernel, DTensor) and any(
-        place.is_shard() and not place.is_shard(0) for place in kernel.placements
-    )
+    return isinstance(kernel, DTensor) and any(_axis(place) not in (None, 0) for place in kernel.placements)
 
 
 def _replicated(p: DTensor) -> bool:
     return all(isinstance(placement, Replicate) for placement in p.placements)
+
+
+def _axis(placement: Placement) -> int | None:
+    """Return the dimension along which a placement cuts; a strided one, of FSDP2 beside TP, is no ``Shard``."""
+    return getattr(placement, "dim", None)
+
+
+def _cuts(p: DTensor, axis: int | None = None) -> list[int]:
+    """Return the mesh's dimensions that cut ``p``, along an axis or any, from the coarsest cut to the finest.
+
+    A strided placement cuts what those to its right have cut: FSDP2 the pieces that tensor parallelism made.
+    """
+    cutting = [dim for dim, place in enumerate(p.placements) if (at := _axis(place)) is not None and axis in (None, at)]
+    strided = [dim for dim in cutting if isinstance(p.placements[dim], _StridedShard)]
+    return [dim for dim in cutting if dim not in strided] + strided[::-1]
 
 
 def whole(t: Tensor) -> Part:
@@ -286,11 +300,10 @@ def _part_of_dtensor(p: DTensor, root: int) -> Part:
     if _replicated(p):
         return Part(p.shape, tuple(offsets), dist.get_rank() == root)
     order, counts = 0, root in mesh.mesh  # if a mesh has only some processes, the copy that includes root counts
-    for place, size, placement in zip(coordinate, mesh.shape, placements, strict=True):
-        if isinstance(placement, Replicate):
-            counts = counts and place == 0
-        else:
-            order = order * size + place
+    for dim in _cuts(p):
+        order = order * mesh.size(dim) + coordinate[dim]
+    for place, placement in zip(coordinate, placements, strict=True):
+        counts = counts and (place == 0 or not isinstance(placement, Replicate))
     return Part(p.shape, tuple(offsets), bool(counts), order, True)
 
 
@@ -345,6 +358,17 @@ def laid_out_like(p: Tensor, t: Tensor, n: int, rows: int | None = None) -> Tens
     return DTensor.from_local(t, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
 
 
+def _falls_between(length: int, sizes: Sequence[int], together: int) -> bool:
+    """Return whether cuts of a length, each into so many pieces of those before, keep groups of entries together."""
+    lengths = {length}
+    for size in (size for size in sizes if size > 1):
+        each = {-(-n // size) for n in lengths}  # torch makes pieces as even as this allows
+        if any(n % together for n in each):
+            return False
+        lengths = each | {n % -(-n // size) for n in lengths} - {0}
+    return True
+
+
 def check_grain(name: str, p: Tensor, rows: int, columns: int) -> None:
     """Raise ValueError if shards of ``p`` cut blocks of entries that must stay together.
 
@@ -364,10 +388,10 @@ def check_grain(name: str, p: Tensor, rows: int, columns: int) -> None:
         )
     last = [] if kernel else [(p.dim() - 1, columns, "entries of a row")]
     for dim, together, what in (*last, (0 if kernel else p.dim() - 2, rows, "rows")):
-        placements = zip(p.device_mesh.shape, p.placements, strict=True)
-        pieces = math.prod(size for size, place in placements if place.is_shard(dim))
-        each: Any = -(-p.shape[dim] // pieces)  # shards are as even as this allows
-        if pieces > 1 and (each % together or (dim == p.dim() - 1 and p.shape[dim] % (together * pieces))):
+        sizes = [p.device_mesh.size(cut) for cut in _cuts(p, dim)]
+        pieces = math.prod(sizes)
+        even = dim != p.dim() - 1 or p.shape[dim] % (together * pieces) == 0
+        if pieces > 1 and not (even and _falls_between(p.shape[dim], sizes, together)):
             raise UserError(
                 f"{name} has {p.shape[dim]} {what} cut into {pieces} pieces, and {together} {what} are kept together: "
                 f"shard it along another dimension, or over a number of processes that makes each piece a multiple of "

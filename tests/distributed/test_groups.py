@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from elsa_lightning import ADMM, Unstructured
 from elsa_lightning.layout.fsdp1 import mark_slices, settle
@@ -158,9 +159,40 @@ def a_grain_that_shards_cut(rank: int) -> None:
         ADMM(optimizer, {"q": q}, Blocks(0.5), total_steps=9)
 
 
+def twice_sharded(rows: int) -> tuple[nn.Linear, Tensor]:
+    """A layer that tensor parallelism cuts and FSDP2 cuts again, and its whole weight, which has many ties."""
+    mesh = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("dp", "tp"))
+    layer = nn.Linear(16, rows, bias=False)
+    whole = torch.randn(rows, 16, generator=torch.Generator().manual_seed(8)).mul_(4).round_() / 4
+    layer.weight = nn.Parameter(whole.clone())
+    parallelize_module(layer, mesh["tp"], ColwiseParallel())
+    fully_shard(layer, mesh=mesh["dp"])
+    return layer, whole
+
+
+def fsdp2_beside_tensor_parallelism(rank: int) -> None:
+    """Pieces that lie in another order than the processes keep what the whole keeps, ties included."""
+    for rows in (24, 13):
+        layer, whole = twice_sharded(rows)
+        train(layer.weight)
+        train(one := nn.Parameter(whole))
+        assert torch.equal(layer.weight.full_tensor(), one)  # type: ignore[operator]
+
+
+def a_grain_that_two_cuts_cut(rank: int) -> None:
+    """24 rows are 12 and 12, and then 6 each; 6 rows are 3 and 3, and then 2, 1, 2 and 1."""
+    layer, _ = twice_sharded(24)
+    optimizer = torch.optim.Adam([layer.weight])
+    with pytest.raises(ValueError, match="p has 24 rows cut into 4 pieces, and 4 rows are kept together"):
+        ADMM(optimizer, {"p": layer.weight}, Blocks(0.5), total_steps=9)
+    q = nn.Parameter(distribute_tensor(torch.ones(6, 16), pairs(), [Shard(0), Shard(0)]))
+    with pytest.raises(ValueError, match="q has 6 rows cut into 4 pieces, and 2 rows are kept together"):
+        ADMM(torch.optim.Adam([q]), {"q": q}, Blocks(0.5, grain=(2, 1)), total_steps=9)
+
+
 SITUATIONS = (
     two_meshes, only_some, a_mesh_in_a_mesh, a_copy_beside_shards, broken_on_one, late_under_fsdp1,
-    a_grain_that_shards_cut,
+    a_grain_that_shards_cut, fsdp2_beside_tensor_parallelism, a_grain_that_two_cuts_cut,
 )  # fmt: skip
 
 
