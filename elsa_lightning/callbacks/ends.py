@@ -44,7 +44,7 @@ def had_ended(trainer: Trainer) -> bool:
     """Return, at the end of a fit, whether it resumed a run with no step left, so that Lightning trained nothing."""
     return bool(
         trainer.fit_loop.restarting
-    )  # Lightning sets it when the loop is restored and clears it when the loop ran
+    )  # set when a loop is restored, cleared when it ran
 
 
 def is_stopping(trainer: Trainer) -> bool:
