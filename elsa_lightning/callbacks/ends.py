@@ -42,9 +42,7 @@ def trains_nothing(trainer: Trainer) -> bool:
 
 def had_ended(trainer: Trainer) -> bool:
     """Return, at the end of a fit, whether it resumed a run with no step left, so that Lightning trained nothing."""
-    return bool(
-        trainer.fit_loop.restarting
-    )  # set when a loop is restored, cleared when it ran
+    return bool(trainer.fit_loop.restarting)  # set when a loop is restored, cleared when it ran
 
 
 def is_stopping(trainer: Trainer) -> bool:
