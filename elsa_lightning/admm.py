@@ -627,6 +627,11 @@ class ADMM:
                 f"the checkpoint counts {state_dict['step']} ADMM steps but the optimizer's state has no masks; load "
                 f"the optimizer's state first, from a checkpoint that has it (no save_weights_only)"
             )
+        if state_dict["phase"] == "suspended" and state_dict["step"] > 0 and not self.tensors.holding(REMOVED):
+            raise UserError(
+                "the checkpoint is of a suspended run, and the values that its zeros had were not loaded: what loads "
+                "by existing keys, as torch.distributed.checkpoint does, needs admm.expect() before it loads"
+            )
         self._hooks.vouch()
         self.step, self.penalty, self._calls = (state_dict[key] for key in ("step", "penalty", "calls"))
         self._tightness = state_dict["tightness"]

@@ -1,5 +1,6 @@
 """ADMM against independent two-variable references, closed forms and interrupted runs."""
 
+import copy
 import io
 import itertools
 import logging
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from elsa_lightning import ADMM, Unstructured
+from elsa_lightning.errors import UserError
 from elsa_lightning.layout.lowbit import StateDtype
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.sets.unstructured import AT_ONCE
-from elsa_lightning.tensors import SPLIT
+from elsa_lightning.tensors import REMOVED, SPLIT
 
 SHAPE = (12, 10)
 
@@ -495,6 +497,28 @@ def test_a_checkpoint_of_other_settings_is_refused() -> None:
     same = ADMM(fresh, {"p": q}, Unstructured(0.5), total_steps=5)
     with pytest.raises(ValueError, match="the optimizer's state has no masks"):
         same.load_state_dict(admm.state_dict())
+
+
+def test_a_suspended_run_is_not_resumed_without_the_values_that_it_removed() -> None:
+    p, loss = problem()
+    optimizer = torch.optim.Adam([p])
+    admm = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=9, prox="coupled")
+    train(optimizer, loss, 3)
+    dense = p.detach().clone()
+    admm.finish(resumable=True)
+    for lost in (False, True):
+        q = torch.nn.Parameter(p.detach().clone())
+        again, saved = torch.optim.Adam([q]), copy.deepcopy(optimizer.state_dict())
+        resumed = ADMM(again, {"p": q}, Unstructured(0.5), total_steps=9, prox="coupled")
+        if lost:  # torch.distributed.checkpoint fills what exists and drops the rest
+            del saved["state"][0][REMOVED]
+        again.load_state_dict(saved)
+        if lost:
+            with pytest.raises(UserError, match=r"suspended run, .* were not loaded: .* needs admm.expect\(\)"):
+                resumed.load_state_dict(admm.state_dict())
+        else:
+            resumed.load_state_dict(admm.state_dict())
+            assert torch.equal(q, dense)
 
 
 def test_detached_it_leaves_the_optimizer_alone() -> None:
