@@ -24,6 +24,7 @@ import re
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from types import MappingProxyType
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -100,6 +101,7 @@ class ADMM:
     """
 
     _room: Collection[str] = (SPLIT, SCALE, MASK, NUMBERS)  # tensors that a distributed checkpoint may hold
+    later: Mapping[str, nn.Parameter] = MappingProxyType({})  # joining once the optimizer has them (KeptZeros)
 
     def __init__(
         self,
@@ -116,11 +118,11 @@ class ADMM:
         if total_steps < 1:
             raise UserError(f"total_steps must be 1 or more optimizer steps, got {total_steps}")
         parameters = dict(parameters.parameters if isinstance(parameters, Selection) else parameters)
-        if not parameters:
+        if not (parameters or self.later):
             raise UserError("parameters is empty: there is nothing to constrain")
         optimizer = innermost(optimizer)
         check_set(constraint, "constraint")
-        _take_from_others(optimizer, parameters)
+        take_from_others(optimizer, parameters)
         self.optimizer, self.total_steps = optimizer, int(total_steps)
         self.form, schedule = copy.deepcopy(make_form(prox)), schedule or Schedule()  # a form measures its run
         self.schedule = replace(schedule, penalty=self.form.penalty) if schedule.penalty is None else schedule
@@ -622,7 +624,7 @@ class ADMM:
                 f"measured of each is by its place: give the parameters in the order that they had"
             )
         self.tensors.take_over()
-        if state_dict["step"] > 0 and not self.tensors.holding(MASK):
+        if state_dict["step"] > 0 and self._lacks_masks(state_dict):
             raise UserError(
                 f"the checkpoint counts {state_dict['step']} ADMM steps but the optimizer's state has no masks; load "
                 f"the optimizer's state first, from a checkpoint that has it (no save_weights_only)"
@@ -645,6 +647,9 @@ class ADMM:
         self._masked = len(self.tensors.holding(MASK))
         if state_dict["total_steps"] != self.total_steps:
             self._change_length(state_dict["total_steps"])
+
+    def _lacks_masks(self, state_dict: dict[str, Any]) -> bool:
+        return not self.tensors.holding(MASK)
 
     def _check_scalars(self) -> None:
         """Raise ValueError if the optimizer's state was loaded from a run whose scalars were not."""
@@ -708,7 +713,7 @@ class ADMM:
             log.warning(message)
 
 
-def _take_from_others(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+def take_from_others(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
     """Take parameters from finished ADMMs that constrain some of them; two would undo each other's steps.
 
     Raises:

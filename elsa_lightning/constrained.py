@@ -112,6 +112,24 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
         self._tensors = {name: tensor for name, tensor in self.items() if tensor.p not in parameters}
         self.places = {tensor.p: self.places[tensor.p] for tensor in self.values()}
 
+    def take(self, parameters: Mapping[str, nn.Parameter]) -> list[ConstrainedTensor]:
+        """Constrain more parameters, which the optimizer may have got meanwhile; return their tensors."""
+        self.find_parts()
+        whole = {name: matrix_shape(p, self.parts[p].shape) for name, p in parameters.items() if p in self.parts}
+        self.constraint.check(whole, [name for name, p in parameters.items() if is_transposed(p)])
+        new = {name: self._constrain(name, p, self.constraint) for name, p in parameters.items()}
+        first = max(self.places.values(), default=-1) + 1
+        self._tensors |= new
+        self.places |= {tensor.p: place for place, tensor in enumerate(new.values(), first)}
+        return list(new.values())
+
+    def arrange(self, described: Sequence[str]) -> None:
+        """Bring the tensors into the order of their descriptions, where these are those of the tensors."""
+        names = {tensor.described: name for name, tensor in self.items()}
+        if sorted(described) == sorted(names):
+            self._tensors = {names[each]: self[names[each]] for each in described}
+            self.places = {tensor.p: place for place, tensor in enumerate(self.values())}
+
     def remove(self) -> None:
         """Remove the hooks by which FSDP1 saves our state."""
         self._dense.remove()

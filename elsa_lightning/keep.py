@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elsa_lightning import update as updates
-from elsa_lightning.admm import ADMM
+from elsa_lightning.admm import ADMM, take_from_others
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.sharded import exact_dtype, local
 from elsa_lightning.patterns import USUAL, groups_of, satisfied
 from elsa_lightning.report import some
+from elsa_lightning.selection import count_zeros_of
 from elsa_lightning.sets.base import Constraint, Points
 from elsa_lightning.sparse import MIN_SPARSITY, SHOWN, Counted, Kept, check_min_sparsity
 from elsa_lightning.tensors import KEYS, MASK, ConstrainedTensor
@@ -45,15 +46,21 @@ class KeptZeros(ADMM):
 
     The masks are the weights' own zeros, so any pattern is preserved, N:M too. Gradients are masked as soon as they are
     computed, so zeros do not affect clipping by norm, accumulation and the optimizer's moments; after the step the
-    zeros are restored, whatever the optimizer did. This is an :class:`~elsa_lightning.ADMM` whose mask is fixed from
-    the start: to resume exactly, save ``optimizer.state_dict()`` and ``state_dict()``, attach a new one, and load both.
+    zeros are restored, whatever the optimizer did. Layers may be unfrozen meanwhile: frozen weights are kept from
+    when the optimizer trains them. This is an :class:`~elsa_lightning.ADMM` whose mask is fixed from the
+    start: to resume exactly, save ``optimizer.state_dict()`` and ``state_dict()``, attach a new one, and load both.
 
     Args:
         optimizer: Any torch optimizer, or accelerate's or Fabric's wrapper of one.
-        parameters: The weights by name; see :func:`elsa_lightning.sparse.sparse_weights`.
+        parameters: The weights by name; see :func:`elsa_lightning.sparse.sparse_weights`. Frozen ones need not be the
+            optimizer's yet.
         min_sparsity: Least fraction of zeros of a tensor whose zeros are kept; tensors with fewer are left alone.
         begin: Take the masks now. Use False if the weights have yet to be loaded, and call :meth:`begin` then.
         replicas: The processes that train copies of the parameters (DDP), so that they skip a broken step together.
+
+    Attributes:
+        kept: What is kept sparse, and what is left alone.
+        later: Weights that are frozen so far. Flat slices (FSDP1) stay there.
 
     Raises:
         ValueError: No tensor has so many zeros, a parameter is not the optimizer's, or an argument is out of range.
@@ -72,15 +79,18 @@ class KeptZeros(ADMM):
     ) -> None:
         self.min_sparsity = check_min_sparsity(min_sparsity)
         self.kept = Kept((), ())
-        super().__init__(optimizer, parameters, Zeros(), total_steps=sys.maxsize, replicas=replicas)
-        self._gradients = [self._mask_when_there(tensor) for tensor in self.tensors.values() if not self.tensors.flat]
+        self.later = {name: p for name, p in parameters.items() if not p.requires_grad}
+        now = {name: p for name, p in parameters.items() if name not in self.later}
+        super().__init__(optimizer, now, Zeros(), total_steps=sys.maxsize, replicas=replicas)
+        self._gradients: dict[str, Any] = {}  # handles of the hooks that mask gradients
+        self._mask_as_made()
         if begin:
             self.begin()
 
     def detach(self, saves: bool = False) -> None:
         """Remove the hooks from optimizer and parameters; the optimizer's state stays."""
         super().detach(saves)
-        for handle in self._gradients:
+        for handle in self._gradients.values():
             handle.remove()
 
     @torch.no_grad()
@@ -94,26 +104,65 @@ class KeptZeros(ADMM):
         for tensor in tensors:  # another run may have left its tensors in the optimizer's state
             tensor.release(*KEYS)
         self._hooks.vouch()
-        counts = self._count_zeros(tensors)
-        kept = [tensor for tensor in tensors if counts[tensor] >= max(1, self.min_sparsity * _size(tensor))]
-        if not kept:
-            most = max(tensors, key=lambda tensor: counts[tensor] / max(1, _size(tensor)))
+        counts = [Counted(tensor.name, zeros, _size(tensor)) for tensor, zeros in self._count_zeros(tensors).items()]
+        if not any(self._is_sparse(t) for t in counts) and not self.tensors.flat:
+            counts += [Counted(name, *count_zeros_of([p])) for name, p in self.later.items()]
+        if not any(self._is_sparse(t) for t in counts):
+            most = max(counts, key=lambda t: t.zeros / max(1, t.size), default=Counted("the frozen ones", 0, 0))
             raise UserError(
                 f"no tensor has min_sparsity={self.min_sparsity:g} zeros; the most are in {most.name}, "
-                f"{counts[most]:,} of {_size(most):,}. This keeps the zeros of a model that is sparse already: load "
+                f"{most.zeros:,} of {most.size:,}. This keeps the zeros of a model that is sparse already: load "
                 f"its weights before, prune it with ElsaCallback, or lower min_sparsity"
             )
+        self.kept, self.phase = self._keep(tensors), "finished"
+        self._masked = len(self.tensors.holding(MASK))
+
+    @torch.no_grad()
+    def follow(self) -> Kept | None:
+        """Keep the zeros of weights that were frozen, once the optimizer trains them; return these.
+
+        Every step does so as soon as its gradients are final. Called right after layers are unfrozen, it masks
+        their gradients from the first one on, also before they are clipped.
+        """
+        self._mask_as_made()
+        unfrozen = {} if self.tensors.flat else {name: p for name, p in self.later.items() if p.requires_grad}
+        here = {p for group in self.optimizer.param_groups for p in group["params"]} if unfrozen else ()
+        joining = {name: p for name, p in unfrozen.items() if p in here}
+        if self.phase != "setting up":
+            dense = [n for n, p in joining.items() if not self._is_sparse(Counted(n, *count_zeros_of([p])))]
+            self.later = {name: p for name, p in self.later.items() if name not in dense}
+            joining = {name: p for name, p in joining.items() if name not in dense}
+        if not joining:
+            return None
+        tensors = self._join(joining)
+        if self.phase == "setting up":
+            return None
+        more = self._keep(tensors)
+        self.kept = Kept((*self.kept.kept, *more.kept), (*self.kept.left_alone, *more.left_alone))
+        self._masked = len(self.tensors.holding(MASK))
+        return more
+
+    def _join(self, parameters: Mapping[str, nn.Parameter]) -> list[ConstrainedTensor]:
+        take_from_others(self.optimizer, parameters)
+        tensors = self.tensors.take(parameters)
+        self.later = {name: p for name, p in self.later.items() if name not in parameters}
+        self._mask_as_made()
+        return tensors
+
+    def _is_sparse(self, t: Counted) -> bool:
+        return t.zeros >= max(1, self.min_sparsity * t.size)
+
+    def _keep(self, tensors: Sequence[ConstrainedTensor]) -> Kept:
+        """Take the masks of tensors with enough zeros."""
+        found = [Counted(tensor.name, zeros, _size(tensor)) for tensor, zeros in self._count_zeros(tensors).items()]
+        kept = [tensor for tensor, t in zip(tensors, found, strict=True) if self._is_sparse(t)]
         self._set_aside(kept)
-        patterns = self._patterns(kept)
-        found = [
-            Counted(t.name, counts[t], _size(t), patterns.get(t)) for t in tensors
-        ]  # fmt: skip
-        names = {tensor.name for tensor in kept}
-        self.kept = Kept(
-            tuple(t for t in found if t.name in names), tuple(t for t in found if t.name not in names)
-        )  # fmt: skip
+        patterns = {tensor.name: pattern for tensor, pattern in self._patterns(kept).items()}
         self._clear_moments(kept)
-        self.phase, self._masked = "finished", len(kept)
+        return Kept(
+            tuple(replace(t, pattern=patterns[t.name]) for t in found if t.name in patterns),
+            tuple(t for t in found if t.name not in patterns),
+        )
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
@@ -151,7 +200,13 @@ class KeptZeros(ADMM):
         kept, left = (
             [[t.name, t.zeros, t.size, t.pattern] for t in of] for of in (self.kept.kept, self.kept.left_alone)
         )
-        return {**super().state_dict(), "kept": kept, "left_alone": left}
+        aside = [tensor.name for tensor in self.tensors.values() if tensor.aside is not None]
+        return {**super().state_dict(), "kept": kept, "left_alone": left, "aside": aside}
+
+    def _lacks_masks(self, state_dict: dict[str, Any]) -> bool:
+        """Return whether masks are missing that the optimizer's state had when it was saved."""
+        masked, aside = set(self.tensors.masked()), state_dict.get("aside", [])
+        return any(self.tensors[t[0]] not in masked for t in state_dict["kept"] if t[0] not in aside)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore masks and scalars, after model and optimizer were loaded.
@@ -163,6 +218,10 @@ class KeptZeros(ADMM):
             raise UserError(
                 "the state is of a run that prunes, not of one that keeps zeros: load its weights and begin anew"
             )
+        counted = [t[0] for key in ("kept", "left_alone") for t in state_dict[key]]
+        trained = {p for g in self.optimizer.param_groups for p in g["params"]} if not self.tensors.flat else ()
+        self._join({name: p for name, p in self.later.items() if name in counted and p in trained})
+        self.tensors.arrange(state_dict.get("order", []))
         for tensor in self.tensors.values():
             tensor.aside = None
         super().load_state_dict(state_dict)
@@ -179,6 +238,7 @@ class KeptZeros(ADMM):
         if not self.paused:
             if self.phase == "setting up":
                 self.begin()
+            self.follow()
             self.mask_gradients()
         super()._gradients_are_final(loss)
 
@@ -191,8 +251,17 @@ class KeptZeros(ADMM):
         if settled:
             self._copies = sorted({*self._copies, *updates.weight_copies(settled, self.tensors.processes)})
 
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for p in self.tensors.parts)  # all that is sparse may be frozen still
+
     def _has_room(self, tensor: ConstrainedTensor) -> bool:
         return bool(tensor.state) or self.tensors.flat or (self.step > 0 and tensor.p.grad is not None)
+
+    def _mask_as_made(self) -> None:
+        """Have gradients masked as soon as they are made, of all weights that require some by now."""
+        for name, tensor in self.tensors.items():
+            if name not in self._gradients and tensor.p.requires_grad and not self.tensors.flat:
+                self._gradients[name] = self._mask_when_there(tensor)
 
     def _mask_when_there(self, tensor: ConstrainedTensor) -> Any:
         keeper, name = weakref.ref(self), tensor.name  # a strong reference would keep the optimizer alive
@@ -205,7 +274,8 @@ class KeptZeros(ADMM):
                 if here.sharded:
                     raise UserError("the weights are sharded: call begin() before the first backward pass")
                 here.begin()
-            here._mask_gradient(here.tensors[name])
+            if (mine := here.tensors.get(name)) is not None:  # else another ADMM has taken it over
+                here._mask_gradient(mine)
 
         return tensor.p.register_post_accumulate_grad_hook(mask)  # type: ignore[no-untyped-call]
 

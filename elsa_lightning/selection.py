@@ -93,6 +93,7 @@ def select(
     ignore: Sequence[str] = (),
     *,
     trained: Iterable[nn.Parameter] | None = None,
+    frozen: bool = False,
     quiet: bool = False,
 ) -> Selection:
     """Choose the parameters to constrain; ``docs/what_is_pruned.md`` lists them.
@@ -105,6 +106,7 @@ def select(
         ignore: Regular expressions of parameter names to leave dense; they override ``targets``.
         trained: The parameters of the optimizer whose weights are pruned, if the model has several optimizers; those of
             others are left alone. None takes all.
+        frozen: Choose frozen parameters (``requires_grad`` False) too, whatever trains them later.
         quiet: Do not warn of low coverage, because the caller does.
 
     Raises:
@@ -122,8 +124,11 @@ def select(
     ignored: set[str] = set().union(*(_search("ignore", pattern, names) for pattern in ignore))
     matched -= ignored
     ours = None if trained is None else {id(p) for p in trained}
-    others = set() if ours is None else {name for name, p in names.items() if id(p) not in ours}
-    chosen = {n: p for n, p in names.items() if n in matched and p.requires_grad and n not in others}
+    waiting = {n for n, p in names.items() if frozen and not p.requires_grad and _can_train(p)}
+    others = set() if ours is None else {n for n, p in names.items() if id(p) not in ours and n not in waiting}
+    chosen = {
+        n: p for n, p in names.items() if n in matched and (p.requires_grad or n in waiting) and n not in others
+    }  # fmt: skip
     if not chosen:
         raise UserError(_nothing(targets, ignore, found, others))
     for name in chosen:
@@ -211,6 +216,11 @@ def _size(p: nn.Parameter) -> int:
     return shape_of(p).numel()
 
 
+def _can_train(p: nn.Parameter) -> bool:
+    """Return whether a frozen parameter has numbers that an optimizer can move later; packed ones have none."""
+    return p.dtype.is_floating_point and p.dtype.itemsize > 1 and not p.is_meta
+
+
 def _search(argument: str, pattern: str, names: Collection[str]) -> set[str]:
     try:
         found = {name for name in names if re.search(pattern, name)}
@@ -231,7 +241,12 @@ def count_zeros(model: nn.Module, parameters: Iterable[nn.Parameter] | None = No
     """
     settle(model)
     mark_slices(model)
-    parameters = select(model, quiet=True).parameters.values() if parameters is None else list(parameters)
+    return count_zeros_of(select(model, quiet=True).parameters.values() if parameters is None else parameters)
+
+
+def count_zeros_of(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
+    """Return what :func:`count_zeros` does, of parameters whose flat slices (FSDP1) are marked."""
+    parameters = list(parameters)
     processes = processes_of(parameters)
     parts = parts_of(parameters, processes)
     zeros = sum(int((local(p) == 0).sum()) for p, part in parts.items() if part.counts)

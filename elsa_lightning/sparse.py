@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from elsa_lightning.adapters import has_adapter
 from elsa_lightning.anatomy import examine
 from elsa_lightning.errors import UserError
+from elsa_lightning.layout.sharded import part_of
 from elsa_lightning.report import some
 from elsa_lightning.selection import ALL_LINEAR, Selection, count_zeros, select
 
@@ -74,7 +75,7 @@ def sparse_weights(
     trained: Any = None,
     min_sparsity: float = MIN_SPARSITY,
 ) -> Selection:
-    """Choose the weights whose zeros may be kept.
+    """Choose the weights whose zeros may be kept, frozen ones too.
 
     Args:
         model: Any module with sparse weights.
@@ -99,62 +100,53 @@ def sparse_weights(
     if targets is None:
         others = set(found.parameters) - found.linear - found.vectors - found.adapters - set(found.computed)
         ours = {id(p) for p in (model.parameters() if trained is None else trained)}
-        candidates = {n: p for n, p in found.parameters.items() if n in others and p.requires_grad and id(p) in ours}
+        candidates = {
+            n: p for n, p in found.parameters.items() if n in others and (id(p) in ours or not p.requires_grad)
+        }
         chosen += [f"^{re.escape(n)}$" for n, p in candidates.items() if _sparse(model, p, min_sparsity)]
-    return select(model, chosen, ignore, trained=trained, quiet=True)
+    return select(model, chosen, ignore, trained=trained, frozen=True, quiet=True)
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """Sparse weights that are frozen (``requires_grad`` False) when training begins: nothing keeps their zeros.
-
-    If they are trained later, as fine-tuning that unfreezes layers one by one does, these zeros are filled.
+    """Sparse weights that are frozen (``requires_grad`` False) when training begins.
 
     Attributes:
         tensors: Those with enough zeros.
+        parameters: Their parameters by name.
     """
 
-    tensors: tuple[Counted, ...]
+    tensors: tuple[Counted, ...] = ()
+    parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, model: nn.Module, targets: Sequence[str] | None, ignore: Sequence[str], min_sparsity: float = MIN_SPARSITY
-    ) -> Frozen:
-        """Return those among the weights that :func:`sparse_weights` would choose if they were trained."""
-        found = examine(model)
-        linear = found.linear
-        names = set(found.parameters) - found.vectors - found.adapters - set(found.computed)
-
-        def watched(name: str) -> bool:
-            meant = targets is None or any(name in linear if t == ALL_LINEAR else re.search(t, name) for t in targets)
-            return bool(meant) and not any(re.search(pattern, name) for pattern in ignore)
-
-        weights = {n: p for n, p in found.parameters.items() if n in names and p.is_floating_point() and not p.is_meta}
-        frozen = {n: p for n, p in weights.items() if not p.requires_grad and watched(n)}
-        counted = [Counted(n, *count_zeros(model, [p])) for n, p in frozen.items()]
-        return cls(tuple(t for t in counted if t.zeros >= max(1, min_sparsity * t.size)))
+    def of(cls, model: nn.Module, parameters: Mapping[str, nn.Parameter], min_sparsity: float) -> Frozen:
+        """Return those among some weights that have enough zeros."""
+        counted = [Counted(name, *count_zeros(model, [p])) for name, p in parameters.items()]
+        return cls(tuple(t for t in counted if t.zeros >= max(1, min_sparsity * t.size)), dict(parameters))
 
     def __str__(self) -> str:
         """Return one line."""
         named = some([f"{t.name} ({t.zeros:,} zeros of {t.size:,})" for t in self.tensors], SHOWN)
-        return (
-            f"{len(self.tensors)} tensors are frozen (requires_grad False), and nothing keeps their zeros if they are "
-            f"trained later: {named}. To keep them, let them require gradients when training begins"
-        )
+        return f"{len(self.tensors)} tensors are frozen (requires_grad False): {named}. {self._then}"
 
-    def lost(self, model: nn.Module) -> str | None:
-        """Return a warning that names the tensors that have fewer zeros now, or None."""
-        if not self.tensors:
-            return None
-        parameters = examine(model).parameters
-        now = {t: count_zeros(model, [parameters[t.name]])[0] for t in self.tensors if t.name in parameters}
+    @property
+    def _then(self) -> str:
+        if any(part_of(p).start is not None for p in self.parameters.values()):  # FSDP1
+            return "Nothing keeps their zeros if they are trained later: let them require gradients from the start"
+        return "Their zeros are kept as soon as this optimizer trains them"
+
+    def lost(self, model: nn.Module, held: Collection[str]) -> str | None:
+        """Return a warning that names the tensors that have fewer zeros now and were not held meanwhile, or None."""
+        free = [t for t in self.tensors if t.name not in held]
+        now = {t: count_zeros(model, [self.parameters[t.name]])[0] for t in free}
         lost = [f"{t.name}: {t.zeros - zeros:,} of {t.zeros:,}" for t, zeros in now.items() if zeros < t.zeros]
         if not lost:
             return None
         return (
-            f"zeros of {len(lost)} tensors were lost that were frozen when training began and were trained later "
-            f"({some(lost, SHOWN)}). To keep them, let them require gradients when training begins, or train them in "
-            f"a second run with its own KeepMask"
+            f"zeros of {len(lost)} tensors were lost that were frozen when training began, and that something other "
+            f"than this optimizer trained later ({some(lost, SHOWN)}). To keep them, let them require gradients when "
+            f"training begins, or train them in a second run with its own KeepMask"
         )
 
 
@@ -166,5 +158,7 @@ def check_min_sparsity(value: float) -> float:
 
 
 def _sparse(model: nn.Module, p: nn.Parameter, least: float) -> bool:
+    if not p.dtype.is_floating_point or p.is_meta:  # a frozen one of packed numbers
+        return False
     zeros, size = count_zeros(model, [p])
     return zeros >= max(1, least * size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
@@ -54,7 +56,7 @@ class KeepMask(ElsaCallback):
         super().__init__(constraint=Zeros(), targets=targets, ignore=ignore, optimizer_index=optimizer_index)
         self.min_sparsity = check_min_sparsity(min_sparsity)
         self._given = targets
-        self._frozen = Frozen(())
+        self._frozen = Frozen()
 
     @property
     def keep(self) -> KeptZeros:
@@ -93,15 +95,30 @@ class KeepMask(ElsaCallback):
         if not self.keep.frozen:
             self.keep.begin()
         rank_zero_info(f"KeepMask: {self.keep.kept}")
-        self._frozen = Frozen.of(pl_module, self._given, self.ignore, self.min_sparsity)
+        self._frozen = Frozen.of(pl_module, self.keep.later, self.min_sparsity)
         if self._frozen.tensors:
             rank_zero_info(f"KeepMask: {self._frozen}")
         self._monitors.begin(trainer, count=True)
         self._begin_journal(trainer)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the zeros of layers that were unfrozen, before they have gradients."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._follow()
+
+    def _follow(self) -> bool:
+        more = self.keep.follow()
+        if more is not None:
+            rank_zero_info(f"KeepMask: unfrozen, {more}")
+        return more is not None
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Mask the gradients of flat slices (FSDP1) before they are clipped; hooks of parameters do not see these."""
-        if self.admm is not None and self.keep.tensors.flat and optimizer is self.keep.optimizer:
+        """Mask gradients before they are clipped that hooks of parameters do not see: in flat slices (FSDP1), and of
+        layers that were unfrozen since the batch began.
+        """
+        if self.admm is None or optimizer is not self.keep.optimizer or self.keep.paused:
+            return
+        if self._follow() or self.keep.tensors.flat:
             self.keep.mask_gradients()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -114,6 +131,6 @@ class KeepMask(ElsaCallback):
         self.keep.check()
         zeros = sum(t.zeros for t in self.keep.kept.kept)
         rank_zero_info(f"KeepMask: none of the {zeros:,} zeros kept was lost in {self.keep.step:,} optimizer steps")
-        if (said := self._frozen.lost(pl_module)) is not None:
+        if (said := self._frozen.lost(pl_module, self.keep.tensors)) is not None:
             rank_zero_warn(f"KeepMask: {said}")
         self._monitors.end(trainer)

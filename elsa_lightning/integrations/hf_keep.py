@@ -56,7 +56,7 @@ class KeepMaskTrainerCallback(ElsaTrainerCallback):
     def _begin(self) -> None:
         super()._begin()
         self._counts = True  # the model already has its final sparsity
-        self._frozen = Frozen(())
+        self._frozen = Frozen()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -69,9 +69,17 @@ class KeepMaskTrainerCallback(ElsaTrainerCallback):
             self.keep.begin()
         if state.is_world_process_zero:
             log.info("KeepMask: %s", self.keep.kept)
-        self._frozen = Frozen.of(kwargs["model"], self._given, self.ignore, self.min_sparsity)
+        self._frozen = Frozen.of(kwargs["model"], self.keep.later, self.min_sparsity)
         if self._frozen.tensors and state.is_world_process_zero:
             log.info("KeepMask: %s", self._frozen)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the zeros of layers that were unfrozen, before they have gradients."""
+        super().on_step_begin(args, state, control, **kwargs)
+        if (more := self.keep.follow()) is not None and state.is_world_process_zero:
+            log.info("KeepMask: unfrozen, %s", more)
 
     def _attach(
         self, model: nn.Module, optimizer: Optimizer, total_steps: int, replicas: dist.ProcessGroup | None
@@ -99,7 +107,7 @@ class KeepMaskTrainerCallback(ElsaTrainerCallback):
         """
         self.keep.finish()
         self._detach()
-        said = self._frozen.lost(kwargs["model"])
+        said = self._frozen.lost(kwargs["model"], self.keep.tensors)
         if state.is_world_process_zero:
             zeros = sum(t.zeros for t in self.keep.kept.kept)
             log.info("KeepMask: none of the %d zeros kept was lost in %d optimizer steps", zeros, self.keep.step)

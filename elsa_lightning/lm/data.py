@@ -237,7 +237,15 @@ class CalibrationData(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the epoch, and the settings for which it is valid."""
-        return {**self._settings(), "loader": self._resume if self._loader is None else self._loader.state_dict()}
+        return {
+            **self._settings(),
+            "loader": self._resume if self._loader is None else self._used(self._loader).state_dict(),
+        }
+
+    def _used(self, loader: ResumableLoader) -> ResumableLoader:
+        """Return what batches are taken of: ``overfit_batches`` puts another loader in the place of ours."""
+        used = None if self.trainer is None else self.trainer.train_dataloader
+        return used if isinstance(used, ResumableLoader) else loader
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the checkpoint's position in the data, if training continues.

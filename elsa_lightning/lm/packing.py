@@ -110,7 +110,12 @@ class ResumableLoader(DataLoader[Item]):
         assert self.batch_size is not None
         if self.generator is None:  # else the workers' seed is drawn from the global state, which changes dropout
             self.generator = torch.Generator()
-        self.sampler.skip = self._given * self.batch_size  # type: ignore[attr-defined]
-        for batch in super().__iter__():
+        batches: Iterator[Item]
+        if isinstance(self.sampler, ResumableSampler):
+            self.sampler.skip = self._given * self.batch_size
+            batches = super().__iter__()
+        else:  # overfit_batches has put one in its place that keeps the order of the data
+            batches = islice(super().__iter__(), self._given, None)
+        for batch in batches:
             self._given += 1
             yield batch

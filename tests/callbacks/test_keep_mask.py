@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateFinder, WeightAveraging
+from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.precision import MixedPrecision
 from safetensors.torch import load_file
@@ -228,15 +228,100 @@ def test_a_lost_zero_is_an_error_at_the_end(tmp_path: Path) -> None:
         fit(tmp_path, At(8, lose), keep=keep)
 
 
-def test_what_is_unfrozen_later_is_named_and_its_lost_zeros_too(
+class Transfer(Sparse):
+    """Trains a head on a sparse backbone that is frozen, as transfer learning does; ``head`` is no weight to keep."""
+
+    def __init__(self, everything: bool = False) -> None:
+        super().__init__()
+        self.backbone, self.head, self.everything = self.layers, nn.Linear(WIDTH, WIDTH), everything
+        del self.dense
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return self.head(self.layers(batch)).square().mean()  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> Any:
+        trained = [p for p in self.parameters() if self.everything or p.requires_grad]
+        return torch.optim.AdamW(trained, lr=3e-3, weight_decay=0.3)
+
+
+class Late(Transfer):
+    """Unfreezes its backbone in the middle of a step."""
+
+    def training_step(self, batch: Tensor, index: int) -> Any:
+        if self.global_step == 4:
+            self.backbone.requires_grad_(True)
+        return super().training_step(batch, index)
+
+
+def transfer(folder: Path, model: Any, *callbacks: Any, resume: Path | None = None) -> Any:
+    seed_everything(1, verbose=False)
+    model = model()
+    model.backbone.requires_grad_(False)
+    trainer = make_trainer(folder, *callbacks, KeepMask(), max_epochs=3, gradient_clip_val=0.05)
+    trainer.fit(model, loader(4), ckpt_path=resume)
+    return model
+
+
+@pytest.mark.parametrize("way", ["BackboneFinetuning", "all given to the optimizer", "within a step"])
+def test_zeros_of_layers_that_are_unfrozen_later_are_kept(
+    way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unfreeze = At(4, lambda trainer: trainer.lightning_module.backbone.requires_grad_(True))  # type: ignore[union-attr,operator]
+    with caplog.at_level(logging.INFO):
+        if way == "BackboneFinetuning":
+            model = transfer(tmp_path, Transfer, BackboneFinetuning(1))
+        elif way == "within a step":
+            model = transfer(tmp_path, lambda: Late(everything=True))
+        else:
+            model = transfer(tmp_path, lambda: Transfer(everything=True), unfreeze)
+    before = Sparse()
+    for name, mask in masks(before).items():
+        p = model.get_parameter(name)
+        assert not p[~mask].any(), name
+        assert bool((p[mask] != before.get_parameter(name)[mask]).any()), "what is kept is trained"
+        first = {"exp_avg", "exp_avg_sq"} & model.optimizers().state[p].keys()
+        assert first and not any(model.optimizers().state[p][key][~mask].any() for key in first)
+    assert "2 tensors are frozen (requires_grad False): layers.0.weight" in caplog.text
+    assert "KeepMask: unfrozen, 2 of 2 tensors keep" in caplog.text
+    assert "zeros kept was lost in 12 optimizer steps" in caplog.text
+
+
+@pytest.mark.parametrize("at", [2, 7])
+def test_a_run_in_which_layers_are_unfrozen_resumes_with_their_masks(at: int, tmp_path: Path) -> None:
+    """Lightning's callback does not unfreeze in a resumed run what was unfrozen before, so one of our own does."""
+
+    class Unfreeze(BackboneFinetuning):
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+            if epoch >= 1:
+                self.unfreeze_and_add_param_group(pl_module.backbone, optimizer, lr=1e-3)
+
+    def run(folder: str, resume: Path | None = None) -> Any:
+        return transfer(tmp_path / folder, Transfer, Unfreeze(), every_step(tmp_path / folder), resume=resume)
+
+    run("whole")
+    run("again", tmp_path / f"whole/{at}.ckpt")
+    one, other = (load(tmp_path / name / "12.ckpt") for name in ("whole", "again"))
+    assert len(one["callbacks"]["KeepMask"]["admm"]["kept"]) == 2
+    assert_same(one["callbacks"]["KeepMask"]["admm"]["kept"], other["callbacks"]["KeepMask"]["admm"]["kept"])
+    for name, mask in masks(Sparse()).items():
+        assert not other["state_dict"][name][~mask].any()
+        assert other["state_dict"][name][mask].any()
+
+
+def test_what_something_else_trains_later_is_named_with_its_lost_zeros(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def unfreeze(trainer: Trainer) -> None:
-        trainer.lightning_module.requires_grad_(True)
+    def fill(trainer: Trainer) -> None:
+        with torch.no_grad():
+            trainer.lightning_module.layers[0].weight.add_(0.1)  # type: ignore[index,union-attr,operator]
+
+    class Half(Sparse):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=3e-3)
 
     def run(*callbacks: Any) -> None:
         seed_everything(1, verbose=False)
-        model = Sparse()
+        model = Half()
         model.layers[0].requires_grad_(False)
         make_trainer(tmp_path, KeepMask(), *callbacks, max_steps=8).fit(model, loader())
 
@@ -244,10 +329,40 @@ def test_what_is_unfrozen_later_is_named_and_its_lost_zeros_too(
     with caplog.at_level(logging.INFO), warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*KeepMask")
         run()
-    assert "1 tensors are frozen (requires_grad False), and nothing keeps their zeros" in caplog.text
-    assert f"layers.0.weight ({zeros:,} zeros of {WIDTH * WIDTH:,})" in caplog.text
+    assert f"1 tensors are frozen (requires_grad False): layers.0.weight ({zeros:,} zeros of {WIDTH * WIDTH:,})" in (
+        caplog.text
+    )
     with pytest.warns(UserWarning, match=rf"zeros of 1 tensors were lost .*layers.0.weight: [\d,]+ of {zeros:,}\)"):
-        run(At(4, unfreeze))
+        run(At(4, fill))
+
+
+def test_a_plain_loop_may_unfreeze_layers_and_another_run_may_take_some_over() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    with torch.no_grad():
+        for p in model.parameters():
+            p[::2] = 0
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model[2].parameters(), lr=1e-2)
+    keep = KeptZeros(optimizer, sparse_weights(model).parameters)
+    assert set(keep.later) == {"0.weight"}
+
+    def step() -> None:
+        optimizer.zero_grad()
+        (model(torch.randn(8, 16)) - 1).square().mean().backward()
+        optimizer.step()
+
+    for number in range(6):
+        if number == 3:
+            optimizer.add_param_group({"params": list(model[0].requires_grad_(True).parameters())})
+        step()
+    keep.finish()
+    assert [t.name for t in keep.kept.kept] == ["2.weight", "0.weight"] and not keep.later
+    assert not model[0].weight[::2].any() and bool(model[0].weight[1::2].all())
+    again = KeptZeros(optimizer, {"2.weight": model[2].weight})
+    step()
+    again.finish()
+    assert not model[0].weight[::2].any() and not model[2].weight[::2].any()
 
 
 def test_averaged_weights_keep_the_zeros(tmp_path: Path) -> None:

@@ -103,17 +103,18 @@ def test_a_resumed_run_goes_on_at_the_very_next_sample(
     assert all(torch.equal(a, b) for a, b in zip(whole[at:], resumed, strict=True))
 
 
+@pytest.mark.parametrize("by", ["limit_train_batches", "overfit_batches"])
 @pytest.mark.parametrize(("limit", "at"), [(4, 8), (4, 6), (7, 14), (7, 9), (0.5, 10), (0.5, 13)])
 def test_epochs_that_are_limited_resume_at_the_very_next_sample(
-    limit: float, at: int, text_file: Path, token_cache: str, tmp_path: Path
+    limit: float, at: int, by: str, text_file: Path, token_cache: str, tmp_path: Path
 ) -> None:
-    """Of 10 batches an epoch takes fewer, and the next begins at the first of its own order."""
+    """Of 10 batches an epoch takes fewer, and the next begins at the first of its own order, or of the data's."""
 
     def fit(*callbacks: Callback, ckpt: Path | None = None) -> list[Tensor]:
         module = Recorder()
         trainer = Trainer(
             accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-            callbacks=list(callbacks), enable_checkpointing=bool(callbacks), max_epochs=3, limit_train_batches=limit,
+            callbacks=list(callbacks), enable_checkpointing=bool(callbacks), max_epochs=3, **{by: limit},
         )  # fmt: skip
         data = CalibrationData(str(text_file), seq_len=32, batch_size=4, train_sequences=40, cache_dir=token_cache)
         trainer.fit(module, data, ckpt_path=ckpt)
