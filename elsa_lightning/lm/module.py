@@ -452,9 +452,11 @@ class CausalLM(LightningModule):
     @torch.no_grad()
     def _measure(self, title: str) -> float | None:
         """Return the perplexity over the validation data, or None without such data."""
+        if not self.trainer.enable_validation:
+            return None
         self.trainer.fit_loop.epoch_loop.val_loop.setup_data()  # Lightning does so only when training begins
         loaders = self.trainer.val_dataloaders
-        if loaders is None or not self.trainer.enable_validation:
+        if loaders is None:
             return None
         combined = CombinedLoader(loaders, "sequential")
         combined.limits = list(self.trainer.num_val_batches)
