@@ -104,17 +104,18 @@ class KeptZeros(ADMM):
         for tensor in tensors:  # another run may have left its tensors in the optimizer's state
             tensor.release(*KEYS)
         self._hooks.vouch()
-        counts = [Counted(tensor.name, zeros, _size(tensor)) for tensor, zeros in self._count_zeros(tensors).items()]
-        if not any(self._is_sparse(t) for t in counts) and not self.tensors.flat:
-            counts += [Counted(name, *count_zeros_of([p])) for name, p in self.later.items()]
-        if not any(self._is_sparse(t) for t in counts):
-            most = max(counts, key=lambda t: t.zeros / max(1, t.size), default=Counted("the frozen ones", 0, 0))
+        found = self._counted(tensors)
+        known = list(found)
+        if not any(map(self._is_sparse, known)) and not self.tensors.flat:
+            known += [Counted(name, *count_zeros_of([p])) for name, p in self.later.items()]
+        if not any(map(self._is_sparse, known)):
+            most = max(known, key=lambda t: t.zeros / max(1, t.size), default=Counted("the frozen ones", 0, 0))
             raise UserError(
                 f"no tensor has min_sparsity={self.min_sparsity:g} zeros; the most are in {most.name}, "
                 f"{most.zeros:,} of {most.size:,}. This keeps the zeros of a model that is sparse already: load "
                 f"its weights before, prune it with ElsaCallback, or lower min_sparsity"
             )
-        self.kept, self.phase = self._keep(tensors), "finished"
+        self.kept, self.phase = self._keep(tensors, found), "finished"
         self._masked = len(self.tensors.holding(MASK))
 
     @torch.no_grad()
@@ -126,8 +127,7 @@ class KeptZeros(ADMM):
         """
         self._mask_as_made()
         unfrozen = {} if self.tensors.flat else {name: p for name, p in self.later.items() if p.requires_grad}
-        here = {p for group in self.optimizer.param_groups for p in group["params"]} if unfrozen else ()
-        joining = {name: p for name, p in unfrozen.items() if p in here}
+        joining = self._trained(unfrozen) if unfrozen else {}
         if self.phase != "setting up":
             dense = [n for n, p in joining.items() if not self._is_sparse(Counted(n, *count_zeros_of([p])))]
             self.later = {name: p for name, p in self.later.items() if name not in dense}
@@ -137,10 +137,15 @@ class KeptZeros(ADMM):
         tensors = self._join(joining)
         if self.phase == "setting up":
             return None
-        more = self._keep(tensors)
+        more = self._keep(tensors, self._counted(tensors))
         self.kept = Kept((*self.kept.kept, *more.kept), (*self.kept.left_alone, *more.left_alone))
         self._masked = len(self.tensors.holding(MASK))
         return more
+
+    def _trained(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Return those of some parameters that the optimizer has."""
+        its = {p for group in self.optimizer.param_groups for p in group["params"]}
+        return {name: p for name, p in parameters.items() if p in its}
 
     def _join(self, parameters: Mapping[str, nn.Parameter]) -> list[ConstrainedTensor]:
         take_from_others(self.optimizer, parameters)
@@ -152,9 +157,11 @@ class KeptZeros(ADMM):
     def _is_sparse(self, t: Counted) -> bool:
         return t.zeros >= max(1, self.min_sparsity * t.size)
 
-    def _keep(self, tensors: Sequence[ConstrainedTensor]) -> Kept:
-        """Take the masks of tensors with enough zeros."""
-        found = [Counted(tensor.name, zeros, _size(tensor)) for tensor, zeros in self._count_zeros(tensors).items()]
+    def _counted(self, tensors: Sequence[ConstrainedTensor]) -> list[Counted]:
+        return [Counted(tensor.name, zeros, _size(tensor)) for tensor, zeros in self._count_zeros(tensors).items()]
+
+    def _keep(self, tensors: Sequence[ConstrainedTensor], found: Sequence[Counted]) -> Kept:
+        """Take the masks of tensors, whose zeros were counted, if they have enough."""
         kept = [tensor for tensor, t in zip(tensors, found, strict=True) if self._is_sparse(t)]
         self._set_aside(kept)
         patterns = {tensor.name: pattern for tensor, pattern in self._patterns(kept).items()}
@@ -219,8 +226,8 @@ class KeptZeros(ADMM):
                 "the state is of a run that prunes, not of one that keeps zeros: load its weights and begin anew"
             )
         counted = [t[0] for key in ("kept", "left_alone") for t in state_dict[key]]
-        trained = {p for g in self.optimizer.param_groups for p in g["params"]} if not self.tensors.flat else ()
-        self._join({name: p for name, p in self.later.items() if name in counted and p in trained})
+        if not self.tensors.flat:
+            self._join(self._trained({name: p for name, p in self.later.items() if name in counted}))
         self.tensors.arrange(state_dict.get("order", []))
         for tensor in self.tensors.values():
             tensor.aside = None
@@ -259,8 +266,10 @@ class KeptZeros(ADMM):
 
     def _mask_as_made(self) -> None:
         """Have gradients masked as soon as they are made, of all weights that require some by now."""
+        if self.tensors.flat:
+            return
         for name, tensor in self.tensors.items():
-            if name not in self._gradients and tensor.p.requires_grad and not self.tensors.flat:
+            if name not in self._gradients and tensor.p.requires_grad:
                 self._gradients[name] = self._mask_when_there(tensor)
 
     def _mask_when_there(self, tensor: ConstrainedTensor) -> Any:

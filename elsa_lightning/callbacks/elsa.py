@@ -392,7 +392,7 @@ class ElsaCallback(Callback):
         """Bring a model without training (``max_steps=0``) into the set at once, by magnitude."""
         if self.admm is not None and trains_nothing(trainer) and not self.admm.finished:
             self._finish(trainer, resumable=False)
-        if self._loaded is not None and self._fits and had_ended(trainer):
+        if self._loaded is not None and had_ended(trainer):
             self._end_again(trainer, pl_module)
         if self._writes(trainer):
             self._journal.end(trainer, pl_module)

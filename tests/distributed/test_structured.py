@@ -102,9 +102,7 @@ def test_sharded_units_are_those_of_one_process(case: str, folder: Path) -> None
     masked, two = torch.load(folder / f"{case}.pt", weights_only=True)
     for name, t in one.items():
         assert torch.equal(t == 0, two[name] == 0), name
-        if not name.endswith(
-            "c_attn.bias"
-        ):  # that of keys has no gradient but rounding, of which Adam makes whole steps
+        if not name.endswith("c_attn.bias"):  # keys' part has no gradient but rounding; Adam makes whole steps of it
             torch.testing.assert_close(two[name], t, rtol=1e-3, atol=1e-4, msg=name)
     small = AutoModelForCausalLM.from_pretrained(folder / case).eval()
     assert small.num_parameters() < sum(t.numel() for t in one.values())
