@@ -32,8 +32,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from elsa_lightning import exact, watch
 from elsa_lightning import update as updates
-from elsa_lightning import watch
 from elsa_lightning.constrained import ConstrainedTensors
 from elsa_lightning.errors import UserError
 from elsa_lightning.forms import Form, Prox, Step, make_form
@@ -354,7 +354,7 @@ class ADMM:
         importance: Importance | None = None, values: bool = True,
     ) -> None:  # fmt: skip
         masked = self.tensors.holding(MASK)
-        updates.hold(self.constraint, masked, self.tensors.places, self._copies, seed, forgets, importance, values)
+        exact.hold(self.constraint, masked, self.tensors.places, self._copies, seed, forgets, importance, values)
 
     def _has_gradients(self) -> bool:
         """Return whether the step has gradients; the hooks also fire for a skipped batch, which has none."""
@@ -456,7 +456,7 @@ class ADMM:
 
     def _freeze(self) -> None:
         """Fix the mask, make the zeros exact, and release the split where it is no longer needed."""
-        updates.fix(self.constraint, self.tensors.holding(MASK))
+        exact.fix(self.constraint, self.tensors.holding(MASK))
         self._begin_frozen("frozen")
         self.hold()
 
@@ -468,7 +468,7 @@ class ADMM:
                 f"far, or share units with one that had none: dense until then, they are cut when they get one."
             )
         masked = self.tensors.holding(MASK)
-        self._masked, self._copies = len(masked), updates.weight_copies(masked, self.tensors.processes)
+        self._masked, self._copies = len(masked), exact.weight_copies(masked, self.tensors.processes)
 
     def _without_mask(self) -> list[ConstrainedTensor]:
         masked = self.tensors.masked()
@@ -526,10 +526,10 @@ class ADMM:
                 groups share change from step to step, so weights of another step differ from these.
         """
         if self.frozen:
-            return updates.stray(self.constraint, self.tensors.holding(MASK), self.tensors.places, values)
+            return exact.stray(self.constraint, self.tensors.holding(MASK), self.tensors.places, values)
         if not self.suspended or self.constraint.fixes_values:
             return 0
-        return updates.stray_while_suspended(self.tensors.holding(REMOVED), self._zero_off_mask)
+        return exact.stray_while_suspended(self.tensors.holding(REMOVED), self._zero_off_mask)
 
     @torch.no_grad()
     def hold(self, values: bool = True) -> None:
@@ -541,7 +541,7 @@ class ADMM:
         if self.frozen:
             self._hold(None, {}, values=values)
         elif self.suspended and not self.constraint.fixes_values:
-            updates.cut_again(self.tensors.holding(REMOVED), self._zero_off_mask)
+            exact.cut_again(self.tensors.holding(REMOVED), self._zero_off_mask)
 
     @property
     def _zero_off_mask(self) -> bool:
@@ -566,7 +566,7 @@ class ADMM:
         # own; but a mask that is there already has to become the new one
         keeps = resumable or stepped or tensor.stepped or MASK in tensor.state or self.tensors.flat
         place = self.tensors.places[tensor.p]
-        updates.cut(
+        exact.cut(
             self.constraint, tensor, place, packed, self.importance, keeps=keeps, resumable=resumable,
             refits=self._tightness < 1 or self.step == 0,  # at step 0 numbers are at most empty room to load some
         )  # fmt: skip
@@ -576,7 +576,7 @@ class ADMM:
         """Undo ``finish(resumable=True)``, bit for bit; does nothing otherwise."""
         if not self.suspended:
             return
-        updates.restore(self.tensors.holding(REMOVED))
+        exact.restore(self.tensors.holding(REMOVED))
         self.phase = self._suspended_from
 
     # ------------------------------------------------------------------ saving and loading
@@ -671,7 +671,7 @@ class ADMM:
             message = "it had finished, so its mask stays as it is; to open it start a new run from its weights"
         elif self.phase == "frozen" and self.step < end:
             seed = self._seeds_of(_OF_UPDATES)
-            updates.reopen(self.form, self.tensors.holding(MASK), lambda tensor: seed(tensor.p))
+            exact.reopen(self.form, self.tensors.holding(MASK), lambda tensor: seed(tensor.p))
             self.phase, self._waiting = "admm", []
             message += f", so its mask, which was fixed, is open again until step {end}"
         log.warning(

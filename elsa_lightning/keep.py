@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from elsa_lightning import exact
 from elsa_lightning import update as updates
 from elsa_lightning.admm import ADMM, take_from_others
 from elsa_lightning.errors import UserError
@@ -256,7 +257,7 @@ class KeptZeros(ADMM):
         for tensor in settled:  # not before its first step: the optimizer would take our state for its own
             tensor.put_mask()
         if settled:
-            self._copies = sorted({*self._copies, *updates.weight_copies(settled, self.tensors.processes)})
+            self._copies = sorted({*self._copies, *exact.weight_copies(settled, self.tensors.processes)})
 
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for p in self.tensors.parts)  # all that is sparse may be frozen still

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from elsa_lightning import exact
 from elsa_lightning import update as updates
 from elsa_lightning.constrained import ConstrainedTensors
 from elsa_lightning.errors import UserError
@@ -60,7 +61,7 @@ def project(
     points = updates.LivePoints(list(tensors.values()), lambda tensor, rows: tensor.x(rows), cost, tensors.processes)
     packed = updates.decide(tensors.constraint, points)
     for place, (tensor, bits) in enumerate(zip(tensors.values(), packed, strict=True)):
-        updates.cut(tensors.constraint, tensor, place, bits, cost, keeps=False, resumable=False)
+        exact.cut(tensors.constraint, tensor, place, bits, cost, keeps=False, resumable=False)
     tensors.remove()
     shares = {}
     for name, p in parameters.items():
