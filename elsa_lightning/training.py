@@ -86,7 +86,7 @@ class ElsaTrainer(Trainer):
             ignore=elsa.ignore if elsa else (),
             constraint=elsa.constraint if elsa else None,
             state_dtype=elsa.state_dtype if elsa else None,
-            teacher=model.on_meta(model.teacher) if model.teacher is not None else model.distils,
+            teacher=model.teacher_source.on_meta(model.dtype_name) if model.teacher is not None else model.distils,
             tokens=tokens,
             checkpointing=model.gradient_checkpointing,
             device=device,

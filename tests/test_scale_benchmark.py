@@ -18,8 +18,7 @@ def scale() -> Any:
 
 @pytest.fixture(scope="module")
 def model(tiny_llama: str) -> Any:
-    with torch.device("meta"):
-        return CausalLM(tiny_llama)._build("float32", pretrained=False)
+    return CausalLM(tiny_llama).on_meta()
 
 
 def test_a_time_is_bytes_over_bandwidth_and_launches(scale: Any) -> None:

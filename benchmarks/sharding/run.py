@@ -24,9 +24,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from elsa_lightning import ADMM, CausalLM, Unstructured
+from elsa_lightning import ADMM, Unstructured
 from elsa_lightning.layout.lowbit import StateDtype
 from elsa_lightning.layout.sharded import local
+from elsa_lightning.lm.pretrained import Pretrained
 from elsa_lightning.lm.sharded import build_sharded
 from elsa_lightning.plan import elsa_bytes
 from elsa_lightning.schedule import Schedule
@@ -103,8 +104,8 @@ def as_process_of(processes: int, do: Callable[[Any], Any]) -> Any:
 
 def row(config: str, processes: int, mesh: Any) -> str:
     """Return one line of the table."""
-    module = CausalLM(config)
-    model = build_sharded(lambda: module._build("float32", pretrained=False), mesh, torch.device("meta"))
+    source = Pretrained(config)
+    model = build_sharded(lambda: source.build("float32", weights=False), mesh, torch.device("meta"))
     held = [bytes_a_process(model, width, moments, state) for width, moments, state in ELSA]  # type: ignore[arg-type]
     shapes = [p.shape for p in select(model).parameters.values()]
     ordinary, update = traffic(shapes, processes, mesh)

@@ -252,8 +252,7 @@ def main() -> None:
     gpu, lines = Gpu(), []
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     for config, gpus in zip(arguments.models, arguments.gpus, strict=True):
-        with torch.device("meta"):
-            model = CausalLM(config)._build("float32", pretrained=False)
+        model = CausalLM(config).on_meta()
         for run in RUNS:
             lines.append(row(model, Path(config).name, gpus, run, gpu, arguments.tokens, arguments.interval))
             print(f"| {' | '.join(cells(lines[-1]))} |", flush=True)

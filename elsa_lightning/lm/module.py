@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -23,14 +23,15 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from elsa_lightning.callbacks.ends import attached, trains_nothing
-from elsa_lightning.errors import UnavailableError, UserError
+from elsa_lightning.errors import UserError
 from elsa_lightning.layout.precise import evaluating, precise_buffers
 from elsa_lightning.layout.sharded import match_names
-from elsa_lightning.lm import EMBEDDED_MODEL, model_path
+from elsa_lightning.lm import EMBEDDED_MODEL
 from elsa_lightning.lm.distill import Distillation
 from elsa_lightning.lm.perplexity import TokenPerplexity
-from elsa_lightning.lm.sharded import block_policy, build_sharded, fill
-from elsa_lightning.lm.supported import check_tokens, decoder_config
+from elsa_lightning.lm.pretrained import Pretrained
+from elsa_lightning.lm.sharded import block_policy
+from elsa_lightning.lm.supported import check_tokens
 from elsa_lightning.report import Zeros, perplexity_table
 from elsa_lightning.selection import count_zeros
 
@@ -125,7 +126,8 @@ class CausalLM(LightningModule):
             raise UserError(f"nothing is learnt from teacher={teacher!r}: set distillation=1.0, or leave teacher out")
         self.save_hyperparameters(ignore=["optimizer"])
         self.name = name
-        self.path = model_path(name)
+        self.source = Pretrained(name, "model.name", revision, trust_remote_code, attn_implementation)
+        self.path = self.source.path
         self.pretrained = pretrained
         self.optimizer = optimizer
         self.lr_schedule = lr_schedule
@@ -133,9 +135,6 @@ class CausalLM(LightningModule):
         self.dtype_name = dtype
         self.teacher = teacher
         self.gradient_checkpointing = gradient_checkpointing
-        self.attn_implementation = attn_implementation
-        self.revision = revision
-        self.trust_remote_code = trust_remote_code
         self.model: PreTrainedModel | None = None
         self.given_dtype: torch.dtype | None = None  # dtype in the model's folder, known once that was read
         self._distillation: Distillation | None = None  # not a submodule, so not in checkpoints
@@ -151,13 +150,14 @@ class CausalLM(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse an unsuitable teacher before anything is loaded; only training needs one."""
         if stage == "fit" and self.teacher is not None:
-            self._check_teacher(self._config(), self._config(self.teacher))
+            self.source.check_teacher(self.teacher_source, self.feature_distillation > 0)
 
     def configure_model(self) -> None:
         """Load the model; Lightning calls this once the strategy and precision are known."""
         if self.model is not None:
             return
-        self.model = self._load(self.dtype_name)
+        self.given_dtype = self.source.config().dtype
+        self.model = self._load(self.source, self.dtype_name, self.pretrained)
         assert self.model is not None
         check_tokens(self.model.config, None if self._trainer is None else self.trainer, self.name)
         self.model.train()
@@ -169,81 +169,35 @@ class CausalLM(LightningModule):
     def _strategy(self) -> Strategy | None:
         return None if self._trainer is None else self.trainer.strategy
 
-    def _load(self, dtype: str, name: str | None = None) -> Any:
-        """Return the model, or the teacher of this name, sharded if the strategy has a device mesh (FSDP2)."""
-        mesh, pretrained = self.device_mesh, self.pretrained or name is not None
-        if mesh is None:
-            return self._build(dtype, pretrained, name)
+    @property
+    def teacher_source(self) -> Pretrained:
+        """Where the teacher of distillation comes from: as the model itself, unless another was named."""
+        if self.teacher is None:
+            return self.source
+        return replace(self.source, name=self.teacher, option="model.teacher", revision=None)
+
+    def _load(self, source: Pretrained, dtype: str, weights: bool) -> Any:
+        """Return a model, sharded if the strategy has a device mesh (FSDP2)."""
+        if (mesh := self.device_mesh) is None:
+            return source.build(dtype, weights)
         if mesh["tensor_parallel"].size() > 1:
             raise UserError(
                 f"CausalLM shards its model over the data-parallel dimension alone, and tensor_parallel_size is "
                 f"{mesh['tensor_parallel'].size()}: set tensor_parallel_size: 1"
             )
-        device = self.trainer.strategy.root_device
-        model = build_sharded(lambda: self._build(dtype, False, name), mesh["data_parallel"], device)
-        path, revision = self._source(name)
-        fill(model, path if pretrained else "", revision, lambda: self._build(dtype, pretrained, name))
-        return model
+        return source.sharded(dtype, mesh["data_parallel"], self.trainer.strategy.root_device, weights)
 
-    def _source(self, name: str | None) -> tuple[str, str | None]:
-        """Return path and revision of the model, or the path of the teacher and None."""
-        return (self.path, self.revision) if name is None else (model_path(name), None)
-
-    def _config(self, name: str | None = None) -> Any:
-        path, revision = self._source(name)
-        with self._found(name):
-            return decoder_config(path, name or self.name, revision=revision, trust_remote_code=self.trust_remote_code)
-
-    def _build(self, dtype: str, pretrained: bool, name: str | None = None) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        config, (path, revision) = self._config(name), self._source(name)
-        if name is None:
-            self.given_dtype = config.dtype
-        options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": self.trust_remote_code}
-        if self.attn_implementation is not None:
-            options["attn_implementation"] = self.attn_implementation
-        build: Any = AutoModelForCausalLM.from_config
-        with self._found(name):
-            if pretrained:
-                return AutoModelForCausalLM.from_pretrained(path, revision=revision, **options)
-            return build(config, **options)
-
-    @contextmanager
-    def _found(self, name: str | None) -> Iterator[None]:
-        """Turn errors about a model that does not exist into a UserError with advice."""
-        what, option = ("model", "model.name") if name is None else ("teacher", "model.teacher")
-        try:
-            yield
-        except OSError as error:
-            raise UnavailableError(
-                f"{what} {name or self.name!r} could not be loaded: {error}\nWithout a network give the path of a "
-                f"folder that save_pretrained wrote, or --{option} {EMBEDDED_MODEL}, the model that comes with the "
-                f"package."
-            ) from error
-
-    def _check_teacher(self, own: Any, other: Any) -> None:
-        """Raise UserError unless a model of configuration ``own`` can learn from a teacher of ``other``."""
-        names = ["vocab_size", *(["num_hidden_layers", "hidden_size"] if self.feature_distillation > 0 else [])]
-        for what in names:
-            if (mine := getattr(own, what, None)) != (its := getattr(other, what, None)):
-                raise UserError(
-                    f"distillation compares {'tokens' if what == 'vocab_size' else 'blocks'} one by one, and {what} is "
-                    f"{mine} of {self.name!r} and {its} of teacher {self.teacher!r}: "
-                    + ("give one with the same tokenizer" if what == "vocab_size" else "set feature_distillation=0")
-                )
-
-    def on_meta(self, name: str | None = None) -> Any:
-        """Return the model, or its teacher, on the meta device: only its configuration is read."""
-        with torch.device("meta"):
-            return self._build(self.dtype_name, False, name)
+    def on_meta(self) -> Any:
+        """Return the model on the meta device: only its configuration is read."""
+        return self.source.on_meta(self.dtype_name)
 
     def on_fit_start(self) -> None:
         """Load the teacher of distillation; with ``max_steps=0`` prune at once instead."""
         if self._trainer is not None and trains_nothing(self._trainer):
             self._prune_at_once()
         elif self.distils:
-            teacher = self._load("bfloat16", self.teacher).eval().requires_grad_(False)
+            weights = self.pretrained or self.teacher is not None
+            teacher = self._load(self.teacher_source, "bfloat16", weights).eval().requires_grad_(False)
             teacher = teacher if self.device_mesh is not None else teacher.to(self.device)
             self._distillation = Distillation(teacher, self.distillation, self.feature_distillation)
 
