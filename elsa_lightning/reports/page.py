@@ -116,7 +116,7 @@ def _described(run: Run, charts: list[Chart]) -> dict[str, Any]:
         "dense": _figure(dense),
         "sparse": _figure(sparse),
         "ratio": _ratio(sparse, dense),
-        "protocol": run.record.get("perplexity", {}).get("protocol"),
+        "protocol": run.protocol,
         "sparsity": "–" if run.sparsity is None else f"{run.sparsity:.2%}".replace("%", " %"),
         "size": _bytes(run.smallest.size) if run.smallest else "–",
         "dense_size": _bytes(run.dense_size),
@@ -205,8 +205,7 @@ def _json(runs: Sequence[Run]) -> str:
     told = [
         {
             "name": run.name, "folder": str(run.folder), "status": run.status, "sparsity": run.sparsity,
-            "perplexity": {"dense": run.dense, "sparse": run.sparse,
-                           "protocol": run.record.get("perplexity", {}).get("protocol")},
+            "perplexity": {"dense": run.dense, "sparse": run.sparse, "protocol": run.protocol},
             "saved": [asdict(saved) for saved in run.saved], "journal": run.journal, "record": run.record,
             "series": run.series, "evaluations": run.evaluations, "missing": run.missing,
         }

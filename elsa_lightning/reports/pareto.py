@@ -33,6 +33,9 @@ def trade_offs(runs: Sequence[Run]) -> list[Chart]:
                               more_is_better=True, dense=dense_speeds))  # fmt: skip
         if len({s.speed_protocol for s, *_ in saved if s.tokens_per_second}) > 1:
             charts[-1].text += " The speeds were measured in several ways: the tables below say which."
+    if len({run.protocol for run in runs if run.protocol and run.sparse is not None}) > 1:
+        for chart in charts:
+            chart.text += " The perplexities were measured in several ways, so the line means nothing: see each run."
     return charts
 
 

@@ -76,6 +76,12 @@ class Run:
         return number(self.record.get("perplexity", {}).get("sparse")) or self._last("val/final_perplexity")
 
     @property
+    def protocol(self) -> str | None:
+        """How both perplexities were measured."""
+        found: str | None = self.record.get("perplexity", {}).get("protocol")
+        return found
+
+    @property
     def sparsity(self) -> float | None:
         """Fraction of zeros in the constrained weights at the end."""
         kept = sum(counts[0] for counts in self.tensors.values())
@@ -107,7 +113,7 @@ class Run:
     def but_for_seed(self) -> str:
         """A key that is equal for runs which differ only in their seed."""
         data = {name: value for name, value in self.record.get("data", {}).items() if name != "seed"}
-        known = [self.record.get("base_model"), self.record.get("method"), self.record.get("training"), data]
+        known = [*(self.record.get(of) for of in ("base_model", "method", "training", "evaluation")), data]
         return json.dumps(known, sort_keys=True, default=str) if self.record.get("method") else str(self.folder)
 
     @property

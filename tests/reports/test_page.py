@@ -74,6 +74,17 @@ def test_the_curve_joins_means_of_seeds_that_nothing_beats(folder: Path) -> None
     assert "means, of runs that differ by their seed alone" in chart.text
 
 
+def test_runs_measured_on_other_text_are_not_averaged_as_seeds_and_the_chart_says_so(folder: Path) -> None:
+    runs = read_runs([folder])
+    (chart,) = trade_offs(runs)
+    assert "several ways" not in chart.text
+    other = runs[1].record  # of two that would differ by their seed alone
+    other["evaluation"], other["perplexity"]["protocol"] = {"eval_name": "another"}, "another text, 3 segments"
+    (chart,) = trade_offs(runs)
+    assert chart.figure is not None and json.loads(chart.figure)["data"][0]["y"] == [22.0, 30.0]
+    assert "several ways" in chart.text and "seed alone" not in chart.text
+
+
 def test_sizes_make_a_curve_where_models_differ_in_them(folder: Path) -> None:
     runs = read_runs([folder])
     assert [chart.name for chart in trade_offs(runs)] == ["pareto"]
