@@ -23,6 +23,7 @@ import math
 import re
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn
@@ -36,6 +37,7 @@ from elsa_lightning import exact, watch
 from elsa_lightning import update as updates
 from elsa_lightning.constrained import ConstrainedTensors
 from elsa_lightning.errors import UserError
+from elsa_lightning.fisher import steadied
 from elsa_lightning.forms import Form, Prox, Step, make_form
 from elsa_lightning.forms.base import Forgets, Importance
 from elsa_lightning.layout.lowbit import StateDtype, check_state_dtype
@@ -395,6 +397,10 @@ class ADMM:
     ) -> updates.LivePoints:
         return updates.LivePoints(tensors, value, self.importance, self.tensors.processes, guesses, stacks=True)
 
+    def _steadied(self, tensors: Sequence[ConstrainedTensor]) -> AbstractContextManager[None]:
+        """Let F̂ of few batches be held towards the product of its means."""
+        return steadied(tensors, self.tensors.processes, self.form.prior / (self.form.prior + max(1, self.step)))
+
     def _target(self, step: int) -> Constraint:
         return self.constraint.relaxed(self.schedule.tightness_at(step, self.total_steps))
 
@@ -408,18 +414,19 @@ class ADMM:
             return
         self._tightness = self.schedule.tightness_at(self.step, self.total_steps)
         self._relaxed = self.constraint.relaxed(self._tightness)
-        self.last_update = updates.update(
-            self.form,
-            self._relaxed,
-            self._points(active, lambda tensor, rows: updates.dual_sum(self.form, tensor, rows), self._guesses),
-            [self.tensors.places[tensor.p] for tensor in active],
-            len(tensors),
-            step=self.step,
-            penalty=self.penalty,
-            rescale=self.form.rescale(before, self.penalty),
-            span=self.schedule.freeze_step(self.total_steps),
-            seed=self._seeds_of(_OF_UPDATES),
-        )
+        with self._steadied(active):
+            self.last_update = updates.update(
+                self.form,
+                self._relaxed,
+                self._points(active, lambda tensor, rows: updates.dual_sum(self.form, tensor, rows), self._guesses),
+                [self.tensors.places[tensor.p] for tensor in active],
+                len(tensors),
+                step=self.step,
+                penalty=self.penalty,
+                rescale=self.form.rescale(before, self.penalty),
+                span=self.schedule.freeze_step(self.total_steps),
+                seed=self._seeds_of(_OF_UPDATES),
+            )
         self.phase, self._masked = "admm", len(self.tensors.holding(MASK))
 
     def _complete(self, tensors: list[ConstrainedTensor], widens: bool = False) -> list[ConstrainedTensor]:
@@ -449,10 +456,11 @@ class ADMM:
         masked = self.tensors.masked()
         tensors = self._complete(self.tensors.agreed([tensor.p.grad is not None for tensor in masked], masked))
         if tensors:
-            self.last_stationarity = updates.stationarity(
-                self.form, self._target(self.step), tensors, self.importance, self.tensors.processes, step=step,
-                penalty=self.penalty,
-            )  # fmt: skip
+            with self._steadied(tensors):
+                self.last_stationarity = updates.stationarity(
+                    self.form, self._target(self.step), tensors, self.importance, self.tensors.processes, step=step,
+                    penalty=self.penalty,
+                )  # fmt: skip
 
     def _freeze(self) -> None:
         """Fix the mask, make the zeros exact, and release the split where it is no longer needed."""

@@ -7,7 +7,7 @@ local rows ``(rows, n)``; its layout (:class:`~elsa_lightning.layout.rows.Rows`)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from elsa_lightning.layout.rows import Piece, Rows, on_host
 from elsa_lightning.layout.sharded import Part, clean, laid_out_like, local
 from elsa_lightning.optim.moments import dtype_name, lays_out_anew, second_moment
 from elsa_lightning.sets.base import Point
+
+if TYPE_CHECKING:
+    from elsa_lightning.fisher import Factors
 
 SPLIT = "elsa_split"  # s = z − u; only −u in forms whose weights stay on the set
 SCALE = SPLIT + "_scale"  # scales of the split's float8 blocks
@@ -47,6 +50,8 @@ class ConstrainedTensor:
     Attributes:
         kind: Small tensors of equal kind can be stacked; None for a tensor that cannot.
     """
+
+    factors: Factors | None = None  # what F̂ is held towards, during an update
 
     def __init__(
         self, name: str, p: nn.Parameter, part: Part, optimizer: Optimizer, state_dtype: StateDtype, grain: int = 1,
@@ -142,7 +147,8 @@ class ConstrainedTensor:
 
     def importance(self, rows: slice) -> Tensor | None:
         """Return rows of F̂, or None where the optimizer keeps no second moment."""
-        return second_moment(self.optimizer, self.p, rows)
+        moment = second_moment(self.optimizer, self.p, rows)
+        return moment if moment is None or self.factors is None else self.factors.hold(moment, self.layout, rows)
 
     def seed(self, of: Callable[[nn.Parameter], int]) -> Any:
         """Return the parameter's seed in the form that :meth:`set_split` takes."""

@@ -103,6 +103,9 @@ def test_one_state_gives_the_iterates_of_two_variable_admm(
                 ramp = 1 - (1 - min(1.0, step / (0.6 * steps))) ** 3
                 entries = v.numel()
                 importance = base.state[x].get("exp_avg_sq", torch.ones_like(v))
+                if on_set and step <= 152:  # few batches count as 8 less than a product of means
+                    product = importance.mean(dim=1)[:, None] * importance.mean(dim=0) / importance.mean()
+                    importance = (step * importance + 8 * product) / (step + 8)
                 if prox != "coupled":  # in the metric that the optimizer's own steps are in
                     importance = importance.sqrt()
                 before = 0.0 if mask is None else rms(u[~mask])

@@ -75,11 +75,13 @@ class Form(ABC):
         name: The name by which users select it.
         penalty: The default penalty.
         on_set: Whether the weights lie on the set after every step.
+        prior: n₀ of :mod:`elsa_lightning.fisher`: how many batches the product of F̂'s means counts for.
     """
 
     name: str
     penalty: float
     on_set: bool = False
+    prior: float = 0.0
 
     def check(self, schedule: Schedule, constraint: Constraint) -> None:
         """Raise ValueError if the form cannot work with this schedule or set."""

@@ -33,6 +33,7 @@ class OnSet(Form):
     """
 
     on_set = True
+    prior = 8.0
 
     def slowness(self, places: Sequence[int], penalty: float) -> Any:
         """Return the divisor of d before it is added to the duals: one number, or one a tensor, ``(tensors,)``."""
