@@ -71,7 +71,7 @@ def _measure(tensors: Sequence[ConstrainedTensor], processes: Processes, share: 
     sizes = [(math.prod(tensor.part.shape[:-1]), tensor.part.shape[-1]) for tensor in tensors]
     device = tensors[0].p.device
     sums = torch.zeros(sum(map(sum, sizes)), dtype=exact_dtype(device), device=device)
-    parts = list(zip(*[iter(sums.split([size for pair in sizes for size in pair]))] * 2, strict=True))
+    parts = list(zip(*[iter(torch.split(sums, [size for pair in sizes for size in pair]))] * 2, strict=True))
     for tensor, (rows, columns) in zip(tensors, parts, strict=True):
         if tensor.part.counts:
             _add(tensor, rows, columns)
