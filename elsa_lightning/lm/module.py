@@ -513,7 +513,7 @@ class CausalLM(LightningModule):
         self._start = zeros and Zeros(*zeros)
         if self._trainer is None or not self.trainer.training:
             return
-        if "optimizer_states" not in checkpoint:
+        if "lr_schedulers" not in checkpoint:  # the optimizer's states of a distributed one are elsewhere
             raise UserError(
                 "the checkpoint of ckpt_path holds weights only, and a run cannot go on from them; save without "
                 "save_weights_only, or start a new run from a Hugging Face folder with --model.name"
