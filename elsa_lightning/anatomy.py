@@ -17,7 +17,9 @@ from elsa_lightning.layout.sharded import clean, part_of
 _HEAD = re.compile(
     r"(aux_|cls_|lm_|classification_|detection_)?heads?(_\w+)?|(?!pre_)(\w+_)?classifier|score|qa_outputs|logits"
 )
-_LAST_HEAD = re.compile(rf"fc|{_HEAD.pattern}")  # counts if only other heads come after it
+_LAST_HEAD = re.compile(  # counts if only other heads come after it
+    rf"fc|(?!pre_|(\w+_)?(attn|attention|multi)_heads?$)\w+_heads?|{_HEAD.pattern}"
+)
 _ADAPTER = re.compile(r"(^|\.)lora_\w+")
 _ADDED = re.compile(r"bias|emb|(^|[._])pos|position|token|norm", re.IGNORECASE)  # names of tensors that do not multiply
 _EXPERTS = re.compile(r"experts?|moe", re.IGNORECASE)

@@ -110,16 +110,15 @@ def _in_run(path: Path) -> Path:
         return path
     if (path / "hf/config.json").is_file():
         return path / "hf"
-    left = any(next(path.glob(run), None) for run in ("checkpoints/*.ckpt", "version_*", "lightning_logs/version_*"))
-    if not left or any(next(path.glob(kind), None) for kind in _WEIGHTS):
-        return path
-    from elsa_lightning.export.source import find
+    found, runs = path, ("checkpoints/*.ckpt", "version_*", "lightning_logs/version_*")
+    if any(next(path.glob(run), None) for run in runs) and not any(next(path.glob(kind), None) for kind in _WEIGHTS):
+        from elsa_lightning.export.source import find
 
-    try:
-        found = find(path)
-    except UserError as error:  # its message begins with an option of elsa export
-        raise UserError(str(error).replace("--from ", "", 1)) from None
-    if found.is_dir() and not (found / "config.json").is_file():
+        try:
+            found = find(path)
+        except UserError as error:  # its message begins with an option of elsa export
+            raise UserError(str(error).replace("--from ", "", 1)) from None
+    if (found / ".metadata").is_file():
         raise UserError(
             f"{str(found)!r} is a checkpoint in several files, which is not read: elsa export --from {str(path)!r} "
             f"--to hf makes a model's folder of it"

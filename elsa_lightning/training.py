@@ -200,14 +200,14 @@ class ElsaCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Check the checkpoint before anything is loaded."""
-        check_checkpoint(self.config[self.subcommand].ckpt_path)
+        check_checkpoint(self.config[self.subcommand].ckpt_path, self.trainer)
 
     before_test = before_predict = before_validate
 
     def before_fit(self) -> None:
         """Plan the memory of the run; a model or optimizer for which that fails runs all the same."""
         assert isinstance(self.trainer, ElsaTrainer)
-        check_checkpoint(self.config.fit.ckpt_path)
+        check_checkpoint(self.config.fit.ckpt_path, self.trainer)
         if self.model.pretrained and self.trainer.elsa is None:
             rank_zero_warn("nothing is pruned: give --elsa.sparsity 0.9, or --config configs/elsa.yaml, which has it")
         guide = Guide(self.model.name)
@@ -230,8 +230,8 @@ def _rate(optimizer: Any) -> tuple[Any, Any]:
     return getattr(optimizer, "class_path", optimizer), None if arguments is None else arguments.get("lr")
 
 
-def check_checkpoint(given: str | None) -> None:
-    """Raise UserError if ``ckpt_path`` is not a checkpoint."""
+def check_checkpoint(given: str | None, trainer: Trainer) -> None:
+    """Raise UserError if ``ckpt_path`` is not a checkpoint that this Trainer can load."""
     if not given or given in _KNOWN_CHECKPOINTS or ":" in given:  # registry:...
         return
     path = Path(given).expanduser()
@@ -241,6 +241,12 @@ def check_checkpoint(given: str | None) -> None:
         raise UserError(
             f"ckpt_path {given!r} is a folder, and no checkpoint: give a .ckpt in the folder checkpoints of a run; "
             f"a Hugging Face folder goes to model.name"
+        )
+    if path.is_dir() and not isinstance(trainer.strategy, SHARDING):
+        raise UserError(
+            f"ckpt_path {given!r} is a distributed checkpoint, which {type(trainer.strategy).__name__} does not load: "
+            f"give the run's own trainer.strategy, also on one device (data_parallel_size: 1), or make a model's "
+            f"folder of it with elsa export --from {given!r} --to hf"
         )
     if path.suffix in (".yaml", ".yml", ".json", ".safetensors", ".bin"):
         raise UserError(f"ckpt_path {given!r} is no checkpoint: give a .ckpt of an earlier run")

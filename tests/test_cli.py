@@ -203,7 +203,7 @@ def test_a_model_without_a_tokenizer_is_refused(
     assert "constrained" in capsys.readouterr().out
 
 
-def test_a_checkpoint_of_weights_alone_is_refused(
+def test_a_checkpoint_of_weights_alone_or_of_a_sharded_run_is_refused(
     tiny_llama: str, token_cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = small_run(tiny_llama, token_cache, tmp_path)
@@ -216,6 +216,13 @@ def test_a_checkpoint_of_weights_alone_is_refused(
     with pytest.raises(SystemExit):
         main([*run, f"--ckpt_path={weights}"])
     assert "ckpt_path holds weights only" in capsys.readouterr().err
+    sharded = tmp_path / "sharded.ckpt"
+    sharded.mkdir()
+    (sharded / ".metadata").touch()
+    for command in ("fit", "test"):
+        with pytest.raises(SystemExit):
+            main([command, *run[1:], f"--ckpt_path={sharded}"])
+        assert "is a distributed checkpoint, which SingleDeviceStrategy does not load: " in capsys.readouterr().err
 
 
 SET = "--elsa.constraint={{class_path: elsa_lightning."
@@ -546,4 +553,4 @@ def test_every_error_that_the_package_raises_on_purpose_is_made_for_users() -> N
 
 @pytest.mark.parametrize("given", [None, "last", "registry:model:version:1"])
 def test_checkpoints_that_lightning_finds_by_itself_are_left_to_it(given: str | None) -> None:
-    check_checkpoint(given)
+    check_checkpoint(given, Trainer(accelerator="cpu", logger=False))

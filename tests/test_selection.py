@@ -143,6 +143,12 @@ def many_tasks() -> nn.Module:
     return nn.ModuleDict({"body": nn.Linear(8, 8), "heads": heads, "loss": nn.BCELoss()})
 
 
+def tasks_by_name() -> nn.Module:
+    """The heads of a detector; what has such a name before other layers is a hidden one."""
+    names = ["stem_head", "body", "cls_head", "bbox_head", "value_head"]
+    return nn.ModuleDict({name: nn.Linear(8, 8) for name in names})
+
+
 def encoder_in_front() -> nn.Module:
     """The encoder's ``fc`` is a hidden layer, because the decoder takes what it returns."""
     return nn.ModuleDict(
@@ -158,6 +164,8 @@ def encoder_in_front() -> nn.Module:
         (vgg, ["classifier.4.weight"]),
         (squeezenet, ["classifier.0.weight"]),
         (many_tasks, ["heads.a.weight", "heads.b.1.weight"]),
+        (tasks_by_name, ["bbox_head.weight", "cls_head.weight", "value_head.weight"]),
+        (lambda: nn.ModuleDict({"up": nn.Linear(8, 8), "multi_head": nn.MultiheadAttention(8, 2)}), []),
         (encoder_in_front, []),
         (lambda: nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(8, 8)})]), []),
         (lambda: nn.Linear(3, 2), []),

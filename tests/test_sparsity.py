@@ -330,8 +330,9 @@ def test_a_run_without_a_model_is_counted_by_its_last_checkpoint(model: Any, tmp
     (place / "last.ckpt").mkdir()
     for file in (".metadata", "meta.pt"):
         (place / "last.ckpt" / file).touch()
-    with pytest.raises(UserError, match=r"last.ckpt.*--to hf"):
-        sparsity(place.parent)
+    for given in (place.parent, place / "last.ckpt"):
+        with pytest.raises(UserError, match=rf"last.ckpt' is a checkpoint in several files.*--from '{given}' --to hf"):
+            sparsity(given)
 
 
 @pytest.mark.parametrize("at_once", [1 << 24, 256])

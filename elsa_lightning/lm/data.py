@@ -230,7 +230,7 @@ class CalibrationData(LightningDataModule):
             "data.text_column": self.source.text_column,
             "the last tenth held out": self.source.is_cut,
             "data.seq_len": self.seq_len,
-            "data.batch_size": self.batch_size,
+            "data.batch_size × processes": self.batch_size * self._world()[0],  # what the position is counted in
             "data.seed": self.seed,
             "data.train_sequences": self.train_sequences,
         }

@@ -46,8 +46,8 @@ class Distillation:
     """The loss of a model that learns from a teacher, such as its dense original.
 
     Both models run up to their heads, which are then applied to some positions at a time. If a model's logits are not
-    simply its head's output (capped, scaled), or its loss is not their cross-entropy alone, all logits are computed at
-    once.
+    simply its head's output (capped, scaled), or the student's loss is not their cross-entropy alone, all logits are
+    computed at once. What the student adds to the cross-entropy, such as the loss of a mixture's routers, stays whole.
 
     Args:
         teacher: The frozen dense model, on the right device; it may be sharded.
@@ -60,17 +60,20 @@ class Distillation:
     def __init__(self, teacher: Any, weight: float, features: float) -> None:
         self.teacher, self.weight, self.features = teacher, weight, features
         self._hooks = BeforeHead(), BeforeHead()
-        self._teachers = _is_its_head(teacher)
-        self._chunked: bool | None = None
+        self._teachers, _ = _asked(teacher)
+        self._students: tuple[bool, bool] | None = None
 
     def chunked(self, student: Any) -> bool:
         """Return whether both models' logits are made of some positions at a time; the student is asked once."""
-        if self._chunked is None:
-            self._chunked = self._teachers and _is_its_head(student)
-            if not self._chunked:
-                whose = "the student" if self._teachers else "the teacher"
-                rank_zero_info(f"distillation makes the logits of a batch at once: {whose}'s are more than its head's")
-        return self._chunked
+        if self._students is None:
+            self._students = its_head, adds = _asked(student)
+            whose = None if self._teachers else "the teacher's are more than its head's"
+            whose = whose if its_head else "the student's are more than its head's"
+            whose = "the student's loss has more than their cross-entropy, and keeps it" if adds else whose
+            if whose is not None:
+                rank_zero_info(f"distillation makes the logits of a batch at once: {whose}")
+        its_head, adds = self._students
+        return self._teachers and its_head and not adds
 
     def __call__(self, student: Any, inputs: dict[str, Tensor]) -> Distilled:
         """Return the losses of a batch.
@@ -82,10 +85,12 @@ class Distillation:
         others = {key: value for key, value in inputs.items() if key != "labels"}
         options = {"output_hidden_states": self.features > 0}
         chunked = self.chunked(student)
+        assert self._students is not None
+        adds = self._students[1]
         if chunked:
             output, x, head = self._hooks[0].run(student, **others, **options)
         else:
-            output = student(**inputs, **options, use_cache=False)
+            output = student(**(inputs if adds else others), **options, use_cache=False)
             x, head = output.logits, None
         with torch.no_grad():
             if chunked:
@@ -93,14 +98,14 @@ class Distillation:
             else:
                 wanted = self.teacher(**others, **options, use_cache=False)
                 y, teacher_head = wanted.logits, None
-        weight = self.weight if chunked else float(self.weight > 0)  # the model's own loss has the rest
+        targets = inputs["labels"][:, 1:]
         found = distillation_loss(
-            x[:, :-1], y[:, :-1], inputs["labels"][:, 1:], weight=weight, head=head, teacher_head=teacher_head,
+            x[:, :-1], y[:, :-1], targets, weight=self.weight, head=head, teacher_head=teacher_head,
             logits_at_once=self.logits_at_once,
         )  # fmt: skip
-        if not chunked:
-            loss = (1 - self.weight) * output.loss + (self.weight * found.loss if self.weight > 0 else 0)
-            found = found._replace(loss=loss, by_labels=output.loss.detach())
+        if adds:
+            more = output.loss - F.cross_entropy(x[:, :-1].float().flatten(0, 1), targets.flatten())
+            found = found._replace(loss=found.loss + more, by_labels=output.loss.detach())
         if self.features > 0:
             near = feature_distance(output.hidden_states[1:], wanted.hidden_states[1:], others.get("attention_mask"))
             found = found._replace(loss=found.loss + self.features * near)
@@ -109,18 +114,16 @@ class Distillation:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
-def _is_its_head(model: Any) -> bool:
-    """Return whether a model's logits are its head's output, however large, and its loss is their cross-entropy.
+def _asked(model: Any) -> tuple[bool, bool]:
+    """Return whether a model's logits are its head's output, however large, and whether its loss has more than these.
 
     It is asked in evaluation mode, without dropout, which would draw random numbers and differ from call to call.
     """
-    if model.get_output_embeddings() is None:
-        return False
     ids = (1 + torch.arange(8, device=model.device)[None]) % model.config.get_text_config().vocab_size
     with evaluating(model), torch.compiler.set_stance("force_eager"):  # else it would be compiled for this shape too
         output = model(input_ids=ids, labels=ids, use_cache=False)
+        adds = not torch.allclose(output.loss.float(), F.cross_entropy(output.logits[0, :-1].float(), ids[0, 1:]))
+        if model.get_output_embeddings() is None:
+            return False, adds
         large, x, head = BeforeHead(scale=1024.0).run(model, input_ids=ids)  # so large that a cap shows
-    if head is None or not torch.equal(head(x), large.logits):
-        return False
-    expected = F.cross_entropy(output.logits[0, :-1].float(), ids[0, 1:])
-    return torch.allclose(output.loss.float(), expected)
+    return head is not None and torch.equal(head(x), large.logits), adds

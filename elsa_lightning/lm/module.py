@@ -79,7 +79,8 @@ class CausalLM(LightningModule):
             to bf16-mixed.
         distillation: Weight, from 0 to 1, of the dense model's next-token distribution in the training target,
             against the text's own next token. The dense model takes 2 bytes a parameter (bfloat16) on each device,
-            and one more forward pass a step.
+            and one more forward pass a step. What the model adds to its loss (``output_router_logits`` of a mixture of
+            experts) stays whole.
         teacher: Name or folder of the teacher, if it is not this model as it was before the first step: the dense
             model from which a sparse one was made, or a larger one with the same vocabulary.
         feature_distillation: Weight of the distance of the blocks' outputs from the dense model's
@@ -466,7 +467,7 @@ class CausalLM(LightningModule):
         self._start = zeros and Zeros(*zeros)
         if self._trainer is None or not self.trainer.training:
             return
-        if "optimizer_states" not in checkpoint:
+        if "lr_schedulers" not in checkpoint:  # the optimizer's states of a distributed one are elsewhere
             raise UserError(
                 "the checkpoint of ckpt_path holds weights only, and a run cannot go on from them; save without "
                 "save_weights_only, or start a new run from a Hugging Face folder with --model.name"

@@ -15,12 +15,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
-from elsa_lightning import ElsaCallback
+from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
 from elsa_lightning.callbacks.journal import JOURNAL
 from tests.distributed import worker
 
@@ -334,5 +335,32 @@ def test_every_optimizer_of_a_run_is_resumed(pruned: list[int], distributed: boo
         resumed = fitted(12, tmp_path / "four.ckpt")
         states = [state for optimizer in resumed.optimizers for state in optimizer.state.values()]
         assert [int(state["step"]) for state in states] == [6] * 4
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_language_model_in_shards_goes_on_to_the_bit(
+    tiny_llama: str, text_file: Path, token_cache: str, tmp_path: Path
+) -> None:
+    """Its distributed checkpoint has the optimizer's state apart from the rest, and is no checkpoint of weights."""
+
+    def fitted(ckpt_path: Path | None) -> dict[str, Tensor]:
+        data = CalibrationData(
+            str(text_file), tokenizer=tiny_llama, seq_len=16, batch_size=2, eval_segments=2, cache_dir=token_cache
+        )
+        saver = ModelCheckpoint(tmp_path, "{step}", auto_insert_metric_name=False, every_n_train_steps=2, save_top_k=-1)
+        trainer = Trainer(
+            accelerator="cpu", devices=1, strategy=ModelParallelStrategy(1, 1), max_steps=4, logger=False,
+            callbacks=[ElsaCallback(sparsity=0.8), saver], limit_val_batches=0, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        module = CausalLM(tiny_llama)
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+        assert trainer.global_step == 4
+        return {name: worker.whole(p.detach()) for name, p in module.named_parameters()}
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        assert_same(fitted(None), fitted(tmp_path / "2.ckpt"))
     finally:
         dist.destroy_process_group()

@@ -234,6 +234,26 @@ def test_a_checkpoint_of_other_data_is_refused(text_file: Path, token_cache: str
         other.load_state_dict(state)
 
 
+def test_a_run_of_two_processes_goes_on_in_one_with_batches_of_both(text_file: Path, token_cache: str) -> None:
+    def data(batch_size: int, processes: int) -> CalibrationData:
+        made = CalibrationData(str(text_file), seq_len=32, batch_size=batch_size, cache_dir=token_cache)
+        if processes > 1:  # this is the first of them
+            made.trainer = Trainer(accelerator="cpu", devices=processes, strategy="ddp", logger=False)
+        made.setup("fit")
+        return made
+
+    two = data(2, processes=2)
+    batches = iter(two.train_dataloader())
+    for _ in range(3):
+        next(batches)
+    state = two.state_dict()
+    one = data(4, processes=1)
+    one.load_state_dict(state)
+    assert torch.equal(next(iter(one.train_dataloader()))[::2], next(batches))
+    with pytest.raises(ValueError, match=r"was made with data\.batch_size × processes=4, this run has 2"):
+        data(2, processes=1).load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [("a.jsonl", b""), ("a.jsonl", b"not json"), ("a.parquet", b"no table"), ("a.txt", b"\xff\xfe\xfd" * 50)],

@@ -32,7 +32,7 @@ FAMILIES: dict[str, tuple[PreTrainedConfig, bool]] = {  # and whether its logits
     "capped": (Gemma2Config(**SIZES, query_pre_attn_scalar=16, final_logit_softcapping=30.0), False),
     "scaled": (GraniteConfig(**SIZES, logits_scaling=4.0), False),
     "mixture": (MixtralConfig(**SIZES, **EXPERTS), True),
-    "balanced": (MixtralConfig(**SIZES, **EXPERTS, output_router_logits=True), False),
+    "balanced": (MixtralConfig(**SIZES, **EXPERTS, output_router_logits=True, router_aux_loss_coef=0.1), False),
 }
 
 
@@ -83,7 +83,8 @@ def expected(module: CausalLM, of: dict[str, Tensor]) -> Tensor:
         wanted = module._distillation.teacher(**of, output_hidden_states=True, use_cache=False)
     kept = labels[:, 1:] != -100
     soft = F.cross_entropy(output.logits[:, :-1][kept], wanted.logits[:, :-1][kept].float().softmax(-1))
-    loss: Tensor = (1 - module.distillation) * output.loss + module.distillation * soft
+    hard = F.cross_entropy(output.logits[:, :-1][kept], labels[:, 1:][kept])
+    loss: Tensor = output.loss + module.distillation * (soft - hard)  # what a model adds to its loss stays whole
     hidden = module.model(**of, output_hidden_states=True, use_cache=False).hidden_states[1:]
     seen = of["attention_mask"].bool()
     near = [
@@ -124,8 +125,10 @@ def test_a_student_whose_logits_are_more_than_its_heads_is_asked_too(student: st
     assert torch.equal(torch.get_rng_state(), state) and [m.training for m in model.modules()] == modes
     found, own = distillation(model, of), model(**of)
     torch.testing.assert_close(found.by_labels, own.loss.detach())
-    soft = F.cross_entropy(own.logits[:, :-1].flatten(0, 1), teacher(**of).logits[:, :-1].flatten(0, 1).softmax(-1))
-    torch.testing.assert_close(found.loss, 0.5 * own.loss + 0.5 * soft)
+    logits = own.logits[:, :-1].flatten(0, 1)
+    soft = F.cross_entropy(logits, teacher(**of).logits[:, :-1].flatten(0, 1).softmax(-1))
+    hard = F.cross_entropy(logits, of["labels"][:, 1:].flatten())
+    torch.testing.assert_close(found.loss, own.loss + 0.5 * (soft - hard))
 
 
 def test_padding_counts_nowhere(tiny_llama: str) -> None:
