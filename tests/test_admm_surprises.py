@@ -251,6 +251,35 @@ def test_a_second_run_on_some_tensors_leaves_the_zeros_of_the_others() -> None:
     assert list(first.masks()) == ["other"] and list(second.masks()) == ["p"]
 
 
+def test_a_tensor_that_another_run_takes_is_no_longer_waited_for() -> None:
+    """The first run was to cut it when it gets its first gradient, and would cut what the second one trains."""
+    p, late = matrix(), matrix(seed=1)
+    optimizer = torch.optim.SGD([p, late], lr=0.01)
+    first = ADMM(optimizer, {"p": p, "late": late}, Unstructured(0.5), total_steps=10)
+    for _ in range(10):
+        step(optimizer, p)
+    first.finish()
+    with torch.no_grad():
+        late.copy_(matrix(seed=1))
+    second = ADMM(optimizer, {"late": late}, Unstructured(0.2), total_steps=10)
+    for _ in range(10):
+        step(optimizer, p, late)
+    second.finish()
+    assert kept(p) == 160 and kept(late) == 256
+
+
+def test_the_end_cuts_only_what_has_no_mask_yet() -> None:
+    """One budget is for all, and a tensor that got no gradient would take weights from the trained one at the end."""
+    p, never = matrix(), nn.Parameter(10 * matrix(seed=1).detach())
+    optimizer = torch.optim.Adam([p, never], lr=0.01)
+    admm = ADMM(optimizer, {"p": p, "never": never}, Unstructured(0.5, scope="model"), total_steps=20)
+    for _ in range(20):
+        step(optimizer, p)
+    before = p.detach().clone()
+    admm.finish()
+    assert torch.equal(p, before) and kept(p) == kept(never) == 160
+
+
 ANY, NM14, GRID, BOTH = Unstructured(0.9), NM(1, 4), Quantized(4, 20), Quantized(4, 20, inside=NM(1, 4))
 
 
@@ -497,14 +526,16 @@ def test_stepping_while_suspended_goes_on_with_the_weights_from_before(caplog: p
 
 @pytest.mark.parametrize("number", [5, 15])
 def test_masks_that_vanish_from_the_state_are_an_error(number: int) -> None:
-    p = matrix()
-    optimizer = torch.optim.Adam([p], lr=0.01)
-    ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=20)
-    for _ in range(number):
-        step(optimizer, p)
-    optimizer.state.clear()
-    with pytest.raises(UserError, match=r"masks have vanished from the state of Adam"):
-        step(optimizer, p)
+    for lost in (1, 2):
+        ps = [matrix(), matrix(seed=1)]
+        optimizer = torch.optim.Adam(ps, lr=0.01)
+        ADMM(optimizer, {"p": ps[0], "q": ps[1]}, Unstructured(0.5), total_steps=20)
+        for _ in range(number):
+            step(optimizer, *ps)
+        for p in ps[:lost]:
+            optimizer.state[p].clear()
+        with pytest.raises(UserError, match=r"masks have vanished from the state of Adam"):
+            step(optimizer, *ps)
 
 
 def test_zeros_that_are_kept_are_not_lost_with_the_state_either() -> None:

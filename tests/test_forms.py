@@ -242,7 +242,28 @@ def test_a_longer_run_opens_a_mask_that_was_fixed(prox: Any, caplog: pytest.LogC
         longer.load_state_dict(admm.state_dict())
     assert "40 steps, this one has 400" in caplog.text and "open again until step 240" in caplog.text
     assert longer.phase == "admm"
+    assert torch.equal(longer.form.dual_sum(longer.tensors["p"], slice(0, 20)), q), "x + u, with a dual of 0"
     before = longer.masks()["p"]
     run(other, again, 370)
     assert longer.phase == "frozen" and int((q != 0).sum()) == 200
     assert not torch.equal(longer.masks()["p"], before), "the mask has moved"
+
+
+def test_noise_is_measured_at_the_largest_rate_of_each_group() -> None:
+    """A group at a quarter of its rate, as in a warm-up, moves the dual by a quarter; its ρ is that of the others."""
+    start = torch.cat([torch.linspace(1, 2, 200), torch.linspace(0.1, 0.2, 200)]).view(20, 20)
+    gradient = torch.where(start < 0.5, torch.randn(20, 20, generator=torch.Generator().manual_seed(0)), 0.0)
+    ps = [nn.Parameter(start.clone()) for _ in range(2)]
+    quarter = {"params": [ps[1]], "lr": 2**-11, "initial_lr": 2**-9}
+    optimizer = torch.optim.SGD([{"params": [ps[0]], "lr": 2**-9}, quarter])
+    admm = ADMM(optimizer, {"a": ps[0], "b": ps[1]}, Unstructured(0.5), total_steps=99,
+                schedule=Schedule(interval=2, **ALWAYS_OPEN))  # fmt: skip
+    duals = []
+    for _ in range(3):  # the second step is measured, the third is divided by what it said
+        for p in ps:
+            p.grad = gradient.clone()
+        optimizer.step()
+        duals.append([admm.form.dual(tensor, slice(0, 20)) for tensor in admm.tensors.values()])
+    moved = [after - before for before, after in zip(*duals[1:], strict=True)]
+    assert bool(moved[0].any())
+    torch.testing.assert_close(moved[0], 4 * moved[1], rtol=1e-3, atol=1e-7)

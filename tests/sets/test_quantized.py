@@ -285,6 +285,61 @@ def test_what_pulls_beyond_the_last_value_does_not_wind_up() -> None:
     assert round(float(p.detach()[0, 0]) / scale) == 6
 
 
+def test_what_bounds_the_dual_shrinks_no_rounding_error() -> None:
+    """At an update the dual of what is cut is scaled down, and a drift below the resolution goes on as before."""
+    p = nn.Parameter(torch.tensor([[7.0, 3.0, 0.6, 0.5]]))
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    admm = ADMM(optimizer, {"p": p}, Quantized(4, None, NM(2, 4)), total_steps=100,
+                schedule=Schedule(1e3, interval=4, ramp=0, frozen=0))  # fmt: skip
+    tensor, shrinks = admm.tensors["p"], False
+    for n in range(1, 33):
+        p.grad = torch.tensor([[0.0, -1 / 64, -0.05, -0.05]])
+        before = None if n == 1 else admm.form.dual_sum(tensor, slice(0, 1))
+        optimizer.step()
+        after = admm.form.dual_sum(tensor, slice(0, 1))
+        assert after[0, :2].tolist() == pytest.approx([7, 3 + n / 64], abs=1e-5), n
+        shrinks |= before is not None and bool((after < before)[0, 2:].all())
+    assert shrinks, "else this means nothing"
+
+
+def test_a_mask_that_opens_again_has_rounding_errors_and_no_other_dual() -> None:
+    def build(total: int) -> tuple[nn.Parameter, torch.optim.Optimizer, ADMM]:
+        p = nn.Parameter(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)))
+        optimizer = torch.optim.Adam([p], lr=0.01)
+        return p, optimizer, ADMM(optimizer, {"p": p}, Quantized(3, 8, NM(2, 4)), total_steps=total)
+
+    p, optimizer, admm = build(20)
+    for step in range(16):
+        p.grad = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+    assert admm.phase == "frozen"
+    q, other, longer = build(200)
+    with torch.no_grad():
+        q.copy_(p)
+    other.load_state_dict(optimizer.state_dict())
+    longer.load_state_dict(admm.state_dict())
+    assert longer.phase == "admm"
+    everything, mask = slice(0, 8), admm.masks()["p"]
+    dual = longer.form.dual(longer.tensors["p"], everything)
+    assert torch.equal(dual, admm.form.dual(admm.tensors["p"], everything))
+    assert bool(dual[mask].any()) and not dual[~mask].any()
+
+
+def test_what_is_forgotten_is_at_most_all() -> None:
+    """Steps of most of a level are each rounded by themselves at the end; more than all would swing and grow."""
+    start = torch.tensor([[7.0, 3.0, -5.0, 0.0, 2.0, -6.0, 1.0, 4.0]])
+    p = nn.Parameter(start.clone())
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    ADMM(optimizer, {"p": p}, Quantized(4), total_steps=40, schedule=Schedule(interval=100, ramp=0, frozen=0.5))
+    seen = []
+    for n in range(40):
+        p.grad = torch.full_like(p, 0.4 * (-1) ** n)
+        p.grad[0, 0] = 0  # which keeps the scale at 1
+        optimizer.step()
+        seen.append(p.detach().clone())
+    assert all(torch.equal(now, seen[-1]) for now in seen[-12:])
+
+
 def test_grids_follow_what_their_weights_have_in_common_on_a_fixed_mask() -> None:
     """All drift outwards by a tenth of a level: none changes its level, so only the scale can follow."""
     start = torch.tensor([[7.0, 3.0, -5.0, 0.0, 2.0, -6.0, 1.0, 4.0]])
