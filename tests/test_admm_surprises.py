@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 from typing import Any
 
 import numpy as np
@@ -367,7 +368,10 @@ def test_weights_that_are_all_zero_have_no_residual() -> None:
 
 
 def test_a_cyclic_learning_rate_does_not_multiply_the_pull() -> None:
-    """It begins at a thousandth of its peak and calls that the initial one: κ lr/lr_initial would be 2000."""
+    """It begins at a thousandth of its peak and calls that the initial one: κ lr/lr_initial would be 2000.
+
+    On its way down the peak is what was the largest so far.
+    """
     p = matrix()
     optimizer = torch.optim.SGD([p], lr=1e-5)
     admm = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=100, prox="decoupled")
@@ -375,11 +379,13 @@ def test_a_cyclic_learning_rate_does_not_multiply_the_pull() -> None:
     for _ in range(4):
         step(optimizer, p)
         cycle.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2)  # the peak: γ = κ = 2
-    x, split = p.detach().clone(), admm.tensors["p"].split(slice(0, 16)).clone()
-    p.grad = torch.zeros_like(p)
-    optimizer.step()
-    torch.testing.assert_close(p.detach(), (x + 2 * split) / 3)
+    for gamma in (2.0, 0.75 * 2):  # the peak: γ = κ = 2
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(gamma / 2 * 1e-2, rel=1e-3)
+        x, split = p.detach().clone(), admm.tensors["p"].split(slice(0, 16)).clone()
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), (x + gamma * split) / (1 + gamma), rtol=1e-3, atol=1e-4)
+        cycle.step()
 
 
 @pytest.mark.parametrize("stack", [torch.randn(4, 8, 16).transpose(1, 2), torch.randn(4, 8, 16)[:, :, ::2]])
@@ -438,8 +444,7 @@ class Interrupted(torch.optim.Adam):
 def test_bfloat16_weights_are_themselves_as_soon_as_a_step_has_raised(scheduled: str) -> None:
     p = matrix(torch.bfloat16)
     optimizer = Interrupted([p], lr=0.01)
-    if scheduled == "before":
-        torch.optim.lr_scheduler.ConstantLR(optimizer)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0) if scheduled == "before" else None
     admm = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=9, schedule=Schedule(interval=2))
     if scheduled == "after":
         torch.optim.lr_scheduler.ConstantLR(optimizer)
@@ -452,6 +457,9 @@ def test_bfloat16_weights_are_themselves_as_soon_as_a_step_has_raised(scheduled:
     for _ in range(7):
         step(optimizer, p)
     assert admm.step == 9 and kept(p) == 160
+    if scheduler is not None:
+        with warnings.catch_warnings(action="error"):  # it would miss the mark that it gave the step
+            scheduler.step()
     admm.detach()
     assert ("step" in vars(optimizer)) == (scheduled != "not")
     step(optimizer, p)

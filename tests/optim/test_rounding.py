@@ -122,6 +122,18 @@ def test_bfloat16_weights_of_an_optimizer_that_looks_at_them_stay_finite() -> No
     assert int((layer.weight == 0).sum()) == 128
 
 
+def test_a_weight_decay_that_begins_later_decays_the_weights() -> None:
+    """Stepped from 0 they would have nothing to decay."""
+    p = nn.Parameter(torch.ones(4, 8, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([p], lr=0.5)
+    ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=99, schedule=Schedule(interval=50))
+    for decay in (0.0, 0.5, 0.0):
+        optimizer.param_groups[0]["weight_decay"] = decay
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert torch.equal(p[p != 0], torch.full((16,), 0.75, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
 def test_bfloat16_weights_alone_are_set_aside_and_float16_ones_beside_them_warned_of(
     dtypes: tuple[torch.dtype, ...],
