@@ -157,6 +157,28 @@ def test_stationarity_is_the_distance_to_the_projected_step() -> None:
     assert float(measured.outranking) == pytest.approx(int((support & ~mask).sum()) / 200)
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+def test_stationarity_under_adam_is_in_the_metric_of_its_steps_at_their_largest(maximize: bool) -> None:
+    p, loss, _ = quadratic(0.5, seed=3)
+    with torch.no_grad():
+        p.copy_(torch.randn(20, 20, generator=torch.Generator().manual_seed(5)))
+    groups = [{"params": [p], "initial_lr": 0.02}]  # as in a warm-up
+    optimizer = torch.optim.Adam(groups, lr=0.01, betas=(0.9, 0.95), maximize=maximize)
+    admm = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=20, prox="decoupled",
+                schedule=Schedule(2.0, interval=10, **ALWAYS_OPEN))  # fmt: skip
+    run(optimizer, lambda: -loss() if maximize else loss(), 19)
+    x, mask, moment = p.detach().clone(), admm.masks()["p"], optimizer.state[p]["exp_avg_sq"].clone()
+    (gradient,) = torch.autograd.grad(loss(), p)
+    y = x - 0.02 / 2.0 * gradient / (moment / (1 - 0.95**19)).sqrt()
+    cost = moment.sqrt() * y.square()
+    support = cost >= cost.flatten().topk(200).values[-1]
+    run(optimizer, lambda: -loss() if maximize else loss(), 1)
+    measured = admm.last_stationarity
+    assert measured is not None and measured.step == 20
+    assert float(measured.distance) == pytest.approx(float((x - y * support).norm() / x.norm()), rel=1e-4)
+    assert float(measured.outranking) == pytest.approx(int((support & ~mask).sum()) / 200)
+
+
 def test_a_longer_run_is_nearer_to_a_stationary_point_and_says_so() -> None:
     short, long = stationarity_run(40), stationarity_run(3000)
     assert short.last_stationarity is not None and long.last_stationarity is not None

@@ -83,6 +83,9 @@ SCHEDULES = {
     "cyclic after constant": lambda o: torch.optim.lr_scheduler.SequentialLR(
         o, [torch.optim.lr_scheduler.ConstantLR(o, 0.5, 2), SCHEDULES["cyclic"](o)], [2]
     ),
+    "cyclic before constant": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o, [SCHEDULES["cyclic"](o), torch.optim.lr_scheduler.ConstantLR(o, 0.5, 2)], [6]
+    ),
 }
 
 

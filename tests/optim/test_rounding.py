@@ -77,6 +77,7 @@ class Unmakeable(torch.optim.SGD):
         (lambda p: torch.optim.Adam(p, lr=0.0), True),  # at the start of a warm-up
         (lambda p: torch.optim.AdamW(p, weight_decay=0.0), True),
         (lambda p: torch.optim.AdamW(p), False),
+        (lambda p: torch.optim.AdamW(p, weight_decay=1e-4), False),  # too little to be noticed in a few steps
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), True),
         (lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1), False),
         (lambda p: torch.optim.RMSprop(p), True),

@@ -325,6 +325,34 @@ def test_a_mask_that_opens_again_has_rounding_errors_and_no_other_dual() -> None
     assert bool(dual[mask].any()) and not dual[~mask].any()
 
 
+def test_what_is_forgotten_is_measured_at_the_largest_rate_of_each_group() -> None:
+    """A group at a quarter of its rate whose gradients are four times larger makes the same steps, and so the same."""
+    start = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    p, q = (nn.Parameter(start.clone()) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [p], "lr": 2**-5}, {"params": [q], "lr": 2**-7, "initial_lr": 2**-5}])
+    ADMM(optimizer, {"p": p, "q": q}, Quantized(3), total_steps=60, schedule=Schedule(interval=5, ramp=0, frozen=0.8))
+    for n in range(60):
+        p.grad = torch.randn(8, 16, generator=torch.Generator().manual_seed(n))
+        q.grad = 4 * p.grad
+        optimizer.step()
+        assert torch.equal(p, q), n
+
+
+def test_a_drift_changes_its_weight_as_long_as_it_is_above_what_is_forgotten() -> None:
+    """On a fixed mask that is while |d| > c/2 ‖d‖ with c from 0 to 8, however far the steps have gone together."""
+    p = nn.Parameter(torch.tensor([[7.0] + [-7.0] * 7]))
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    ADMM(optimizer, {"p": p}, Quantized(4), total_steps=410, schedule=Schedule(interval=999, ramp=0, frozen=400 / 410))
+    d, changed = 1 / 16, []
+    for n in range(-9, 401):
+        p.grad = torch.tensor([[0.0] + [-d] * 7]) * (n >= 0)
+        before = p.detach().clone()
+        optimizer.step()
+        changed += [n] * (not torch.equal(p, before))
+    last = 400 / 4 * d / (d * (7 / 8) ** 0.5)
+    assert 0.7 * last < changed[-1] < last, changed  # a level takes 20 steps by then
+
+
 def test_what_is_forgotten_is_at_most_all() -> None:
     """Steps of most of a level are each rounded by themselves at the end; more than all would swing and grow."""
     start = torch.tensor([[7.0, 3.0, -5.0, 0.0, 2.0, -6.0, 1.0, 4.0]])
