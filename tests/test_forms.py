@@ -162,14 +162,14 @@ def test_stationarity_under_adam_is_in_the_metric_of_its_steps_at_their_largest(
     p, loss, _ = quadratic(0.5, seed=3)
     with torch.no_grad():
         p.copy_(torch.randn(20, 20, generator=torch.Generator().manual_seed(5)))
-    groups = [{"params": [p], "initial_lr": 0.02}]  # as in a warm-up
+    groups = [{"params": [p], "initial_lr": 1.0}]  # as in a warm-up
     optimizer = torch.optim.Adam(groups, lr=0.01, betas=(0.9, 0.95), maximize=maximize)
     admm = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=20, prox="decoupled",
                 schedule=Schedule(2.0, interval=10, **ALWAYS_OPEN))  # fmt: skip
     run(optimizer, lambda: -loss() if maximize else loss(), 19)
     x, mask, moment = p.detach().clone(), admm.masks()["p"], optimizer.state[p]["exp_avg_sq"].clone()
     (gradient,) = torch.autograd.grad(loss(), p)
-    y = x - 0.02 / 2.0 * gradient / (moment / (1 - 0.95**19)).sqrt()
+    y = x - 1.0 / 2.0 * gradient / (moment / (1 - 0.95**19)).sqrt()
     cost = moment.sqrt() * y.square()
     support = cost >= cost.flatten().topk(200).values[-1]
     run(optimizer, lambda: -loss() if maximize else loss(), 1)
@@ -177,6 +177,20 @@ def test_stationarity_under_adam_is_in_the_metric_of_its_steps_at_their_largest(
     assert measured is not None and measured.step == 20
     assert float(measured.distance) == pytest.approx(float((x - y * support).norm() / x.norm()), rel=1e-4)
     assert float(measured.outranking) == pytest.approx(int((support & ~mask).sum()) / 200)
+
+
+def test_where_nothing_pulls_at_the_zeros_the_gradient_of_the_rest_is_not_overlooked() -> None:
+    """Without a gradient off the mask λ is κ ‖∇f‖/‖x‖, so that the distance is 1/κ; it would be 0, as if converged."""
+    start = torch.cat([torch.linspace(1, 2, 200), torch.full((200,), 0.1)]).view(20, 20)
+    p = nn.Parameter(start.clone())
+    optimizer = torch.optim.SGD([p], lr=1e-6)
+    schedule = Schedule(5.0, interval=2, **ALWAYS_OPEN)
+    admm = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=4, schedule=schedule)
+    for _ in range(4):
+        p.grad = torch.where(start < 0.5, 0.0, torch.linspace(-1, 1, 400).view(20, 20))
+        optimizer.step()
+    assert admm.last_stationarity is not None
+    assert float(admm.last_stationarity.distance) == pytest.approx(1 / 5, rel=1e-4)
 
 
 def test_a_longer_run_is_nearer_to_a_stationary_point_and_says_so() -> None:

@@ -342,15 +342,38 @@ def test_a_drift_changes_its_weight_as_long_as_it_is_above_what_is_forgotten() -
     """On a fixed mask that is while |d| > c/2 ‖d‖ with c from 0 to 8, however far the steps have gone together."""
     p = nn.Parameter(torch.tensor([[7.0] + [-7.0] * 7]))
     optimizer = torch.optim.SGD([p], lr=1.0)
-    ADMM(optimizer, {"p": p}, Quantized(4), total_steps=410, schedule=Schedule(interval=999, ramp=0, frozen=400 / 410))
+    ADMM(optimizer, {"p": p}, Quantized(4), total_steps=500, schedule=Schedule(interval=999, ramp=0, frozen=0.8))
     d, changed = 1 / 16, []
-    for n in range(-9, 401):
+    for n in range(-99, 401):
         p.grad = torch.tensor([[0.0] + [-d] * 7]) * (n >= 0)
         before = p.detach().clone()
         optimizer.step()
         changed += [n] * (not torch.equal(p, before))
     last = 400 / 4 * d / (d * (7 / 8) ** 0.5)
     assert 0.7 * last < changed[-1] < last, changed  # a level takes 20 steps by then
+
+
+def test_a_tensor_that_is_cut_late_remembers_its_steps_too() -> None:
+    p, late = (nn.Parameter(torch.tensor([[7.0, 3.0, -5.0, 0.0]])) for _ in range(2))
+    optimizer = torch.optim.SGD([p, late], lr=1.0)
+    admm = ADMM(optimizer, {"p": p, "late": late}, Quantized(4), total_steps=60, schedule=Schedule(ramp=0, frozen=0.9))
+    for _ in range(30):
+        p.grad, late.grad = torch.zeros(1, 4), torch.tensor([[0.0, -1 / 16, 0.0, 0.0]]) if admm.frozen else None
+        optimizer.step()
+    assert p.tolist() == [[7, 3, -5, 0]] and float(late[0, 1].detach()) == pytest.approx(3 + 24 / 16, abs=0.51)
+
+
+def test_scales_are_those_of_what_is_kept() -> None:
+    start = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    p = nn.Parameter(start.clone())
+    admm = ADMM(torch.optim.SGD([p], lr=1e-30), {"p": p}, Quantized(3, 8, NM(2, 4)), total_steps=9,
+                schedule=Schedule(ramp=0))  # fmt: skip
+    p.grad = torch.ones_like(p)
+    admm.optimizer.step()
+    (point,) = WholePoints([(start, None)])
+    kept, none = start * admm.masks()["p"], torch.zeros(16, 4)  # as no scale was chosen before
+    found = admm.tensors["p"].state[NUMBERS].float()
+    assert torch.equal(found, Quantized(3, 8).fit(kept, replace(point, numbers=none)))
 
 
 def test_what_is_forgotten_is_at_most_all() -> None:
