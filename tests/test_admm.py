@@ -499,6 +499,10 @@ def test_a_checkpoint_of_other_settings_is_refused() -> None:
     with pytest.raises(ValueError, match=r"constraint: Unstructured\(sparsity=0.5, .*\) there, .*0.9, .*here"):
         other.load_state_dict(admm.state_dict())
     other.detach()
+    slower = ADMM(fresh, {"p": q}, Unstructured(0.5), total_steps=5, schedule=Schedule(ramp=0.1, frozen=0.1))
+    with pytest.raises(ValueError, match=r"ramp: .* there, 0.1 here, frozen: .* there, 0.1 here"):
+        slower.load_state_dict(admm.state_dict())
+    slower.detach()
     same = ADMM(fresh, {"p": q}, Unstructured(0.5), total_steps=5)
     with pytest.raises(ValueError, match="the optimizer's state has no masks"):
         same.load_state_dict(admm.state_dict())

@@ -481,6 +481,21 @@ def test_a_late_first_gradient_does_not_cost_the_sparsity_of_optimizers_without_
         assert kept(p) == kept(late) == 160
 
 
+def test_a_resumed_run_still_waits_for_a_late_first_gradient() -> None:
+    ps = [matrix(), matrix(seed=1)]
+    optimizer = torch.optim.Adam(ps, lr=0.001)
+    admm = ADMM(optimizer, {"p": ps[0], "late": ps[1]}, Unstructured(0.5), total_steps=20)
+    for _ in range(15):
+        step(optimizer, ps[0])
+    qs = copy.deepcopy(ps)
+    again = torch.optim.Adam(qs, lr=0.001)
+    resumed = ADMM(again, {"p": qs[0], "late": qs[1]}, Unstructured(0.5), total_steps=20)
+    again.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(admm.state_dict())
+    step(again, *qs)
+    assert resumed.phase == "frozen" and kept(qs[0]) == kept(qs[1]) == 160
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
 def test_zeros_made_before_the_first_step_stay(kind: Any) -> None:
     p = matrix()

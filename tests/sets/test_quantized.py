@@ -363,6 +363,20 @@ def test_a_tensor_that_is_cut_late_remembers_its_steps_too() -> None:
     assert p.tolist() == [[7, 3, -5, 0]] and float(late[0, 1].detach()) == pytest.approx(3 + 24 / 16, abs=0.51)
 
 
+def test_empty_room_for_scales_is_no_scale() -> None:
+    """A step on zero gradients, by which a distributed checkpoint sets state up, makes room and chooses nothing."""
+    p = nn.Parameter(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)))
+    expected = projected(Quantized(4, 8), p.detach())
+    optimizer = torch.optim.Adam([p], lr=0.0)
+    admm = ADMM(optimizer, {"p": p}, Quantized(4, 8), total_steps=1)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert admm.step == 0 and not optimizer.state[p][NUMBERS].any()
+    admm.finish()
+    assert_on_grid(admm, 4)
+    assert float((p.detach() - expected).norm() / expected.norm()) < 0.05
+
+
 def test_scales_are_those_of_what_is_kept() -> None:
     start = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
     p = nn.Parameter(start.clone())
