@@ -58,19 +58,22 @@ def rms(t: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("prox", "shape"),
+    ("prox", "shape", "penalty"),
     [
-        *itertools.product(["coupled", "decoupled", "linearized"], ["constant", "linear", "cosine", "exponential"]),
-        ("feedback", "constant"),
+        *itertools.product(
+            ["coupled", "decoupled", "linearized"], ["constant", "linear", "cosine", "exponential"], [0.8]
+        ),
+        ("feedback", "constant", 0.8),
+        ("linearized", "constant", 80.0),  # which bounds the dual
     ],
 )
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_one_state_gives_the_iterates_of_two_variable_admm(
-    name: str, prox: str, shape: str, monkeypatch: pytest.MonkeyPatch
+    name: str, prox: str, shape: str, penalty: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """z and u are kept apart here, and the projection is a sort; 60 updates with a moving λ and mask."""
     monkeypatch.setattr("elsa_lightning.sets.unstructured.AT_ONCE", 0.0)  # a longer ramp, and more to move
-    steps, interval, sparsity, penalty = 120, 2, 0.7, 0.8
+    steps, interval, sparsity = 120, 2, 0.7
     schedule = Schedule(penalty, shape, interval, ramp=0.6, frozen=0)  # type: ignore[arg-type]
     p, loss = problem()
     optimizer = OPTIMIZERS[name]([p])
@@ -81,7 +84,7 @@ def test_one_state_gives_the_iterates_of_two_variable_admm(
     z, u, lam, mask = x.detach().clone(), torch.zeros(SHAPE, dtype=torch.float64), 0.0, None
     slow, memory, sigma = 1.0, 0.0, 0.0
     on_set = prox in ("feedback", "linearized")
-    flips = 0
+    flips = bounded = 0
     for step in range(1, steps + 1):
         train(optimizer, loss, 1)
 
@@ -125,6 +128,7 @@ def test_one_state_gives_the_iterates_of_two_variable_admm(
                 if prox == "linearized":  # the dual may not grow beyond a κ-th of what is kept
                     w = rms(z[mask])
                     most = max(w / new, memory)
+                    bounded += before > most * 1.0001
                     u = u * (math.floor(most / before * 4096) / 4096 if before > most * 1.0001 else 1.0)
                     memory = rms(u[~mask])
                     slow = float(torch.tensor(16 * sigma * max(steps, 1000) ** 0.5 / w).bfloat16()) if sigma else slow
@@ -136,6 +140,7 @@ def test_one_state_gives_the_iterates_of_two_variable_admm(
                 assert float(admm.last_update.primal_residual) == pytest.approx(float(gap), rel=1e-6, abs=1e-12)
         torch.testing.assert_close(p, x, rtol=1e-10, atol=1e-12)
     assert flips > 80, "the masks must have moved for this to mean anything"
+    assert bounded > 10 or penalty < 1, bounded
     torch.testing.assert_close(optimizer.state[p][SPLIT], -u if on_set else z - u, rtol=1e-9, atol=1e-11)
     assert torch.equal(admm.masks()["p"], mask)
 
@@ -497,6 +502,10 @@ def test_a_checkpoint_of_other_settings_is_refused() -> None:
     with pytest.raises(ValueError, match=r"constraint: Unstructured\(sparsity=0.5, .*\) there, .*0.9, .*here"):
         other.load_state_dict(admm.state_dict())
     other.detach()
+    slower = ADMM(fresh, {"p": q}, Unstructured(0.5), total_steps=5, schedule=Schedule(ramp=0.1, frozen=0.1))
+    with pytest.raises(ValueError, match=r"ramp: .* there, 0.1 here, frozen: .* there, 0.1 here"):
+        slower.load_state_dict(admm.state_dict())
+    slower.detach()
     same = ADMM(fresh, {"p": q}, Unstructured(0.5), total_steps=5)
     with pytest.raises(ValueError, match="the optimizer's state has no masks"):
         same.load_state_dict(admm.state_dict())

@@ -15,6 +15,7 @@ from elsa_lightning import ADMM, Unstructured
 from elsa_lightning.forms import Step
 from elsa_lightning.forms.on_set import OnSet
 from elsa_lightning.schedule import Schedule
+from elsa_lightning.sets.unstructured import AT_ONCE
 from elsa_lightning.watch import verdict
 
 ALWAYS_OPEN = {"ramp": 0.0, "frozen": 0.0}
@@ -27,6 +28,10 @@ def quadratic(sparsity: float, seed: int) -> tuple[nn.Parameter, Callable[[], Te
     best = t * (t.abs() >= t.abs().flatten().topk(kept).values[-1])
     p = nn.Parameter(best.clone())
     return p, lambda: (p - t).square().sum() / 2, best
+
+
+def rms(t: Tensor) -> float:
+    return float(t.square().mean().sqrt())
 
 
 def run(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], steps: int) -> None:
@@ -157,6 +162,43 @@ def test_stationarity_is_the_distance_to_the_projected_step() -> None:
     assert float(measured.outranking) == pytest.approx(int((support & ~mask).sum()) / 200)
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+def test_stationarity_under_adam_is_in_the_metric_of_its_steps_at_their_largest(maximize: bool) -> None:
+    p, loss, _ = quadratic(0.5, seed=3)
+    with torch.no_grad():
+        p.copy_(torch.randn(20, 20, generator=torch.Generator().manual_seed(5)))
+    groups = [{"params": [p], "initial_lr": 1.0}]  # as in a warm-up
+    optimizer = torch.optim.Adam(groups, lr=0.01, betas=(0.9, 0.95), maximize=maximize)
+    admm = ADMM(optimizer, {"p": p}, Unstructured(0.9), total_steps=40, prox="decoupled",
+                schedule=Schedule(2.0, interval=10, ramp=1.0, frozen=0.0))  # fmt: skip
+    run(optimizer, lambda: -loss() if maximize else loss(), 19)
+    x, mask, moment = p.detach().clone(), admm.masks()["p"], optimizer.state[p]["exp_avg_sq"].clone()
+    (gradient,) = torch.autograd.grad(loss(), p)
+    y = x - 1.0 / 2.0 * gradient / (moment / (1 - 0.95**19)).sqrt()
+    kept = 400 - round(400 * (AT_ONCE + (0.9 - AT_ONCE) * (1 - (1 - 19 / 40) ** 3)))  # on the way to 40
+    cost = moment.sqrt() * y.square()
+    support = cost >= cost.flatten().topk(kept).values[-1]
+    run(optimizer, lambda: -loss() if maximize else loss(), 1)
+    measured = admm.last_stationarity
+    assert measured is not None and measured.step == 20
+    assert float(measured.distance) == pytest.approx(float((x - y * support).norm() / x.norm()), rel=1e-4)
+    assert float(measured.outranking) == pytest.approx(int((support & ~mask).sum()) / int(mask.sum()))
+
+
+def test_where_nothing_pulls_at_the_zeros_the_gradient_of_the_rest_is_not_overlooked() -> None:
+    """Without a gradient off the mask λ is κ ‖∇f‖/‖x‖, so that the distance is 1/κ; it would be 0, as if converged."""
+    start = torch.cat([torch.linspace(1, 2, 200), torch.full((200,), 0.1)]).view(20, 20)
+    p = nn.Parameter(start.clone())
+    optimizer = torch.optim.SGD([p], lr=1e-6)
+    schedule = Schedule(5.0, interval=2, **ALWAYS_OPEN)
+    admm = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=4, schedule=schedule)
+    for _ in range(4):
+        p.grad = torch.where(start < 0.5, 0.0, torch.linspace(-1, 1, 400).view(20, 20))
+        optimizer.step()
+    assert admm.last_stationarity is not None
+    assert float(admm.last_stationarity.distance) == pytest.approx(1 / 5, rel=1e-4)
+
+
 def test_a_longer_run_is_nearer_to_a_stationary_point_and_says_so() -> None:
     short, long = stationarity_run(40), stationarity_run(3000)
     assert short.last_stationarity is not None and long.last_stationarity is not None
@@ -242,7 +284,32 @@ def test_a_longer_run_opens_a_mask_that_was_fixed(prox: Any, caplog: pytest.LogC
         longer.load_state_dict(admm.state_dict())
     assert "40 steps, this one has 400" in caplog.text and "open again until step 240" in caplog.text
     assert longer.phase == "admm"
+    assert torch.equal(longer.form.dual_sum(longer.tensors["p"], slice(0, 20)), q), "x + u, with a dual of 0"
     before = longer.masks()["p"]
     run(other, again, 370)
     assert longer.phase == "frozen" and int((q != 0).sum()) == 200
     assert not torch.equal(longer.masks()["p"], before), "the mask has moved"
+
+
+@pytest.mark.parametrize(("steps", "frozen"), [(99, 0.0), (4000, 0.75), (16_000, 0.75)])
+def test_noise_is_measured_at_the_largest_rate_of_each_group_and_counts_over_the_admm_phase(
+    steps: int, frozen: float
+) -> None:
+    """A group at a quarter of its rate, as in a warm-up, moves the dual by a quarter; its ρ is that of the others."""
+    start = torch.cat([torch.linspace(1, 2, 200), torch.linspace(0.1, 0.2, 200)]).view(20, 20)
+    gradient = torch.where(start < 0.5, torch.randn(20, 20, generator=torch.Generator().manual_seed(0)), 0.0)
+    ps = [nn.Parameter(start.clone()) for _ in range(2)]
+    quarter = {"params": [ps[1]], "lr": 2**-11, "initial_lr": 2**-9}
+    optimizer = torch.optim.SGD([{"params": [ps[0]], "lr": 2**-9}, quarter])
+    admm = ADMM(optimizer, {"a": ps[0], "b": ps[1]}, Unstructured(0.5), total_steps=steps,
+                schedule=Schedule(interval=2, ramp=0.0, frozen=frozen))  # fmt: skip
+    duals = []
+    for _ in range(3):  # the second step is measured, the third is divided by what it said
+        for p in ps:
+            p.grad = gradient.clone()
+        optimizer.step()
+        duals.append([admm.form.dual(tensor, slice(0, 20)) for tensor in admm.tensors.values()])
+    moved = [after - before for before, after in zip(*duals[1:], strict=True)]
+    torch.testing.assert_close(moved[0], 4 * moved[1], rtol=1e-3, atol=1e-7)
+    rho = 16 * rms(2**-9 * gradient[start < 0.5]) * max(1000, steps * (1 - frozen)) ** 0.5 / rms(start[start > 0.5])
+    torch.testing.assert_close(moved[0], -(2**-9) * gradient / rho, rtol=1e-2, atol=1e-7)

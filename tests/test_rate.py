@@ -76,10 +76,15 @@ SCHEDULES = {
     "linear": lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.1, 8),
     "warm-up": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1.0, (step + 1) / 4)),
     "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.5),
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 8, eta_min=0.005),
+    "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, factor=0.3, patience=0, min_lr=[0.004, 0.002]),
     "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, [0.02, 0.01], total_steps=10),
     "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.001, 0.02, step_size_up=3, cycle_momentum=False),
     "cyclic after constant": lambda o: torch.optim.lr_scheduler.SequentialLR(
         o, [torch.optim.lr_scheduler.ConstantLR(o, 0.5, 2), SCHEDULES["cyclic"](o)], [2]
+    ),
+    "cyclic before constant": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o, [SCHEDULES["cyclic"](o), torch.optim.lr_scheduler.ConstantLR(o, 0.5, 2)], [6]
     ),
 }
 
@@ -90,13 +95,15 @@ def test_the_whole_schedule_is_scaled_for_every_group(name: str) -> None:
         one, two = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
         optimizer = torch.optim.Adam([{"params": [one], "lr": 0.02}, {"params": [two], "lr": 0.01}])
         scheduler: Any = SCHEDULES[name](optimizer)
+        foreign = torch.optim.lr_scheduler.CyclicLR(torch.optim.SGD([two], lr=1.0), 1.0, 5.0)
         if scale != 1:
-            choose(optimizer, [scheduler], Damage(0.02 * scale, 1.0, 2, 1))
+            choose(optimizer, [foreign, scheduler], Damage(0.02 * scale, 1.0, 2, 1))
+        assert foreign.base_lrs == [1.0] and foreign.max_lrs == [5.0], "of another optimizer"
         rates = []
         for _ in range(9):
-            rates.append([group["lr"] for group in optimizer.param_groups])
+            rates.append([group["lr"] for group in optimizer.param_groups] + scheduler.get_last_lr())
             optimizer.step()
-            scheduler.step()
+            scheduler.step(*[1.0] * (name == "plateau"))
         return rates
 
     plain, scaled = torch.tensor(course(1)), torch.tensor(course(3))

@@ -1,5 +1,6 @@
 """KeepMask: a sparse model is fine-tuned in any pipeline and loses no zero."""
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable
@@ -405,6 +406,79 @@ def test_a_plain_loop_resumes_with_the_masks_not_with_the_zeros_of_the_moment() 
     assert float(model[0].weight[0, 1].detach()) != 0  # type: ignore[index]
     assert_same(dict(model.state_dict()), dict(again[0].state_dict()))
     assert not model[0].weight[:, ::2].any()  # type: ignore[index]
+
+
+def test_what_had_no_gradient_when_it_was_saved_is_kept_or_left_alone_as_before() -> None:
+    """One of two sparse tensors trains later, a kept weight is 0 when it is saved, and gradients of zeros are NaN."""
+    start = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    start[:2, ::2], start[2, 0, 0] = 0, 0
+
+    def make(weights: Tensor) -> tuple[nn.ParameterDict, torch.optim.Optimizer, KeptZeros]:
+        model = nn.ParameterDict({name: nn.Parameter(t.clone()) for name, t in zip("abc", weights, strict=True)})
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        return model, optimizer, KeptZeros(optimizer, dict(model.named_parameters()), min_sparsity=0.1)
+
+    def step(model: nn.ParameterDict, optimizer: torch.optim.Optimizer, names: str) -> None:
+        optimizer.zero_grad()
+        for name in names:
+            model[name].grad = torch.ones(8, 8)
+            if name != "c":
+                model[name].grad[::2] = torch.nan
+        optimizer.step()
+
+    model, optimizer, keep = make(start)
+    step(model, optimizer, "a")
+    with torch.no_grad():
+        model["a"][1, 1] = 0
+    again = make(torch.stack([p.detach() for p in model.values()]))
+    with pytest.raises(ValueError, match="the optimizer's state has no masks"):
+        make(start)[2].load_state_dict(keep.state_dict())
+    again[1].load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    again[2].load_state_dict(keep.state_dict())
+    for model_, optimizer_, keep_ in ((model, optimizer, keep), again):
+        for _ in range(3):
+            step(model_, optimizer_, "abc")
+        keep_.finish()
+        zeros = torch.cat([start[:2] == 0, torch.zeros(1, 8, 8, dtype=torch.bool)])
+        assert torch.equal(torch.stack([p.detach() == 0 for p in model_.values()]), zeros)
+    assert_same(dict(model.state_dict()), dict(again[0].state_dict()))
+
+
+class Averaged(Rotated):
+    """Keeps a mean of the weights, as optimizers do that swap it in for evaluation."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("mean", p.clone()).lerp_(p, 0.1)
+        return loss
+
+
+def test_means_of_the_weights_in_an_optimizer_keep_the_zeros_and_a_pause_keeps_none() -> None:
+    """Nor does one that was detached."""
+    p = nn.Parameter(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        p[:, ::2] = 0
+    optimizer = Averaged([p], lr=0.01)
+    keep = KeptZeros(optimizer, {"p": p})
+
+    def step() -> None:
+        optimizer.zero_grad()
+        (p - 1).square().sum().backward()
+        optimizer.step()
+
+    for _ in range(3):
+        step()
+    mean = optimizer.state[p]["mean"]
+    assert not mean[:, ::2].any() and bool(mean[:, 1::2].all())
+    for detached in (False, True):
+        if detached:
+            keep.detach()
+        keep.paused = not detached
+        step()
+        assert bool(p[:, ::2].all()) and p.grad is not None and bool(p.grad[:, ::2].all())
 
 
 def test_moments_of_an_earlier_run_forget_what_is_zero() -> None:

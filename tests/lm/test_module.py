@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from elsa_lightning import CalibrationData, CausalLM, ElsaCallback
 from elsa_lightning.errors import UserError
+from elsa_lightning.layout.precise import evaluating
 from elsa_lightning.lm.sharded import fill
 from elsa_lightning.selection import select
 
@@ -321,3 +322,19 @@ def test_sharded_models_read_the_buffers_that_were_saved(tiny_llama: str, tmp_pa
     for name, t in saved.state_dict().items():
         assert torch.equal(filled.state_dict()[name], t), name
     assert float(filled.model.layers[0].passing) == 1  # is not in the files
+
+
+def test_computed_buffers_stay_in_float32_and_modes_of_layers_as_they_were(tiny_llama: str) -> None:
+    """As in transformers, which loads weights in 16 bits and computes frequencies in float32."""
+    module = loaded(tiny_llama).bfloat16()
+    reference = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    assert module.model is not None and module.model.dtype == torch.bfloat16
+    ours, theirs = dict(module.model.named_buffers()), dict(reference.named_buffers())
+    assert ours.keys() == theirs.keys() and any(buffer.dtype == torch.float32 for buffer in ours.values())
+    assert all(torch.equal(buffer, theirs[name]) for name, buffer in ours.items())
+    module.train()
+    first = next(module.model.children()).eval()  # somebody freezes its dropout
+    with pytest.raises(KeyError), evaluating(module):
+        assert not any(layer.training for layer in module.modules())
+        raise KeyError
+    assert module.training and not any(layer.training for layer in first.modules())

@@ -83,14 +83,35 @@ def test_a_run_goes_on_to_the_bit_whether_state_or_admm_comes_first(
     assert_same({"p": p.detach(), "state": dict(optimizer.state[p])}, end)
 
 
-def test_a_split_that_loading_rounded_is_refused() -> None:
-    saved, _ = interrupted(torch.optim.Adam, torch.bfloat16, 7)
-    p = weights(torch.bfloat16)
-    optimizer = make_optimizer(torch.optim.Adam, p)
-    optimizer.load_state_dict(saved["optimizer"])
+def test_what_is_loaded_is_neither_changed_nor_shared() -> None:
+    """So that it can be loaded again, and the run that it came from goes on."""
+    p, q = weights(), weights()
+    optimizer, other = make_optimizer(torch.optim.Adam, p), make_optimizer(torch.optim.Adam, q)
+    admm, resumed = attach(optimizer, p), attach(other, q)
+    train(optimizer, p, 0, 7)
+    saved = optimizer.state_dict()
+    ours = {key: value.clone() for key, value in saved["state"][0].items() if key.startswith("elsa_")}
+    other.load_state_dict(saved)
+    resumed.load_state_dict(admm.state_dict())
+    train(other, q, 7, STEPS)
+    assert MASK in ours
+    assert_same({key: saved["state"][0][key] for key in ours}, ours)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, bitsandbytes.optim.Adam8bit])
+def test_a_split_that_loading_rounded_is_refused(kind: type) -> None:
+    saved, end = interrupted(kind, torch.bfloat16, 7)
+    p = nn.Parameter(saved["p"].clone())
+    optimizer = make_optimizer(kind, p)
+    optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
     admm = attach(optimizer, p)
     with pytest.raises(ValueError, match=r"rounded elsa_split of p to bfloat16(?s:.)*attach ADMM first"):
         admm.load_state_dict(saved["admm"])
+    optimizer.load_state_dict(saved["optimizer"])
+    admm.load_state_dict(saved["admm"])
+    train(optimizer, p, 7, STEPS)
+    admm.finish()
+    assert torch.equal(p, end["p"])
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, bitsandbytes.optim.Adam8bit])

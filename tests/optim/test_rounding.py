@@ -77,6 +77,7 @@ class Unmakeable(torch.optim.SGD):
         (lambda p: torch.optim.Adam(p, lr=0.0), True),  # at the start of a warm-up
         (lambda p: torch.optim.AdamW(p, weight_decay=0.0), True),
         (lambda p: torch.optim.AdamW(p), False),
+        (lambda p: torch.optim.AdamW(p, weight_decay=1e-4), False),  # too little to be noticed in a few steps
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), True),
         (lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1), False),
         (lambda p: torch.optim.RMSprop(p), True),
@@ -120,6 +121,18 @@ def test_bfloat16_weights_of_an_optimizer_that_looks_at_them_stay_finite() -> No
     admm.finish()
     assert layer.weight.isfinite().all()
     assert int((layer.weight == 0).sum()) == 128
+
+
+def test_a_weight_decay_that_begins_later_decays_the_weights() -> None:
+    """Stepped from 0 they would have nothing to decay."""
+    p = nn.Parameter(torch.ones(4, 8, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([p], lr=0.5)
+    ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=99, schedule=Schedule(interval=50))
+    for decay in (0.0, 0.5, 0.0):
+        optimizer.param_groups[0]["weight_decay"] = decay
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert torch.equal(p[p != 0], torch.full((16,), 0.75, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from elsa_lightning import ADMM, Unstructured
 from elsa_lightning.layout.rows import Rows
-from elsa_lightning.layout.sharded import whole
+from elsa_lightning.layout.sharded import Part, whole
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.sets import Constraint, Member, Point, Points, Tie, Tied
 from elsa_lightning.sets.base import WholePoints
@@ -171,6 +171,22 @@ def test_no_piece_cuts_the_grain(monkeypatch: pytest.MonkeyPatch) -> None:
         starts = [piece.rows.start for piece in rows.pieces()]
         assert all(start % grain == 0 for start in starts) and len(starts) > 4
         assert sum(piece.rows.stop - piece.rows.start for piece in rows.pieces()) == 50
+
+
+@pytest.mark.parametrize("limit", [40, 400, 10**6])
+@pytest.mark.parametrize("offsets", [(0, 0, 0), (2, 0, 0), (0, 4, 0), (0, 0, 8)])
+def test_places_of_pieces_are_those_in_the_whole(offsets: tuple[int, ...], limit: int) -> None:
+    shape = torch.Size((5, 10, 16))
+    numbers = torch.arange(shape.numel()).view(shape)[tuple(slice(offset, None) for offset in offsets)]
+    layout = Rows(Part(shape, offsets), numbers.contiguous())
+    layout.limit, seen = limit, []
+    for piece in layout.pieces():
+        column, row, matrix = (layout.index(piece.rows, axis) for axis in (1, 0, 2))
+        here = layout.take(numbers.contiguous(), piece.rows)
+        assert torch.equal((matrix * 10 + row) * 16 + column, here)
+        assert (piece.matrix, piece.matrices) == (int(matrix.min()), len(matrix.unique()))
+        seen.append(here)
+    assert torch.equal(torch.cat(seen), numbers.flatten(0, 1))
 
 
 def test_a_set_sees_all_shapes_together() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elsa_lightning import ADMM, NM, Block, ByPattern, Quantized, Unstructured
 from elsa_lightning.errors import UserError
+from elsa_lightning.layout import rows
 from elsa_lightning.sets import Constraint
 from elsa_lightning.sets.base import WholePoints
 from tests.sets.mixed import states, train
@@ -113,6 +114,29 @@ def test_every_row_keeps_its_best(case: tuple[Tensor, Tensor | None], sparsity: 
     f = torch.ones_like(v) if importance is None else importance
     for a, b, kept in zip(v.view(-1, n), f.view(-1, n), mask.view(-1, n), strict=True):
         assert set(kept.nonzero().flatten().tolist()) == best(a.tolist(), b.tolist(), max(1, n - round(sparsity * n)))
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        Unstructured(0.5, scope="row"),
+        NM(2, 4),
+        Block(0.5, rows=2, columns=4),
+        Quantized(4),
+        Quantized(4, None, NM(2, 4)),
+        Quantized(3, 4, Unstructured(0.5, scope="row")),
+    ],
+    ids=str,
+)
+def test_pieces_in_which_tensors_are_processed_change_nothing(
+    constraint: Constraint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of transposed weights, whose groups run across the rows, nor of kernels and stacks of matrices."""
+    whole, _ = train(constraint)
+    monkeypatch.setattr(rows, "PIECE_ON_CPU", 40)
+    pieces, _ = train(constraint)
+    for (name, p), q in zip(whole.named_parameters(), pieces.parameters(), strict=True):
+        assert torch.equal(p, q), name
 
 
 def several(seed: int = 0) -> list[tuple[Tensor, None]]:

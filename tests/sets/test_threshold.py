@@ -159,8 +159,11 @@ def test_noise_depends_on_the_place_in_the_whole_and_not_on_the_cut() -> None:
     columns = Part(shape, (0, 0, 8)).noise(torch.Size((3, 10, 8)), slice(5, 30), 7, cpu)
     assert torch.equal(rows, whole[1:])
     assert torch.equal(columns, whole.view(30, 16)[5:, 8:])
-    other = Part(shape, (0, 0, 0)).noise(shape, slice(0, 30), 8, cpu)
-    assert int((other.view(shape) == whole).sum()) < 3
+    flat = Part(shape, (), start=37).noise(torch.Size((100,)), slice(3, 90), 7, cpu)
+    assert torch.equal(flat, whole.view(1, -1)[:, 40:127])
+    for seed in (8, 7 + (1 << 32)):  # a seed has the step in its high bits
+        other = Part(shape, (0, 0, 0)).noise(shape, slice(0, 30), seed, cpu)
+        assert int((other.view(shape) == whole).sum()) < 3
 
 
 def test_noise_is_even_in_every_bit() -> None:
