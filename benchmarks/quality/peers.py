@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from elsa_lightning import CausalLM
+from elsa_lightning.forms.on_set import OnSet
 from elsa_lightning.layout.kernels import is_transposed
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.selection import select
@@ -156,7 +157,8 @@ class GradualPruning(Callback):
         if self.schedule.projects_at(step, total):
             now = self.start + (self.sparsity - self.start) * self.schedule.tightness_at(step, total)
             state = trainer.optimizers[0].state
-            scores = [p.square() * state[p]["exp_avg_sq"] ** self.power for p in parameters]
+            share = OnSet.prior / (OnSet.prior + step)
+            scores = [p.square() * held(state[p]["exp_avg_sq"], share) ** self.power for p in parameters]
             if self.scope == "tensor":
                 self.masks = [largest(score, now) for score in scores]
             else:
@@ -165,6 +167,13 @@ class GradualPruning(Callback):
                 self.masks = [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
         for p, mask in zip(parameters, self.masks, strict=True):
             p.mul_(mask)
+
+
+def held(moment: Tensor, share: float) -> Tensor:
+    """Return F̂ held towards the product of its row and column means, as Elsa's; see elsa_lightning/fisher.py."""
+    rows = moment.flatten(0, -2)
+    product = torch.outer(rows.mean(dim=1), rows.mean(dim=0)) / rows.mean()
+    return moment.lerp(product.view_as(moment), share)
 
 
 class GradualSet(Callback):
@@ -192,7 +201,8 @@ class GradualSet(Callback):
         if self.schedule.projects_at(step, total):
             now = self.constraint.relaxed(self.schedule.tightness_at(step, total))
             state = trainer.optimizers[0].state
-            tensors = [(p.detach(), state[p]["exp_avg_sq"].sqrt()) for p in weights]
+            share = OnSet.prior / (OnSet.prior + step)
+            tensors = [(p.detach(), held(state[p]["exp_avg_sq"], share).sqrt()) for p in weights]
             points = WholePoints(tensors, list(self.parameters), [is_transposed(p) for p in weights])
             self.masks = [mask.view(p.shape) for mask, p in zip(now.support(points), weights, strict=True)]
         for p, mask in zip(weights, self.masks, strict=True):
