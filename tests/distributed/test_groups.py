@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from elsa_lightning import ADMM, Unstructured
+from elsa_lightning.errors import UserError
 from elsa_lightning.layout.fsdp1 import mark_slices, settle
 from elsa_lightning.layout.sharded import part_of
 from elsa_lightning.schedule import Schedule
@@ -117,6 +118,24 @@ def broken_on_one(rank: int) -> None:
     assert torch.equal(mine, p.detach())
 
 
+def unlike_gradients(rank: int) -> None:
+    """One of four copies has no gradient of a weight, or of any: they would not stay copies, and all of them say so."""
+    for missing in (1, 2):
+        layers = [nn.Parameter(torch.ones(8, 8)) for _ in range(2)]
+        optimizer = torch.optim.Adam(layers)
+        admm = ADMM(optimizer, {f"{i}": p for i, p in enumerate(layers)}, Unstructured(0.5), total_steps=STEPS,
+                    replicas=dist.group.WORLD)  # fmt: skip
+        for p in layers:
+            p.grad = torch.ones(8, 8)
+        optimizer.step()
+        for p in layers[:missing] if rank == 3 else ():
+            p.grad = None
+        mine = 2 - missing if rank == 3 else 2
+        with pytest.raises(UserError, match=f"after optimizer step 1 this process has gradients of {mine} "):
+            optimizer.step()
+        assert admm.step == 1
+
+
 def late_under_fsdp1(rank: int) -> None:
     """A unit gets its first gradient when the mask is fixed, and one process holds nothing of its weight."""
     torch.manual_seed(0)
@@ -191,7 +210,7 @@ def a_grain_that_two_cuts_cut(rank: int) -> None:
 
 
 SITUATIONS = (
-    two_meshes, only_some, a_mesh_in_a_mesh, a_copy_beside_shards, broken_on_one, late_under_fsdp1,
+    two_meshes, only_some, a_mesh_in_a_mesh, a_copy_beside_shards, broken_on_one, unlike_gradients, late_under_fsdp1,
     a_grain_that_shards_cut, fsdp2_beside_tensor_parallelism, a_grain_that_two_cuts_cut,
 )  # fmt: skip
 
