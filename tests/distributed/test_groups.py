@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from elsa_lightning import ADMM, Unstructured
+from elsa_lightning import ADMM, Unstructured, select
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.fsdp1 import mark_slices, settle
 from elsa_lightning.layout.sharded import part_of
@@ -162,6 +162,38 @@ def late_under_fsdp1(rank: int) -> None:
         assert p.numel() == 0 or MASK in optimizer.state[p]
 
 
+def slices_without_marks(rank: int) -> None:
+    """Flat slices do not tell the shapes of weights: what does is named, whoever comes first."""
+
+    def wrapped(apart: bool = True) -> nn.Module:
+        model = nn.Sequential(nn.Linear(16, 6), nn.Linear(6, 2))
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=apart)
+
+    model = wrapped()
+    weight = next(model.parameters())
+    optimizer = torch.optim.Adam([weight])
+    for first in (lambda: select(model), lambda: ADMM(optimizer, {"w": weight}, Unstructured(0.5), total_steps=9)):
+        with pytest.raises(UserError, match=r"mark_slices\(model\) .* before select\(\) and ADMM"):
+            first()
+    mark_slices(model)
+    assert select(model).parameters.keys() == {"0.weight", "1.weight"}
+    for first in (select, mark_slices):
+        with pytest.raises(UserError, match="use_orig_params=True"):
+            first(wrapped(apart=False))
+
+
+def rows_that_shards_cut(rank: int) -> None:
+    """A set that decides about whole rows needs these whole, and no multiple of anything helps."""
+    for columns in (32, 36):
+        whole = torch.randn(5, columns, generator=torch.Generator().manual_seed(9))
+        p = nn.Parameter(distribute_tensor(whole, pairs()["shard"], [Shard(1)]))
+        with pytest.raises(UserError, match=f"^p has {columns} entries of a row cut into 2 pieces, and the set decides "
+                           "about all of them together: shard it along another dimension$"):  # fmt: skip
+            ADMM(torch.optim.Adam([p]), {"p": p}, Unstructured(0.5, scope="row"), total_steps=9)
+    q = nn.Parameter(distribute_tensor(torch.randn(1, 16), pairs()["shard"], [Shard(0)]))
+    ADMM(torch.optim.Adam([q]), {"q": q}, Unstructured(0.5), total_steps=9)
+
+
 @dataclass(frozen=True)
 class Blocks(Unstructured):
     """Entries that a set keeps together must not be cut by shards."""
@@ -211,6 +243,7 @@ def a_grain_that_two_cuts_cut(rank: int) -> None:
 
 SITUATIONS = (
     two_meshes, only_some, a_mesh_in_a_mesh, a_copy_beside_shards, broken_on_one, unlike_gradients, late_under_fsdp1,
+    slices_without_marks, rows_that_shards_cut,
     a_grain_that_shards_cut, fsdp2_beside_tensor_parallelism, a_grain_that_two_cuts_cut,
 )  # fmt: skip
 
