@@ -93,6 +93,8 @@ class ADMM:
         state_dtype: The dtype in which ``elsa_split`` is stored; the arithmetic is float32. See
             :mod:`elsa_lightning.layout.lowbit`.
         replicas: The processes that train copies of the parameters (DDP), so that they skip a broken step together.
+            All of them must make the same number of steps, each with gradients of the same tensors: uneven inputs
+            (``torch.distributed.algorithms.Join``) are not supported, so drop the last batches that not all have.
             Processes that hold shards of the parameters need not be given.
 
     Weights in bfloat16 are rounded stochastically after each step; see
@@ -142,7 +144,7 @@ class ADMM:
         self.last_stationarity: watch.Stationarity | None = None
         self._told: set[str] = set()
         deciding = Processes([*self.tensors.processes.groups, *([] if replicas is None else [replicas])])
-        self._guard = Guard(optimizer, deciding)
+        self._guard = Guard(optimizer, deciding, copies=replicas is not None and not self.tensors.flat)
         self._weights = WeightRounding()
         self._calls = 0  # calls of the optimizer's step
         self._waiting: list[ConstrainedTensor] = []  # tensors without a gradient when the mask was fixed
@@ -273,7 +275,7 @@ class ADMM:
             )
             self.resume()
         self._graded = self._has_gradients()
-        if self._guard.skips(self.step, loss):
+        if self._guard.skips(self.step, loss, sum(t.p.grad is not None for t in self.tensors.values())):
             return
         scale = getattr(self.optimizer, "grad_scale", None)
         if self.phase == "admm":

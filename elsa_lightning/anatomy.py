@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from elsa_lightning.errors import UserError
+from elsa_lightning.layout.fsdp1 import check_separate
 from elsa_lightning.layout.kernels import mark_kernel, mark_transposed, matrix_shape
 from elsa_lightning.layout.sharded import clean, part_of
 
@@ -79,6 +80,7 @@ def examine(model: nn.Module) -> Anatomy:
     parameters = {clean(name): p for name, p in model.named_parameters()}
     if lazy := [name for name, p in parameters.items() if isinstance(p, nn.UninitializedParameter)]:
         raise UserError(f"{lazy[0]} has no shape yet (a lazy module): send one batch through the model first")
+    check_separate(parameters)
     names = {id(p): name for name, p in parameters.items()}
     found = Anatomy(parameters)
     norms: set[str] = set()

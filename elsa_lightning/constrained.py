@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from elsa_lightning.errors import UserError
-from elsa_lightning.layout.fsdp1 import DenseState
+from elsa_lightning.layout.fsdp1 import DenseState, check_marked
 from elsa_lightning.layout.kernels import is_transposed, matrix_shape
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype
 from elsa_lightning.layout.sharded import check_grain, local, parts_of, processes_of
@@ -47,6 +47,7 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
         for name, p in parameters.items():
             if (other := names.setdefault(p, name)) != name:
                 raise UserError(f"{other} and {name} are one parameter: name it once")
+            check_marked(name, p)
         self.find_parts()
         whole = {
             name: self.parts[p].shape if p in self.parts else matrix_shape(p, p.shape) for name, p in parameters.items()
@@ -95,7 +96,7 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
                 f"{name} is a stack of matrices of {math.prod(part.shape[-2:])} entries, and in flat slices (FSDP1) "
                 f"these must be a multiple of {BLOCK}: shard the model with ModelParallelStrategy (FSDP2)"
             )
-        check_grain(name, p, rows, math.lcm(columns, BLOCK if self.state_dtype == "float8_e4m3fn" else 8))
+        check_grain(name, p, rows, columns, BLOCK if self.state_dtype == "float8_e4m3fn" else 8)
         return ConstrainedTensor(name, p, part, self.optimizer, self.state_dtype, rows, shared)
 
     def __getitem__(self, name: str) -> ConstrainedTensor:

@@ -57,7 +57,7 @@ class KeptZeros(ADMM):
             optimizer's yet.
         min_sparsity: Least fraction of zeros of a tensor whose zeros are kept; tensors with fewer are left alone.
         begin: Take the masks now. Use False if the weights have yet to be loaded, and call :meth:`begin` then.
-        replicas: The processes that train copies of the parameters (DDP), so that they skip a broken step together.
+        replicas: As in :class:`~elsa_lightning.admm.ADMM`.
 
     Attributes:
         kept: What is kept sparse, and what is left alone.

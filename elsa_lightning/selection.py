@@ -13,7 +13,7 @@ from torch import nn
 from elsa_lightning.anatomy import Anatomy, examine, shape_of
 from elsa_lightning.coverage import advice
 from elsa_lightning.errors import UserError
-from elsa_lightning.layout.fsdp1 import mark_slices, settle
+from elsa_lightning.layout.fsdp1 import check_marked, mark_slices, settle
 from elsa_lightning.layout.sharded import local, parts_of, processes_of
 from elsa_lightning.sets.base import Constraint
 
@@ -188,6 +188,7 @@ def _check(name: str, found: Anatomy) -> None:
             f"(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm), or leave it out"
         )
     if name in found.vectors:
+        check_marked(name, found.parameters[name])
         raise UserError(
             f"targets select {name!r}, which is no matrix (shape {tuple(shape_of(found.parameters[name]))}); "
             f"norms and biases stay dense: make the pattern more specific, for example 'proj.*weight'"

@@ -32,10 +32,11 @@ def mark_slices(model: nn.Module) -> None:
     Under HYBRID_SHARD each replica counts within itself, so all replicas get the same results.
 
     Raises:
-        ValueError: Weights are not contiguous.
+        ValueError: Weights are not contiguous, or the parameters of a layer are only one.
     """
     for unit in _units(model):
         flat = unit._handle.flat_param
+        check_separate({"the model": flat} if flat._params is None else {})
         order = dist.get_rank(unit.process_group)
         if not all(flat._contiguities):
             raise UserError(
@@ -46,6 +47,27 @@ def mark_slices(model: nn.Module) -> None:
             start = place.intra_param_start_idx if place.in_shard else 0
             setattr(p, SLICE, Part(shape, (), True, order, True, start))
             setattr(p, GROUP, unit.process_group)
+
+
+def check_separate(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise UserError if a parameter is all of a layer's, as FSDP1 makes them without ``use_orig_params``."""
+    for name, p in parameters.items():
+        if getattr(p, "_is_flat_param", False):
+            raise UserError(
+                f"{name} is sharded by FSDP1 with use_orig_params=False, so the weights of a layer cannot be told from "
+                f"its bias: wrap it with FullyShardedDataParallel(..., use_orig_params=True)"
+            )
+
+
+def check_marked(name: str, p: nn.Parameter) -> None:
+    """Raise UserError if a parameter is a flat slice that :func:`mark_slices` has not seen."""
+    check_separate({name: p})
+    if getattr(p, "_fsdp_flattened", False) and p.dim() == 1 and not hasattr(p, SLICE):
+        raise UserError(
+            f"{name} has shape {tuple(p.shape)}: FSDP1 has cut it into flat slices, which do not tell the shape of the "
+            f"weight. Call elsa_lightning.layout.fsdp1.mark_slices(model) when the model is wrapped, before select() "
+            f"and ADMM"
+        )
 
 
 def settle(model: nn.Module) -> None:

@@ -369,7 +369,7 @@ def _falls_between(length: int, sizes: Sequence[int], together: int) -> bool:
     return True
 
 
-def check_grain(name: str, p: Tensor, rows: int, columns: int) -> None:
+def check_grain(name: str, p: Tensor, rows: int, columns: int, stored: int) -> None:
     """Raise ValueError if shards of ``p`` cut blocks of entries that must stay together.
 
     Args:
@@ -377,6 +377,7 @@ def check_grain(name: str, p: Tensor, rows: int, columns: int) -> None:
         p: The parameter, ``(..., out, in)``.
         rows: Rows of a block; blocks begin at each multiple.
         columns: Columns of a block, likewise.
+        stored: Entries of a row that are stored together.
     """
     if not isinstance(p, DTensor):
         return
@@ -386,10 +387,15 @@ def check_grain(name: str, p: Tensor, rows: int, columns: int) -> None:
             f"{name} has a convolution's kernels {tuple(p.shape)} that are sharded along another dimension than their "
             f"first: shard them along dimension 0, as fully_shard does"
         )
-    last = [] if kernel else [(p.dim() - 1, columns, "entries of a row")]
-    for dim, together, what in (*last, (0 if kernel else p.dim() - 2, rows, "rows")):
+    last = [] if kernel else [(p.dim() - 1, columns, stored, "entries of a row")]
+    for dim, grain, each, what in (*last, (0 if kernel else p.dim() - 2, rows, 1, "rows")):
         sizes = [p.device_mesh.size(cut) for cut in _cuts(p, dim)]
-        pieces = math.prod(sizes)
+        pieces, together = math.prod(sizes), math.lcm(grain, each)
+        if pieces > 1 and 1 < p.shape[dim] <= grain:
+            raise UserError(
+                f"{name} has {p.shape[dim]} {what} cut into {pieces} pieces, and the set decides about all of them "
+                f"together: shard it along another dimension"
+            )
         even = dim != p.dim() - 1 or p.shape[dim] % (together * pieces) == 0
         if pieces > 1 and not (even and _falls_between(p.shape[dim], sizes, together)):
             raise UserError(

@@ -69,7 +69,7 @@ class Adam8bit(bitsandbytes.optim.Adam8bit):  # type: ignore[misc, name-defined]
         if not self._in_8_bits(p):
             state["state1"], state["state2"] = (torch.zeros_like(p, dtype=torch.float32) for _ in range(2))
             return
-        check_grain("a parameter of Adam8bit", p, 1, BNB_BLOCK)
+        check_grain("a parameter of Adam8bit", p, 1, 1, BNB_BLOCK)
         self._make_room(p)
 
     def _make_room(self, p: nn.Parameter) -> None:

@@ -29,23 +29,25 @@ class Guard:
     Args:
         optimizer: Any torch optimizer. Under a GradScaler the check is left to the scaler.
         processes: The processes that must decide alike: they hold parts of the parameters, or copies of them (DDP).
+        copies: Whether some of them hold copies, which have to step the same tensors.
     """
 
-    def __init__(self, optimizer: Optimizer, processes: Processes) -> None:
-        self.optimizer, self.processes = optimizer, processes
+    def __init__(self, optimizer: Optimizer, processes: Processes, copies: bool = False) -> None:
+        self.optimizer, self.processes, self.copies = optimizer, processes, copies
         self.skipped = 0  # consecutive skipped steps
 
-    def skips(self, step: int, loss: Any) -> bool:
+    def skips(self, step: int, loss: Any, graded: int = 0) -> bool:
         """Return whether a step is skipped; if so, remove its gradients, so that the optimizer does nothing.
 
         Args:
             step: Optimizer steps done, for the message.
             loss: The loss of this step, or None.
+            graded: Number of tensors that have a gradient; copies must have equally many.
 
         Raises:
-            ValueError: Too many steps in a row were skipped.
+            ValueError: Too many steps in a row were skipped, or copies have gradients of different tensors.
         """
-        if not self._broken():
+        if not self._broken(step, graded):
             self.skipped = 0
             return False
         for group in self.optimizer.param_groups:
@@ -70,7 +72,7 @@ class Guard:
         return True
 
     @torch.no_grad()
-    def _broken(self) -> bool:
+    def _broken(self, step: int, graded: int) -> bool:
         if any(getattr(self.optimizer, name, None) is not None for name in ("grad_scale", "found_inf")):
             return False
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -81,7 +83,18 @@ class Guard:
 
         def any_broken(numbers: Sequence[Tensor]) -> bool:
             finite = torch.stack([none, *(number.to(none) for number in numbers)]).isfinite().all()
-            return bool(self.processes.add(1 - finite.float()))
+            broken = 1 - finite.float()
+            if not self.copies:
+                return bool(self.processes.add(broken))
+            found, total = self.processes.add(torch.stack([broken, torch.full_like(broken, graded)])).tolist()
+            if total != graded * self.processes.size:
+                raise UserError(
+                    f"after optimizer step {step} this process has gradients of {graded} constrained tensors, and the "
+                    f"replicas of {total / self.processes.size:g} in the mean: they would step and prune different "
+                    f"weights, and be copies no longer. Average the gradients of all replicas before "
+                    f"optimizer.step(), with zeros where one has none, as DistributedDataParallel does"
+                )
+            return bool(found)
 
         if not on_host(none):
             return any_broken(torch._foreach_norm(gradients, torch.inf) if gradients else [])

@@ -17,7 +17,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from elsa_lightning import ADMM, Unstructured
+from elsa_lightning import ADMM, Unstructured, select
+from elsa_lightning.errors import UserError
 from elsa_lightning.layout.fsdp1 import mark_slices, settle
 from elsa_lightning.layout.sharded import part_of
 from elsa_lightning.schedule import Schedule
@@ -117,6 +118,24 @@ def broken_on_one(rank: int) -> None:
     assert torch.equal(mine, p.detach())
 
 
+def unlike_gradients(rank: int) -> None:
+    """One of four copies has no gradient of a weight, or of any: they would not stay copies, and all of them say so."""
+    for missing in (1, 2):
+        layers = [nn.Parameter(torch.ones(8, 8)) for _ in range(2)]
+        optimizer = torch.optim.Adam(layers)
+        admm = ADMM(optimizer, {f"{i}": p for i, p in enumerate(layers)}, Unstructured(0.5), total_steps=STEPS,
+                    replicas=dist.group.WORLD)  # fmt: skip
+        for p in layers:
+            p.grad = torch.ones(8, 8)
+        optimizer.step()
+        for p in layers[:missing] if rank == 3 else ():
+            p.grad = None
+        mine = 2 - missing if rank == 3 else 2
+        with pytest.raises(UserError, match=f"after optimizer step 1 this process has gradients of {mine} "):
+            optimizer.step()
+        assert admm.step == 1
+
+
 def late_under_fsdp1(rank: int) -> None:
     """A unit gets its first gradient when the mask is fixed, and one process holds nothing of its weight."""
     torch.manual_seed(0)
@@ -141,6 +160,38 @@ def late_under_fsdp1(rank: int) -> None:
         dist.all_reduce(kept)
         assert int(kept) == 6
         assert p.numel() == 0 or MASK in optimizer.state[p]
+
+
+def slices_without_marks(rank: int) -> None:
+    """Flat slices do not tell the shapes of weights: what does is named, whoever comes first."""
+
+    def wrapped(apart: bool = True) -> nn.Module:
+        model = nn.Sequential(nn.Linear(16, 6), nn.Linear(6, 2))
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=apart)
+
+    model = wrapped()
+    weight = next(model.parameters())
+    optimizer = torch.optim.Adam([weight])
+    for first in (lambda: select(model), lambda: ADMM(optimizer, {"w": weight}, Unstructured(0.5), total_steps=9)):
+        with pytest.raises(UserError, match=r"mark_slices\(model\) .* before select\(\) and ADMM"):
+            first()
+    mark_slices(model)
+    assert select(model).parameters.keys() == {"0.weight", "1.weight"}
+    for first in (select, mark_slices):
+        with pytest.raises(UserError, match="use_orig_params=True"):
+            first(wrapped(apart=False))
+
+
+def rows_that_shards_cut(rank: int) -> None:
+    """A set that decides about whole rows needs these whole, and no multiple of anything helps."""
+    for columns in (32, 36):
+        whole = torch.randn(5, columns, generator=torch.Generator().manual_seed(9))
+        p = nn.Parameter(distribute_tensor(whole, pairs()["shard"], [Shard(1)]))
+        with pytest.raises(UserError, match=f"^p has {columns} entries of a row cut into 2 pieces, and the set decides "
+                           "about all of them together: shard it along another dimension$"):  # fmt: skip
+            ADMM(torch.optim.Adam([p]), {"p": p}, Unstructured(0.5, scope="row"), total_steps=9)
+    q = nn.Parameter(distribute_tensor(torch.randn(1, 16), pairs()["shard"], [Shard(0)]))
+    ADMM(torch.optim.Adam([q]), {"q": q}, Unstructured(0.5), total_steps=9)
 
 
 @dataclass(frozen=True)
@@ -191,7 +242,8 @@ def a_grain_that_two_cuts_cut(rank: int) -> None:
 
 
 SITUATIONS = (
-    two_meshes, only_some, a_mesh_in_a_mesh, a_copy_beside_shards, broken_on_one, late_under_fsdp1,
+    two_meshes, only_some, a_mesh_in_a_mesh, a_copy_beside_shards, broken_on_one, unlike_gradients, late_under_fsdp1,
+    slices_without_marks, rows_that_shards_cut,
     a_grain_that_shards_cut, fsdp2_beside_tensor_parallelism, a_grain_that_two_cuts_cut,
 )  # fmt: skip
 

@@ -22,7 +22,7 @@ def zeros(weight: torch.Tensor) -> float:
 
 
 def test_every_example_has_its_section() -> None:
-    assert len(EXAMPLES) == PAGE.count("```python") == 9
+    assert len(EXAMPLES) == PAGE.count("```python") == 10
 
 
 @pytest.mark.parametrize("section", EXAMPLES)
