@@ -62,7 +62,8 @@ class Anatomy:
         for name, p in self.parameters.items():
             shape = shape_of(p)
             broadcast = len(shape) > 2 and shape[0] == 1
-            if name in self.multiply or not (name in self.vectors or broadcast or _ADDED.search(name)):
+            other = name in self.vectors or broadcast or _ADDED.search(name)
+            if shape.numel() and (name in self.multiply or not other):
                 yield name
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from elsa_lightning.errors import UserError
 from elsa_lightning.layout.fsdp1 import DenseState, check_marked
 from elsa_lightning.layout.kernels import is_transposed, matrix_shape
 from elsa_lightning.layout.lowbit import BLOCK, StateDtype
-from elsa_lightning.layout.sharded import check_grain, local, parts_of, processes_of
-from elsa_lightning.optim.moments import set_up
+from elsa_lightning.layout.sharded import check_grain, clean, local, parts_of, processes_of
+from elsa_lightning.optim.moments import dtype_name, set_up
 from elsa_lightning.sets.base import Constraint
 from elsa_lightning.tensors import DENSE, KEYS, MASK, ConstrainedTensor
 
@@ -78,6 +79,16 @@ class ConstrainedTensors(Mapping[str, ConstrainedTensor]):
             )
         if not part.shape.numel():
             raise UserError(f"{name} of shape {tuple(part.shape)} has no entries: leave it out")
+        if p.is_complex():
+            raise UserError(
+                f"{name} is {dtype_name(p.dtype)}, and sets rank real weights: leave it out, in select() with "
+                f"ignore=['{re.escape(clean(name))}$']"
+            )
+        if p.is_meta:
+            raise UserError(
+                f"{name} is on the meta device, which has shapes and no weights: materialise the model first "
+                f"(model.to_empty(device=...), then load its weights), then make its optimizer"
+            )
         rows, columns = constraint.grain_of(name)
         if is_transposed(p):
             rows, columns = columns, rows

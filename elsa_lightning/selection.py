@@ -122,7 +122,7 @@ def select(
             named = _search("targets", target, names)
             matched |= named if named <= found.adapters else named - found.adapters  # adapters only alone
     ignored: set[str] = set().union(*(_search("ignore", pattern, names) for pattern in ignore))
-    matched -= ignored
+    matched -= ignored | {name for name in matched if _is_empty(names[name])}
     ours = None if trained is None else {id(p) for p in trained}
     waiting = {n for n, p in names.items() if frozen and not p.requires_grad and _can_train(p)}
     others = set() if ours is None else {n for n, p in names.items() if id(p) not in ours and n not in waiting}
@@ -215,6 +215,11 @@ def _nothing(targets: Sequence[str], ignore: Sequence[str], found: Anatomy, othe
 
 def _size(p: nn.Parameter) -> int:
     return shape_of(p).numel()
+
+
+def _is_empty(p: nn.Parameter) -> bool:
+    shape = shape_of(p)
+    return len(shape) > 1 and not shape.numel()  # an empty flat slice (FSDP1) that is not marked has one dimension
 
 
 def _can_train(p: nn.Parameter) -> bool:

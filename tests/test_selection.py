@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from elsa_lightning import ADMM, Unstructured
+from elsa_lightning.errors import UserError
 from elsa_lightning.selection import Selection, count_zeros, select
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -412,3 +413,22 @@ def test_a_layer_that_normalises_its_weights_multiplies_all_the_same() -> None:
 
     model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), NormedLinear(16, 8), nn.Linear(8, 4))
     assert list(select(model, ["all-linear"]).parameters) == ["0.weight", "2.weight", "3.weight"]
+
+
+def test_weights_without_entries_are_left_out_and_complex_ones_or_those_on_meta_refused_before_a_step() -> None:
+    with warnings.catch_warnings(action="ignore"):  # of initialising nothing
+        empty = nn.Linear(8, 0), nn.Linear(0, 8)
+    model = nn.Sequential(nn.Linear(8, 8), *empty, nn.Linear(8, 8, dtype=torch.complex64))
+    for targets in (["all-linear"], ["weight"]):
+        selection = select(model, targets, ["^3"])
+        assert selection.parameters.keys() == {"0.weight"} and not selection.left_out
+    optimizer = torch.optim.Adam(model.parameters())
+    with pytest.raises(
+        UserError, match=r"^3.weight is complex64, .* leave it out, in select\(\) with ignore="
+    ) as refused:
+        ADMM(optimizer, select(model), Unstructured(0.5), total_steps=9)
+    ignore = re.findall(r"'(.*)'", str(refused.value))
+    ADMM(optimizer, select(model, ignore=ignore), Unstructured(0.5), total_steps=9)
+    meta = nn.Linear(8, 8, device="meta")
+    with pytest.raises(UserError, match=r"^weight is on the meta device, .* materialise the model first"):
+        ADMM(torch.optim.Adam(meta.parameters()), select(meta), Unstructured(0.5), total_steps=9)
