@@ -252,9 +252,10 @@ class ADMM:
         tensors = self.tensors.holding(MASK)
         if self.phase != "admm" or not tensors:
             return None
-        return watch.score_histogram(
-            tensors, lambda t, rows: updates.dual_sum(self.form, t, rows), self.importance, self.tensors.processes
-        )
+        with self._steadied(tensors):
+            return watch.score_histogram(
+                tensors, lambda t, rows: updates.dual_sum(self.form, t, rows), self.importance, self.tensors.processes
+            )
 
     def _seed(self, p: nn.Parameter, use: int) -> int:
         return self.tensors.seed(self._calls, p, use)

@@ -210,6 +210,7 @@ def _count(
             optimizer, named, Unstructured(0.9), total_steps=many, prox=form,  # type: ignore[arg-type]
             schedule=Schedule(interval=INTERVAL, ramp=0.0, frozen=frozen), state_dtype=state_dtype,  # type: ignore[arg-type]
         )  # fmt: skip
+        admm.form.prior = 0.0  # as after the first 150 steps, until which means of F̂ are measured too
         for step in range(1, max(wanted) + 1):
             for p in parameters:
                 p.grad = torch.randn(shape, generator=generator).to(weights)
