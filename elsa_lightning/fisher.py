@@ -42,10 +42,14 @@ class Factors(NamedTuple):
 
     def hold(self, moment: Tensor, layout: Rows, rows: slice) -> Tensor:
         """Return rows of F̂, held towards the product."""
-        row = layout.index(rows, 2) * layout.part.shape[-2] + layout.index(rows, 0)
-        product = self.rows[row] * self.columns[layout.index(rows, 1)]
+        product = self.rows[_below_each_other(layout, rows)] * self.columns[layout.index(rows, 1)]
         dtype = torch.promote_types(moment.dtype, product.dtype)
         return torch.lerp(moment.to(dtype), product.to(dtype), self.share).to(moment.dtype)
+
+
+def _below_each_other(layout: Rows, rows: slice) -> Tensor:
+    """Return the indices of rows among those of all matrices of the whole tensor."""
+    return layout.index(rows, 2) * layout.part.shape[-2] + layout.index(rows, 0)
 
 
 @contextmanager
@@ -57,9 +61,9 @@ def steadied(tensors: Sequence[ConstrainedTensor], processes: Processes, share: 
         processes: The processes that hold them.
         share: n₀ / (n + n₀).
     """
-    if share >= _LEAST:
-        _measure(tensors, processes, share)
     try:
+        if share >= _LEAST:
+            _measure(tensors, processes, share)
         yield
     finally:
         for tensor in tensors:
@@ -86,16 +90,12 @@ def _measure(tensors: Sequence[ConstrainedTensor], processes: Processes, share: 
 
 def _add(tensor: ConstrainedTensor, rows: Tensor, columns: Tensor) -> None:
     """Add the sums of F̂ over rows and over columns of this process's part."""
-    height, width = tensor.part.shape[-2:]
+    width = tensor.part.shape[-1]
     for piece in tensor.pieces():
         if (moment := tensor.importance(piece.rows)) is None:
             return
         if (start := tensor.part.start) is None:
-            layout = tensor.layout
-            row, column = (
-                layout.index(piece.rows, 2) * height + layout.index(piece.rows, 0),
-                layout.index(piece.rows, 1),
-            )
+            row, column = _below_each_other(tensor.layout, piece.rows), tensor.layout.index(piece.rows, 1)
         else:  # entries in the order of the flattened whole, completed to rows
             first = start + piece.rows.start
             before, row_count = first % width, -(-(first % width + moment.numel()) // width)

@@ -157,8 +157,7 @@ class GradualPruning(Callback):
         if self.schedule.projects_at(step, total):
             now = self.start + (self.sparsity - self.start) * self.schedule.tightness_at(step, total)
             state = trainer.optimizers[0].state
-            share = OnSet.prior / (OnSet.prior + step)
-            scores = [p.square() * held(state[p]["exp_avg_sq"], share) ** self.power for p in parameters]
+            scores = [p.square() * held(state[p]["exp_avg_sq"], step) ** self.power for p in parameters]
             if self.scope == "tensor":
                 self.masks = [largest(score, now) for score in scores]
             else:
@@ -169,11 +168,11 @@ class GradualPruning(Callback):
             p.mul_(mask)
 
 
-def held(moment: Tensor, share: float) -> Tensor:
+def held(moment: Tensor, step: int) -> Tensor:
     """Return F̂ held towards the product of its row and column means, as Elsa's; see elsa_lightning/fisher.py."""
     rows = moment.flatten(0, -2)
     product = torch.outer(rows.mean(dim=1), rows.mean(dim=0)) / rows.mean()
-    return moment.lerp(product.view_as(moment), share)
+    return moment.lerp(product.view_as(moment), OnSet.prior / (OnSet.prior + step))
 
 
 class GradualSet(Callback):
@@ -201,8 +200,7 @@ class GradualSet(Callback):
         if self.schedule.projects_at(step, total):
             now = self.constraint.relaxed(self.schedule.tightness_at(step, total))
             state = trainer.optimizers[0].state
-            share = OnSet.prior / (OnSet.prior + step)
-            tensors = [(p.detach(), held(state[p]["exp_avg_sq"], share).sqrt()) for p in weights]
+            tensors = [(p.detach(), held(state[p]["exp_avg_sq"], step).sqrt()) for p in weights]
             points = WholePoints(tensors, list(self.parameters), [is_transposed(p) for p in weights])
             self.masks = [mask.view(p.shape) for mask, p in zip(now.support(points), weights, strict=True)]
         for p, mask in zip(weights, self.masks, strict=True):
