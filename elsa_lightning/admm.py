@@ -46,7 +46,7 @@ from elsa_lightning.layout.sharded import Processes, clean, local
 from elsa_lightning.optim.guard import Guard
 from elsa_lightning.optim.hooks import StepHooks, innermost
 from elsa_lightning.optim.moments import dtype_name, rate_of
-from elsa_lightning.optim.rounding import WeightRounding
+from elsa_lightning.optim.rounding import WeightRounding, stale_curvature
 from elsa_lightning.rate import Damage, blocks
 from elsa_lightning.report import some
 from elsa_lightning.schedule import Schedule
@@ -433,6 +433,8 @@ class ADMM:
         active = self._complete(self.tensors.agreed(flags, tensors))
         if not active:  # none has either, or a set that decides about all its tensors at once lacks one
             return
+        if (stale := stale_curvature(self.optimizer)) is not None:
+            self._warn_once(f"Elsa: {stale}.")
         self._tightness = self.schedule.tightness_at(self.step, self.total_steps)
         self._relaxed = self.constraint.relaxed(self._tightness)
         with self._steadied(active):
