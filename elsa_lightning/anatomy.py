@@ -176,6 +176,17 @@ def _weight_names(module: nn.Module) -> list[str]:
     return []
 
 
+def stacks(model: nn.Module) -> list[str]:
+    """Return the names of stacks of matrices, such as fused experts, which are no layers of their own."""
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)  # whose kernels have three dimensions too
+        for name, p in module.named_parameters(recurse=False)
+        if p.dim() == 3 and p.shape[0] > 1 and not _ADDED.search(name)
+    ]
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Return whether a module is transformers' linear layer that stores its weight (in, out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # that of transformers, without importing it
