@@ -35,6 +35,7 @@ from torch.optim import Optimizer
 
 from elsa_lightning import exact, watch
 from elsa_lightning import update as updates
+from elsa_lightning.anatomy import Homes
 from elsa_lightning.constrained import ConstrainedTensors
 from elsa_lightning.errors import UserError
 from elsa_lightning.fisher import steadied
@@ -45,7 +46,7 @@ from elsa_lightning.layout.sharded import Processes, clean, local
 from elsa_lightning.optim.guard import Guard
 from elsa_lightning.optim.hooks import StepHooks, innermost
 from elsa_lightning.optim.moments import dtype_name, rate_of
-from elsa_lightning.optim.rounding import WeightRounding
+from elsa_lightning.optim.rounding import WeightRounding, stale_curvature
 from elsa_lightning.rate import Damage, blocks
 from elsa_lightning.report import some
 from elsa_lightning.schedule import Schedule
@@ -152,6 +153,8 @@ class ADMM:
         self._copies: list[str] = []  # keys of the optimizer's state that hold copies of the weights
         self._graded = False  # whether the current step has gradients
         self._masked = 0  # tensors with a mask on this process
+        self._homes = Homes({} if self.sharded else {**parameters, **self.later})  # FSDP exchanges parameters
+        self._idle: set[str] = set()  # tensors without a gradient in the last step
         low = any(p.dtype == torch.bfloat16 for p in self.tensors.parts)
         self._hooks = StepHooks(
             optimizer, KEYS, self._gradients_are_final, self._after_step, self._weights.undo, catches=low
@@ -264,8 +267,15 @@ class ADMM:
 
     def _gradients_are_final(self, loss: Any) -> None:
         """Skip the step if its gradients are not finite, else prepare it."""
-        if sum(len(group["params"]) for group in self.optimizer.param_groups) > len(self.tensors.parts):
-            self.tensors.find_parts()  # a parameter group was added
+        groups = [group["params"] for group in self.optimizer.param_groups if group["params"]]
+        parts = self.tensors.parts
+        if sum(map(len, groups)) > len(parts) or any(group[0] not in parts for group in groups):
+            self.tensors.find_parts()  # a parameter group was added or exchanged
+            if gone := [tensor.name for tensor in self.tensors.values() if tensor.p not in self.tensors.parts]:
+                raise UserError(
+                    f"taken out of {type(self.optimizer).__name__} after ADMM was attached: {some(gone)}. Nothing "
+                    f"prunes what it trains instead: make the optimizer and ADMM anew for these parameters"
+                )
         if self.paused:
             return
         self._check_scalars()
@@ -276,7 +286,16 @@ class ADMM:
             )
             self.resume()
         self._graded = self._has_gradients()
-        if self._guard.skips(self.step, loss, sum(t.p.grad is not None for t in self.tensors.values())):
+        idle = {tensor.name: tensor.p for tensor in self.tensors.values() if tensor.p.grad is None}
+        if idle.keys() - self._idle and (left := self._homes.left(idle)):
+            raise UserError(
+                f"replaced in the model after ADMM was attached: {some(left)}. The optimizer does not train what is "
+                f"there now, and nothing prunes it. load_state_dict(assign=True), parametrizations such as "
+                f"weight_norm, conversions and new layers replace parameters: do so before the optimizer and ADMM are "
+                f"made, or load without assign, which copies in place"
+            )
+        self._idle = {*idle}
+        if self._guard.skips(self.step, loss, len(self.tensors) - len(idle)):
             return
         scale = getattr(self.optimizer, "grad_scale", None)
         if self.phase == "admm":
@@ -415,6 +434,8 @@ class ADMM:
         active = self._complete(self.tensors.agreed(flags, tensors))
         if not active:  # none has either, or a set that decides about all its tensors at once lacks one
             return
+        if (stale := stale_curvature(self.optimizer)) is not None:
+            self._warn_once(f"Elsa: {stale}.")
         self._tightness = self.schedule.tightness_at(self.step, self.total_steps)
         self._relaxed = self.constraint.relaxed(self._tightness)
         with self._steadied(active):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,8 @@ _LAST_HEAD = re.compile(  # counts if only other heads come after it
 _ADAPTER = re.compile(r"(^|\.)lora_\w+")
 _ADDED = re.compile(r"bias|emb|(^|[._])pos|position|token|norm", re.IGNORECASE)  # names of tensors that do not multiply
 _EXPERTS = re.compile(r"experts?|moe", re.IGNORECASE)
+
+_EXAMINED = weakref.WeakSet[nn.Module]()  # weak references to parameters would bar torch.utils.swap_tensors
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ def examine(model: nn.Module) -> Anatomy:
     if lazy := [name for name, p in parameters.items() if isinstance(p, nn.UninitializedParameter)]:
         raise UserError(f"{lazy[0]} has no shape yet (a lazy module): send one batch through the model first")
     check_separate(parameters)
+    _EXAMINED.add(model)
     names = {id(p): name for name, p in parameters.items()}
     found = Anatomy(parameters)
     norms: set[str] = set()
@@ -114,6 +118,32 @@ def examine(model: nn.Module) -> Anatomy:
     return found
 
 
+class Homes:
+    """The models in which some parameters are, of those that were examined.
+
+    Parameters can be replaced in a model, while an optimizer goes on with the former ones, which nothing trains.
+
+    Args:
+        parameters: The parameters by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._names: list[tuple[weakref.ref[nn.Module], set[str]]] = []
+        for model in _EXAMINED:
+            there = {id(p) for p in model.parameters()}
+            if names := {name for name, p in parameters.items() if id(p) in there}:
+                self._names.append((weakref.ref(model), names))
+
+    def left(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+        """Return the names of parameters that are no longer in a model."""
+        left: set[str] = set()
+        for reference, names in self._names:
+            if (model := reference()) is not None:
+                there = {id(p) for p in model.parameters()}
+                left.update(name for name in names & parameters.keys() if id(parameters[name]) not in there)
+        return [name for name in parameters if name in left]
+
+
 def _is_vector(p: nn.Parameter) -> bool:
     shape = shape_of(p)
     return shape.numel() == max(shape)
@@ -144,6 +174,17 @@ def _weight_names(module: nn.Module) -> list[str]:
             if len(part_of(p).shape) == 3 and part_of(p).shape[0] > 1 and not _ADDED.search(name)
         ]  # fmt: skip
     return []
+
+
+def stacks(model: nn.Module) -> list[str]:
+    """Return the names of stacks of matrices, such as fused experts, which are no layers of their own."""
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)  # whose kernels have three dimensions too
+        for name, p in module.named_parameters(recurse=False)
+        if p.dim() == 3 and p.shape[0] > 1 and not _ADDED.search(name)
+    ]
 
 
 def is_conv1d(module: nn.Module) -> bool:

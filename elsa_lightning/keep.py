@@ -26,14 +26,21 @@ from elsa_lightning.sparse import MIN_SPARSITY, SHOWN, Counted, Kept, check_min_
 from elsa_lightning.tensors import KEYS, MASK, ConstrainedTensor
 
 
-@dataclass(frozen=True)
-class Zeros(Constraint):
+@dataclass(frozen=True, repr=False)
+class _Zeros(Constraint):  # a public name would be a choice of --elsa.constraint
     """The set of weights with at least the zeros that they have."""
+
+    def __repr__(self) -> str:
+        """Return what checkpoints have among their settings."""
+        return "Zeros()"
 
     def support(self, points: Points) -> Iterator[Tensor]:
         """Yield the masks."""
         for point in points:
             yield point.v != 0
+
+
+ZEROS = _Zeros()
 
 
 class KeptZeros(ADMM):
@@ -82,7 +89,7 @@ class KeptZeros(ADMM):
         self.kept = Kept((), ())
         self.later = {name: p for name, p in parameters.items() if not p.requires_grad}
         now = {name: p for name, p in parameters.items() if name not in self.later}
-        super().__init__(optimizer, now, Zeros(), total_steps=sys.maxsize, replicas=replicas)
+        super().__init__(optimizer, now, ZEROS, total_steps=sys.maxsize, replicas=replicas)
         self._gradients: dict[str, Any] = {}  # handles of the hooks that mask gradients
         self._mask_as_made()
         if begin:

@@ -124,7 +124,7 @@ def select(
     ignored: set[str] = set().union(*(_search("ignore", pattern, names) for pattern in ignore))
     matched -= ignored | {name for name in matched if _is_empty(names[name])}
     ours = None if trained is None else {id(p) for p in trained}
-    waiting = {n for n, p in names.items() if frozen and not p.requires_grad and _can_train(p)}
+    waiting = {n for n, p in names.items() if frozen and not p.requires_grad and can_train(p)}
     others = set() if ours is None else {n for n, p in names.items() if id(p) not in ours and n not in waiting}
     chosen = {
         n: p for n, p in names.items() if n in matched and (p.requires_grad or n in waiting) and n not in others
@@ -222,7 +222,7 @@ def _is_empty(p: nn.Parameter) -> bool:
     return len(shape) > 1 and not shape.numel()  # an empty flat slice (FSDP1) that is not marked has one dimension
 
 
-def _can_train(p: nn.Parameter) -> bool:
+def can_train(p: nn.Parameter) -> bool:
     """Return whether a frozen parameter has numbers that an optimizer can move later; packed ones have none."""
     return p.dtype.is_floating_point and p.dtype.itemsize > 1 and not p.is_meta
 

@@ -14,7 +14,7 @@ from elsa_lightning.anatomy import examine
 from elsa_lightning.errors import UserError
 from elsa_lightning.layout.sharded import part_of
 from elsa_lightning.report import some
-from elsa_lightning.selection import ALL_LINEAR, Selection, count_zeros, select
+from elsa_lightning.selection import ALL_LINEAR, Selection, can_train, count_zeros, select
 
 MIN_SPARSITY = 0.05  # chance and rounding to few bits make fewer zeros
 SHOWN = 6  # names in a message
@@ -158,7 +158,7 @@ def check_min_sparsity(value: float) -> float:
 
 
 def _sparse(model: nn.Module, p: nn.Parameter, least: float) -> bool:
-    if not p.dtype.is_floating_point or p.is_meta:  # a frozen one of packed numbers
+    if not can_train(p):
         return False
     zeros, size = count_zeros(model, [p])
     return zeros >= max(1, least * size)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from elsa_lightning import ADMM, NM, KeptZeros, Quantized, Schedule, Unstructured, select
 from elsa_lightning.errors import UserError
 from elsa_lightning.forms import make_form
+from elsa_lightning.oneshot import project
 from elsa_lightning.optim.adam8bit import Adam8bit
 from elsa_lightning.sets import Block, Member, Tie, Tied
 from elsa_lightning.tensors import KEYS, MASK, SPLIT
@@ -807,3 +809,70 @@ def test_a_run_goes_on_in_copies_but_not_in_one_of_its_own() -> None:
     admm.finish()
     admm2.finish()
     assert torch.equal(p, p2) and kept(p) == p.numel() // 2
+
+
+def assigned(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+
+
+def normed(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    weight_norm(model[0])
+
+
+def new_layer(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    model[0] = nn.Linear(8, 16)
+
+
+def exchanged(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    assigned(model, optimizer)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+
+
+def swapped(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    torch.utils.swap_tensors(model[0].weight, nn.Parameter(torch.randn(16, 8)))
+
+
+def same_parameter(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    spectral_norm(model[0])
+
+
+def wider(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    model.double()
+
+
+def train_changed(change: Any, at: int, keep: bool = False) -> nn.Sequential:
+    """Train, and change the model before a step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if keep:
+        project(model, Unstructured(0.9))
+        admm: ADMM = KeptZeros(optimizer, select(model).parameters)
+    else:
+        admm = ADMM(optimizer, select(model).parameters, Unstructured(0.9), total_steps=12)
+    for step in range(12):
+        if step == at:
+            change(model, optimizer)
+        optimizer.zero_grad()
+        if step != 3:  # a batch that is skipped replaces nothing
+            batch = torch.randn(4, 8, dtype=model[2].weight.dtype)
+            (model(batch) - batch.sin()).square().mean().backward()
+        optimizer.step()
+    admm.finish()
+    return model
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("at", [0, 5, 10])
+@pytest.mark.parametrize("change", [assigned, normed, new_layer, exchanged])
+def test_parameters_that_are_replaced_are_noticed_at_the_next_step(change: Any, at: int, keep: bool) -> None:
+    with pytest.raises(UserError, match=r"^(replaced in the model|taken out of SGD) after ADMM was attached: 0"):
+        train_changed(change, at, keep)
+
+
+@pytest.mark.parametrize("at", [0, 5, 10])
+@pytest.mark.parametrize("change", [swapped, same_parameter, wider])
+def test_parameters_that_stay_are_pruned_whatever_was_done_to_them(change: Any, at: int) -> None:
+    model = train_changed(change, at)
+    for weight in (model[0].weight, model[2].weight):
+        assert int((weight != 0).sum()) == 13

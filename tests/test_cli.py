@@ -445,8 +445,10 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         "Recompute activations",
         "--data.seq_len",
         "Tokens a sequence",
+        "elsa_lightning.NM,",
     ):
         assert words in printed
+    assert not re.search(r"elsa_lightning\.\w+\.\w*Zeros", printed)  # KeepMask's, not one to choose
 
 
 HEAVY = {"torch", "numpy", "lightning", "torchmetrics", "transformers", "datasets", "bitsandbytes", "tensorboard"}

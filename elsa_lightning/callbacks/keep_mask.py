@@ -16,7 +16,7 @@ from elsa_lightning.callbacks.elsa import ElsaCallback
 from elsa_lightning.callbacks.rng import restore_random_states
 from elsa_lightning.callbacks.strategies import check_strategy
 from elsa_lightning.errors import UserError
-from elsa_lightning.keep import KeptZeros, Zeros
+from elsa_lightning.keep import ZEROS, KeptZeros
 from elsa_lightning.selection import Selection
 from elsa_lightning.sets import Constraint
 from elsa_lightning.sparse import MIN_SPARSITY, Frozen, check_min_sparsity, sparse_weights
@@ -53,7 +53,7 @@ class KeepMask(ElsaCallback):
         ignore: list[str] | None = None,
         optimizer_index: int | None = None,
     ) -> None:
-        super().__init__(constraint=Zeros(), targets=targets, ignore=ignore, optimizer_index=optimizer_index)
+        super().__init__(constraint=ZEROS, targets=targets, ignore=ignore, optimizer_index=optimizer_index)
         self.min_sparsity = check_min_sparsity(min_sparsity)
         self._given = targets
         self._frozen = Frozen()

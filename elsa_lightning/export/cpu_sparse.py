@@ -158,17 +158,6 @@ def to_cpu_sparse(model: nn.Module, break_even: float = BREAK_EVEN) -> nn.Module
     return _in_float32(model)
 
 
-def stacks(model: nn.Module) -> list[str]:
-    """Return the names of stacks of experts, which are no layers of their own and stay dense."""
-    return [
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)  # whose kernels have three dimensions too
-        for name, p in module.named_parameters(recurse=False)
-        if p.dim() == 3
-    ]
-
-
 def is_enough(share: float, break_even: float) -> bool:
     """Return whether a layer has enough zeros; a set keeps whole weights, so 60 % may be 59.999 % of a tensor."""
     return share >= break_even - _ROUNDING

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from elsa_lightning.anatomy import is_conv1d
+from elsa_lightning.anatomy import is_conv1d, stacks
 from elsa_lightning.errors import UserError
 from elsa_lightning.export.folders import edit
 
@@ -54,9 +54,9 @@ def check_groups(model: nn.Module, bits: int, group_size: int) -> dict[str, nn.L
     """
     if bits not in BITS:
         raise UserError(f"bits must be one of {BITS}, got {bits}")
-    if stacks := [name for name, p in model.named_parameters() if p.dim() == 3]:
+    if found := stacks(model):
         raise UserError(
-            f"{stacks[0]} is a stack of experts, which compressed-tensors cannot load into this transformers: export "
+            f"{found[0]} is a stack of experts, which compressed-tensors cannot load into this transformers: export "
             f"--to hf"
         )
     head = getattr(model, "get_output_embeddings", lambda: None)()

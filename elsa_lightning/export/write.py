@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from elsa_lightning.anatomy import stacks
 from elsa_lightning.errors import UserError
 from elsa_lightning.export import cpu_sparse
 from elsa_lightning.export.archive import check_archive, write_archive
@@ -197,9 +198,9 @@ def _cpu_sparse(source: Source, folder: Path, options: Options, say: Say) -> Mad
     if dense:
         say(f"Below {options.break_even:.0%} zeros a layer is faster dense, and stays so: {some(dense)}.")
     does: dict[str, object] = {"sparse layers": len(shares) - len(dense), "break-even": options.break_even}
-    if stacks := cpu_sparse.stacks(model):
-        say(f"{len(stacks)} stacks of experts stay dense, whatever their zeros: {some(stacks)}.")
-        does["stacks of experts, left dense"] = len(stacks)
+    if found := stacks(model):
+        say(f"{len(found)} stacks of experts stay dense, whatever their zeros: {some(found)}.")
+        does["stacks of experts, left dense"] = len(found)
     cpu_sparse.save_cpu_sparse(model, folder)
     return replace(made, does=does)
 

@@ -13,7 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from elsa_lightning.adapters import has_adapter
 from elsa_lightning.admm import ADMM
 from elsa_lightning.integrations.hf_trainer import ElsaTrainerCallback
-from elsa_lightning.keep import KeptZeros, Zeros
+from elsa_lightning.keep import ZEROS, KeptZeros
 from elsa_lightning.sparse import MIN_SPARSITY, Frozen, check_min_sparsity, sparse_weights
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class KeepMaskTrainerCallback(ElsaTrainerCallback):
     def __init__(
         self, min_sparsity: float = MIN_SPARSITY, targets: list[str] | None = None, ignore: list[str] | None = None
     ) -> None:
-        super().__init__(constraint=Zeros(), targets=targets, ignore=ignore)
+        super().__init__(constraint=ZEROS, targets=targets, ignore=ignore)
         self.min_sparsity, self._given = check_min_sparsity(min_sparsity), targets
         self._arguments = {"min_sparsity": min_sparsity, "targets": targets, "ignore": self.ignore}
         self._restorable = True

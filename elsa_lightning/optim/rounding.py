@@ -71,7 +71,9 @@ def _is_close(one: Tensor, other: Tensor) -> bool:
 
 
 def hazard(optimizer: Optimizer) -> str | None:
-    """Return a message if an optimizer's settings make float16 weights NaN at any learning rate, else None."""
+    """Return a message if an optimizer's settings make weights NaN at any learning rate, else None."""
+    if (stale := stale_curvature(optimizer)) is not None:
+        return stale
     for group in optimizer.param_groups:
         eps = group.get("eps")
         if not isinstance(eps, float) or float(torch.tensor(eps, dtype=torch.float16)) > 0:
@@ -84,6 +86,16 @@ def hazard(optimizer: Optimizer) -> str | None:
                     f"NaN: set eps=1e-4, or keep float32 weights (precision 16-mixed)"
                 )
     return None
+
+
+def stale_curvature(optimizer: Optimizer) -> str | None:
+    """Return a message if an optimizer estimates curvature from many steps, between which pruning moves the weights."""
+    if not isinstance(optimizer, torch.optim.LBFGS) or (most := optimizer.param_groups[0]["history_size"]) <= 5:
+        return None
+    return (
+        f"LBFGS takes the curvature from its last {most} steps, and pruning moves the weights between them, so that it "
+        f"diverges, with a line search too: set history_size=1"
+    )
 
 
 def steps_rows(optimizer: Optimizer) -> Callable[[nn.Parameter], bool] | None:

@@ -207,6 +207,16 @@ def test_zeros_of_embeddings_stay_too_and_norms_are_not_asked(tmp_path: Path) ->
     assert set(sparse_weights(model, ignore=["^2"]).parameters) == {"0.weight"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_frozen_weights_that_no_optimizer_can_train_are_not_looked_for(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 50))
+    half = torch.arange(16) % 2 * torch.ones(50, 1)
+    model[0].weight = nn.Parameter(half.to(dtype), requires_grad=False)
+    model[1].weight = nn.Parameter(half.clone())
+    chosen = sparse_weights(model)
+    assert chosen.parameters.keys() == {"1.weight"} and chosen.targets == ("all-linear",)
+
+
 def test_what_moves_zeros_behind_the_step_is_undone_and_said(tmp_path: Path) -> None:
     def move(trainer: Trainer) -> None:
         with torch.no_grad():

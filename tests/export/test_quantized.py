@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from elsa_lightning.anatomy import stacks
+from elsa_lightning.errors import UserError
 from elsa_lightning.export import Options, export
-from elsa_lightning.export.quantized import find_grid, load_unpacked, pack, unpack, write_quantized
+from elsa_lightning.export.quantized import check_groups, find_grid, load_unpacked, pack, unpack, write_quantized
 from tests.export.models import IDS, sparse_folder, zeros
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -202,3 +204,18 @@ def test_packing_is_that_of_the_library() -> None:
     for bits in (4, 8):
         codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, 19), dtype=torch.int8)
         assert torch.equal(pack(codes, bits), pack_to_int32(codes, bits))
+
+
+def test_kernels_and_positions_are_no_stack_of_experts() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernels, self.out = nn.Conv1d(4, 4, 3), nn.Linear(32, 32)
+            self.position = nn.Parameter(torch.zeros(1, 8, 32))
+
+    model = Mixer()
+    assert check_groups(model, 4, 16).keys() == {"out"} and stacks(model) == []
+    model.gate_up = nn.Parameter(torch.zeros(4, 32, 32))
+    assert stacks(model) == ["gate_up"]
+    with pytest.raises(UserError, match="gate_up is a stack of experts"):
+        check_groups(model, 4, 16)

@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elsa_lightning import ADMM, Unstructured
+from elsa_lightning import ADMM, Unstructured, select
+from elsa_lightning.errors import UserError
 from elsa_lightning.layout import rows
 from elsa_lightning.layout.sharded import part_of
 from elsa_lightning.optim.adam8bit import Adam8bit
@@ -240,3 +241,42 @@ def test_a_step_of_8_bit_adam_sets_no_copy_of_the_weights_aside(monkeypatch: pyt
     with Watching():
         optimizer.step()
     assert made and max(made) <= 4096
+
+
+def lbfgs(**options: Any) -> tuple[float, float]:
+    """Prune with LBFGS; return the loss of the dense start and of the end."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8)), torch.randn(256, 16)
+    optimizer = torch.optim.LBFGS(model.parameters(), **options)
+    admm = ADMM(optimizer, select(model), Unstructured(0.8), total_steps=40)
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        mean = (model(x) - x[:, :8].sin()).square().mean()
+        mean.backward()
+        return mean
+
+    before = float(loss())
+    for _ in range(40):
+        optimizer.step(loss)
+    admm.finish()
+    return before, float(loss())
+
+
+def test_lbfgs_is_told_not_to_take_curvature_across_projections(caplog: pytest.LogCaptureFixture) -> None:
+    _, diverged = lbfgs(line_search_fn="strong_wolfe")
+    assert "with a line search too: set history_size=1" in caplog.text
+    caplog.clear()
+    for search in (None, "strong_wolfe"):
+        before, after = lbfgs(line_search_fn=search, history_size=1)
+        assert after < before / 4 and after < diverged / 2
+    assert "history_size" not in caplog.text
+
+
+def test_an_lbfgs_that_has_diverged_is_told_why() -> None:
+    optimizer = torch.optim.LBFGS([p := nn.Parameter(torch.ones(8, 8))])
+    ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=100)
+    with pytest.raises(UserError, match=r"20 in a row: LBFGS takes .* its last 100 steps.*history_size=1"):
+        for _ in range(20):
+            p.grad = torch.full_like(p, torch.nan)
+            optimizer.step(lambda: p.sum())
