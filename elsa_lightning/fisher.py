@@ -14,42 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elsa_lightning.layout.rows import Rows
-from elsa_lightning.layout.sharded import Processes, exact_dtype
-from elsa_lightning.tensors import ConstrainedTensor
+from elsa_lightning.layout.sharded import Processes, exact_dtype, sent
+from elsa_lightning.stacks import together
+from elsa_lightning.tensors import ConstrainedTensor, Factors
 
 _LEAST = 0.05  # a smaller share is not worth a pass
-
-
-class Factors(NamedTuple):
-    """What one tensor's F̂ is held towards.
-
-    Attributes:
-        rows: R/M of all rows of the whole tensor; 1 where all F̂ are 0.
-        columns: C of all columns; likewise.
-        share: n₀ / (n + n₀).
-    """
-
-    rows: Tensor
-    columns: Tensor
-    share: float
-
-    def hold(self, moment: Tensor, layout: Rows, rows: slice) -> Tensor:
-        """Return rows of F̂, held towards the product."""
-        product = self.rows[_below_each_other(layout, rows)] * self.columns[layout.index(rows, 1)]
-        dtype = torch.promote_types(moment.dtype, product.dtype)
-        return torch.lerp(moment.to(dtype), product.to(dtype), self.share).to(moment.dtype)
-
-
-def _below_each_other(layout: Rows, rows: slice) -> Tensor:
-    """Return the indices of rows among those of all matrices of the whole tensor."""
-    return layout.index(rows, 2) * layout.part.shape[-2] + layout.index(rows, 0)
 
 
 @contextmanager
@@ -72,35 +46,54 @@ def steadied(tensors: Sequence[ConstrainedTensor], processes: Processes, share: 
 
 def _measure(tensors: Sequence[ConstrainedTensor], processes: Processes, share: float) -> None:
     """Set the tensors' factors; all processes' sums are added at once."""
-    sizes = [(math.prod(tensor.part.shape[:-1]), tensor.part.shape[-1]) for tensor in tensors]
-    device = tensors[0].p.device
-    sums = torch.zeros(sum(map(sum, sizes)), dtype=exact_dtype(device), device=device)
-    parts = list(zip(*[iter(torch.split(sums, [size for pair in sizes for size in pair]))] * 2, strict=True))
-    for tensor, (rows, columns) in zip(tensors, parts, strict=True):
+    device, shapes = tensors[0].p.device, [tensor.part.shape for tensor in tensors]
+    heights, widths = [math.prod(shape[:-1]) for shape in shapes], [shape[-1] for shape in shapes]
+    sums = torch.zeros(sum(heights + widths), dtype=exact_dtype(device), device=device)
+    of_rows, of_columns = torch.split(sums, [sum(heights), sum(widths)])
+    rows, columns = torch.split(of_rows, heights), torch.split(of_columns, widths)
+    for indices, tensor in together(enumerate(tensors)):
         if tensor.part.counts:
-            _add(tensor, rows, columns)
+            _add(tensor, [rows[index] for index in indices], [columns[index] for index in indices])
     processes.add(sums)
-    for tensor, (rows, columns), (height, width) in zip(tensors, parts, sizes, strict=True):
-        total = rows.sum()
-        some = total > 0
-        mean = torch.where(some, total, 1) / (height * width)
-        found = torch.where(some, rows / width / mean, 1), torch.where(some, columns / height, 1)
-        tensor.factors = Factors(found[0].float(), found[1].float(), share)
+    height, width = sent([heights, widths], device)
+    total = torch.stack(torch._foreach_norm(rows, 1))  # no sum is negative
+    empty = (total == 0).to(total.dtype)
+    high, full, none = (torch.repeat_interleave(t, height, output_size=len(of_rows)) for t in (height, total, empty))
+    r = torch.split(((of_rows * high + none) / (full + none)).float(), heights)
+    high, none = (torch.repeat_interleave(t, width, output_size=len(of_columns)) for t in (height, empty))
+    c = torch.split((of_columns / high + none).float(), widths)
+    for tensor, of_rows, of_columns in zip(tensors, r, c, strict=True):
+        tensor.factors = Factors(of_rows[None], of_columns[None], share)
 
 
-def _add(tensor: ConstrainedTensor, rows: Tensor, columns: Tensor) -> None:
-    """Add the sums of F̂ over rows and over columns of this process's part."""
+def _add(tensor: ConstrainedTensor, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> None:
+    """Add the sums of F̂ over rows and over columns of this process's part of a tensor, or of each one of a stack."""
+    if len(rows) > 1:
+        _add_stack(tensor, rows, columns)
+        return
     width = tensor.part.shape[-1]
     for piece in tensor.pieces():
-        if (moment := tensor.importance(piece.rows)) is None:
+        if (moment := tensor.moment(piece.rows)) is None:
             return
         if (start := tensor.part.start) is None:
-            row, column = _below_each_other(tensor.layout, piece.rows), tensor.layout.index(piece.rows, 1)
+            row, column = tensor.layout.numbers(piece.rows), tensor.layout.index(piece.rows, 1)
         else:  # entries in the order of the flattened whole, completed to rows
             first = start + piece.rows.start
             before, row_count = first % width, -(-(first % width + moment.numel()) // width)
             moment = F.pad(moment.flatten(), (before, row_count * width - before - moment.numel())).view(-1, width)
-            row = torch.arange(row_count, device=rows.device) + first // width
-            column = torch.arange(width, device=rows.device)
-        rows.index_add_(0, row.flatten(), moment.sum(dim=1, dtype=rows.dtype))
-        columns.index_add_(0, column.flatten(), moment.sum(dim=0, dtype=rows.dtype))
+            row = torch.arange(row_count, device=moment.device) + first // width
+            column = torch.arange(width, device=moment.device)
+        rows[0].index_add_(0, row.flatten(), moment.sum(dim=1, dtype=rows[0].dtype))
+        columns[0].index_add_(0, column.flatten(), moment.sum(dim=0, dtype=columns[0].dtype))
+
+
+def _add_stack(stack: ConstrainedTensor, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> None:
+    """Add the sums of each member of a stack, with as many operations as of one tensor."""
+    if (moment := stack.moment(slice(None))) is None:
+        return
+    *_, height, width = stack.layout.shape
+    row, column = stack.part.offsets[-2:]
+    moment = moment.view(len(rows), height, width)
+    by_row, by_column = (moment.sum(dim=dim, dtype=rows[0].dtype).unbind() for dim in (2, 1))
+    torch._foreach_add_([of[row : row + height] for of in rows], by_row)
+    torch._foreach_add_([of[column : column + width] for of in columns], by_column)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from elsa_lightning.layout.rows import Rows
 from elsa_lightning.layout.sharded import local
-from elsa_lightning.tensors import MASK, ConstrainedTensor
+from elsa_lightning.tensors import MASK, ConstrainedTensor, Factors
 
 Placed = tuple[Sequence[int], ConstrainedTensor]
 
@@ -71,6 +71,9 @@ class Stack(ConstrainedTensor):
 
     Args:
         members: The matrices, all of one :attr:`~elsa_lightning.tensors.ConstrainedTensor.kind`.
+
+    Attributes:
+        of_member: All rows of one member.
     """
 
     def __init__(self, members: Sequence[ConstrainedTensor]) -> None:
@@ -82,6 +85,7 @@ class Stack(ConstrainedTensor):
         self.part = replace(first.part, shape=shape, offsets=offsets)
         x = local(first.p).detach().expand(len(members), *first.layout.shape)
         self.layout = Rows(self.part, x, transposed=first.layout.transposed)
+        self.of_member = slice(0, first.layout.count)
         self._state = _Gathered(members)
 
     @cached_property
@@ -103,13 +107,24 @@ class Stack(ConstrainedTensor):
         """Return whether the members' state has this tensor of ours."""
         return self.members[0].has(key)
 
-    def importance(self, rows: slice) -> Tensor | None:
-        """Return F̂, with 1 for members without a second moment; None where no member has one."""
-        found = [member.importance(slice(0, member.layout.count)) for member in self.members]
+    def moment(self, rows: slice) -> Tensor | None:
+        """Return the second moments, with 1 for members without one; None where no member has one."""
+        found = [member.moment(self.of_member) for member in self.members]
         some = next((moment for moment in found if moment is not None), None)
         if some is None:
             return None
         return torch.cat([torch.ones_like(some) if moment is None else moment for moment in found])
+
+    def importance(self, rows: slice) -> Tensor | None:
+        """Return F̂, with 1 for members without a second moment; None where no member has one."""
+        moment, found = self.moment(rows), [member.factors for member in self.members]
+        known = [factors for factors in found if factors is not None]
+        if moment is None or len(known) < len(found):
+            return moment
+        factors = Factors(
+            torch.cat([each.rows for each in known]), torch.cat([each.columns for each in known]), known[0].share
+        )
+        return factors.hold(moment, self.members[0].layout, self.of_member)
 
     def seed(self, of: Callable[[nn.Parameter], int]) -> Any:
         """Return the seed of each member."""

@@ -7,7 +7,7 @@ local rows ``(rows, n)``; its layout (:class:`~elsa_lightning.layout.rows.Rows`)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from elsa_lightning.layout.sharded import Part, clean, laid_out_like, local
 from elsa_lightning.optim.moments import dtype_name, lays_out_anew, second_moment
 from elsa_lightning.sets.base import Point
 
-if TYPE_CHECKING:
-    from elsa_lightning.fisher import Factors
-
 SPLIT = "elsa_split"  # s = z − u; only −u in forms whose weights stay on the set
 SCALE = SPLIT + "_scale"  # scales of the split's float8 blocks
 MASK = "elsa_mask"  # one bit a weight, 1 where it is kept
@@ -33,6 +30,26 @@ NUMBERS = "elsa_numbers"  # a number that the set chose for each group of weight
 REMOVED = "elsa_removed"  # the values that finish(resumable=True) removed from the weights
 KEYS = (SPLIT, SCALE, MASK, NUMBERS, REMOVED)
 DENSE = (MASK, SPLIT, REMOVED)  # tensors that FSDP1 saves
+
+
+class Factors(NamedTuple):
+    """What F̂ of one tensor, or of each of a stack, is held towards during an update (:mod:`elsa_lightning.fisher`).
+
+    Attributes:
+        rows: R/M, ``(tensors, rows of the whole tensor)``; 1 where all F̂ are 0.
+        columns: C, ``(tensors, columns)``; likewise.
+        share: n₀ / (n + n₀).
+    """
+
+    rows: Tensor
+    columns: Tensor
+    share: float
+
+    def hold(self, moment: Tensor, layout: Rows, rows: slice) -> Tensor:
+        """Return rows of F̂, held towards the product; of a stack, these rows of each tensor."""
+        product = self.rows[:, layout.numbers(rows)] * self.columns[:, layout.index(rows, 1)]
+        dtype = torch.promote_types(moment.dtype, product.dtype)
+        return torch.lerp(moment.to(dtype), product.view_as(moment).to(dtype), self.share).to(moment.dtype)
 
 
 class ConstrainedTensor:
@@ -51,7 +68,7 @@ class ConstrainedTensor:
         kind: Small tensors of equal kind can be stacked; None for a tensor that cannot.
     """
 
-    factors: Factors | None = None  # what F̂ is held towards, during an update
+    factors: Factors | None = None
 
     def __init__(
         self, name: str, p: nn.Parameter, part: Part, optimizer: Optimizer, state_dtype: StateDtype, grain: int = 1,
@@ -145,9 +162,13 @@ class ConstrainedTensor:
             self.p.grad = torch.empty_like(self.p).copy_(self.p.grad)  # laid out as the weights are
         return self.layout.take(self.p.grad, rows)
 
+    def moment(self, rows: slice) -> Tensor | None:
+        """Return rows of the second moment, or None where the optimizer keeps none."""
+        return second_moment(self.optimizer, self.p, rows)
+
     def importance(self, rows: slice) -> Tensor | None:
         """Return rows of F̂, or None where the optimizer keeps no second moment."""
-        moment = second_moment(self.optimizer, self.p, rows)
+        moment = self.moment(rows)
         return moment if moment is None or self.factors is None else self.factors.hold(moment, self.layout, rows)
 
     def seed(self, of: Callable[[nn.Parameter], int]) -> Any:

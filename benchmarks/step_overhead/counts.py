@@ -169,7 +169,7 @@ def counted_by(admm: ADMM, counts: Counts) -> Iterator[None]:
 
 def count(
     form: str, state_dtype: str, *, weights: torch.dtype = torch.float32, shape: tuple[int, int] = (512, 512),
-    tensors: int = 1, make: Any = None,
+    tensors: int = 1, make: Any = None, early: bool = False,
 ) -> dict[str, Counts]:  # fmt: skip
     """Return the counts of a step, of one with an update, and of one of the frozen phase.
 
@@ -180,9 +180,10 @@ def count(
         shape: Of each tensor.
         tensors: How many there are.
         make: Makes the optimizer of parameters; None for Adam.
+        early: Whether the update is one of the first 150 steps, in which means of F̂ are measured too.
     """
     with as_on_a_gpu():
-        return _count(form, state_dtype, weights, shape, tensors, make)
+        return _count(form, state_dtype, weights, shape, tensors, make, early)
 
 
 @contextmanager
@@ -197,7 +198,7 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 def _count(
-    form: str, state_dtype: str, weights: torch.dtype, shape: tuple[int, int], tensors: int, make: Any
+    form: str, state_dtype: str, weights: torch.dtype, shape: tuple[int, int], tensors: int, make: Any, early: bool
 ) -> dict[str, Counts]:
     found: dict[str, Counts] = {}
     many = 10**6  # so that stationarity, which is measured ten times a run, is not
@@ -210,7 +211,8 @@ def _count(
             optimizer, named, Unstructured(0.9), total_steps=many, prox=form,  # type: ignore[arg-type]
             schedule=Schedule(interval=INTERVAL, ramp=0.0, frozen=frozen), state_dtype=state_dtype,  # type: ignore[arg-type]
         )  # fmt: skip
-        admm.form.prior = 0.0  # as after the first 150 steps, until which means of F̂ are measured too
+        if not early:
+            admm.form.prior = 0.0
         for step in range(1, max(wanted) + 1):
             for p in parameters:
                 p.grad = torch.randn(shape, generator=generator).to(weights)

@@ -44,13 +44,18 @@ def adam8bit(parameters: Any, lr: float = 1e-4) -> torch.optim.Optimizer:
 
 
 def counted() -> list[dict[str, Any]]:
-    """Return the counts of all forms with all state dtypes in all phases; the frozen phase is the same for all."""
+    """Return the counts of all forms with all state dtypes in all phases; the frozen phase is the same for all.
+
+    Early updates, those of the first 150 steps, also measure means of F̂.
+    """
     rows = []
     for form in FORMS:
         for state in get_args(StateDtype):
             rows += [table_row(form, state, phase) for phase in ("step", "update")]
             with as_sharded():
                 rows.append({**table_row(form, state, "update"), "phase": "update, sharded"})
+            if form == "linearized":
+                rows.append({**table_row(form, state, "update", early=True), "phase": "update, early"})
     rows.append(table_row("linearized", "float32", "frozen"))
     little = {"weights": torch.bfloat16, "make": lambda p: adam8bit(p, lr=1e-3)}
     for phase in ("step", "update", "frozen"):
