@@ -159,7 +159,8 @@ def test_the_counts_that_are_told_are_those_that_are_shipped() -> None:
     for label, form, phase, what, digits in [
         ("`linearized`, a step", "linearized", "step", "bytes", 1),
         ("`linearized`, the update, moved by its operations", "linearized", "update", "moved", 0),
-        ("the same over several processes", "linearized", "update, sharded", "moved", 0),
+        ("the same in the first 150 steps", "linearized", "update, early", "moved", 0),
+        ("over several processes", "linearized", "update, sharded", "moved", 0),
         ("`decoupled`, a step", "decoupled", "step", "bytes", 1),
         ("frozen phase", "linearized", "frozen", "bytes", 1),
     ]:

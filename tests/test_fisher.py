@@ -8,6 +8,7 @@ from elsa_lightning import ADMM, Unstructured
 from elsa_lightning.fisher import steadied
 from elsa_lightning.layout import rows
 from elsa_lightning.layout.sharded import Processes
+from elsa_lightning.stacks import Stack, together
 
 
 def stepped(p: nn.Parameter, grad: Tensor, **options: object) -> ADMM:
@@ -36,6 +37,31 @@ def test_it_is_held_towards_the_product_of_its_means(
     product = torch.outer(moment.mean(dim=1), moment.mean(dim=0)) / moment.mean()
     torch.testing.assert_close(found, 0.75 * moment + 0.25 * product)
     assert torch.equal(plain, moment)
+
+
+def test_small_tensors_are_held_each_by_itself_although_they_are_handled_together() -> None:
+    torch.manual_seed(0)
+    named = {name: nn.Parameter(torch.randn(6, 10)) for name in "abcd"} | {"e": nn.Parameter(torch.randn(4, 10))}
+    optimizer = torch.optim.Adam(named.values(), lr=1e-3)
+    admm = ADMM(optimizer, named, Unstructured(0.5), total_steps=10)
+    for name, scale in zip("abce", (0.0, 1.0, 10.0, 1.0), strict=True):  # d has no moment yet
+        named[name].grad = torch.randn_like(named[name]) * scale
+    optimizer.step()
+    tensors = list(admm.tensors.values())
+    with steadied(tensors, Processes(), 0.25):
+        alone = {tensor.name: tensor.importance(slice(0, tensor.layout.count)) for tensor in tensors}
+        stacks = [tensor for _, tensor in together(enumerate(tensors)) if isinstance(tensor, Stack)]
+        stacked = [stack.importance(slice(None)) for stack in stacks]
+    for name in "bce":
+        moment = optimizer.state[named[name]]["exp_avg_sq"]
+        product = torch.outer(moment.mean(dim=1), moment.mean(dim=0)) / moment.mean()
+        torch.testing.assert_close(alone[name], 0.75 * moment + 0.25 * product)
+    assert alone["d"] is None
+    members = [[member.name for member in stack.members] for stack in stacks]
+    assert members == [["a", "b", "c"]], "these have the same shape and state"
+    for names, found in zip(members, stacked, strict=True):
+        assert found is not None
+        assert torch.equal(found, torch.cat([alone[name] for name in names]))  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("prox", ["linearized", "feedback", "published"])
