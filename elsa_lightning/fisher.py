@@ -23,7 +23,7 @@ from elsa_lightning.layout.sharded import Processes, exact_dtype, sent
 from elsa_lightning.stacks import together
 from elsa_lightning.tensors import ConstrainedTensor, Factors
 
-_LEAST = 0.05  # a smaller share is not worth a pass
+LEAST = 0.05  # a smaller share is not worth a pass
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def steadied(tensors: Sequence[ConstrainedTensor], processes: Processes, share: 
         share: n₀ / (n + n₀).
     """
     try:
-        if share >= _LEAST:
+        if share >= LEAST:
             _measure(tensors, processes, share)
         yield
     finally:

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from elsa_lightning import CalibrationData, CausalLM
+from elsa_lightning import ADMM, CalibrationData, CausalLM, Unstructured
 from elsa_lightning.selection import count_zeros, select
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "quality"))
@@ -52,6 +52,22 @@ def test_one_shot_methods_give_the_sparsity_asked_for(name: str, sparsity: float
         assert int((p == 0).sum()) == sparsity * p.numel()
         if name == "wanda":
             assert ((p == 0).sum(dim=1) == sparsity * 48).all()
+
+
+@pytest.mark.parametrize("step", [1, 8, 152, 153])
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_gradual_pruning_ranks_by_the_same_second_moment_as_elsa(step: int, scale: float) -> None:
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(6, 10))
+    optimizer = torch.optim.Adam([p], lr=1e-3)
+    admm = ADMM(optimizer, {"p": p}, Unstructured(0.5), total_steps=1000)
+    p.grad = scale * torch.randn(6, 10)
+    optimizer.step()
+    admm.step = step
+    tensors = list(admm.tensors.values())
+    with admm._steadied(tensors):
+        ours = tensors[0].importance(slice(0, 6))
+    torch.testing.assert_close(peers.held(optimizer.state[p]["exp_avg_sq"], step), ours)
 
 
 def test_sparsegpt_changes_a_layers_output_less_than_wanda_and_wanda_less_than_magnitude() -> None:
