@@ -38,7 +38,7 @@ from elsa_lightning import update as updates
 from elsa_lightning.anatomy import Homes
 from elsa_lightning.constrained import ConstrainedTensors
 from elsa_lightning.errors import UserError
-from elsa_lightning.fisher import steadied
+from elsa_lightning.fisher import share_of, steadied
 from elsa_lightning.forms import Form, Prox, Step, make_form
 from elsa_lightning.forms.base import Forgets, Importance
 from elsa_lightning.layout.lowbit import StateDtype, check_state_dtype
@@ -421,7 +421,7 @@ class ADMM:
 
     def _steadied(self, tensors: Sequence[ConstrainedTensor]) -> AbstractContextManager[None]:
         """Let F̂ of few batches be held towards the product of its means."""
-        return steadied(tensors, self.tensors.processes, self.form.prior / (self.form.prior + max(1, self.step)))
+        return steadied(tensors, self.tensors.processes, share_of(self.form.prior, max(1, self.step)))
 
     def _target(self, step: int) -> Constraint:
         return self.constraint.relaxed(self.schedule.tightness_at(step, self.total_steps))

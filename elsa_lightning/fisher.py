@@ -23,7 +23,13 @@ from elsa_lightning.layout.sharded import Processes, exact_dtype, sent
 from elsa_lightning.stacks import together
 from elsa_lightning.tensors import ConstrainedTensor, Factors
 
-LEAST = 0.05  # a smaller share is not worth a pass
+_LEAST = 0.05  # a smaller share is not worth a pass
+
+
+def share_of(prior: float, batches: int) -> float:
+    """Return n₀ / (n + n₀), or 0 where that is so small that F̂ stays as it is."""
+    share = prior / (prior + batches)
+    return share if share >= _LEAST else 0.0
 
 
 @contextmanager
@@ -33,10 +39,10 @@ def steadied(tensors: Sequence[ConstrainedTensor], processes: Processes, share: 
     Args:
         tensors: The tensors; every process gives the same.
         processes: The processes that hold them.
-        share: n₀ / (n + n₀).
+        share: The weight of the product, as :func:`share_of` returns it; 0 leaves F̂ as it is.
     """
     try:
-        if share >= LEAST:
+        if share > 0:
             _measure(tensors, processes, share)
         yield
     finally:
@@ -52,8 +58,10 @@ def _measure(tensors: Sequence[ConstrainedTensor], processes: Processes, share: 
     of_rows, of_columns = torch.split(sums, [sum(heights), sum(widths)])
     rows, columns = torch.split(of_rows, heights), torch.split(of_columns, widths)
     for indices, tensor in together(enumerate(tensors)):
-        if tensor.part.counts:
-            _add(tensor, [rows[index] for index in indices], [columns[index] for index in indices])
+        if tensor.part.counts and len(indices) == 1:
+            _add(tensor, rows[indices[0]], columns[indices[0]])
+        elif tensor.part.counts:
+            _add_stack(tensor, [rows[index] for index in indices], [columns[index] for index in indices])
     processes.add(sums)
     height, width = sent([heights, widths], device)
     total = torch.stack(torch._foreach_norm(rows, 1))  # no sum is negative
@@ -62,33 +70,30 @@ def _measure(tensors: Sequence[ConstrainedTensor], processes: Processes, share: 
     r = torch.split(((of_rows * high + none) / (full + none)).float(), heights)
     high, none = (torch.repeat_interleave(t, width, output_size=len(of_columns)) for t in (height, empty))
     c = torch.split((of_columns / high + none).float(), widths)
-    for tensor, of_rows, of_columns in zip(tensors, r, c, strict=True):
-        tensor.factors = Factors(of_rows[None], of_columns[None], share)
+    for tensor, of_its_rows, of_its_columns in zip(tensors, r, c, strict=True):
+        tensor.factors = Factors(of_its_rows[None], of_its_columns[None], share)
 
 
-def _add(tensor: ConstrainedTensor, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> None:
-    """Add the sums of F̂ over rows and over columns of this process's part of a tensor, or of each one of a stack."""
-    if len(rows) > 1:
-        _add_stack(tensor, rows, columns)
-        return
+def _add(tensor: ConstrainedTensor, rows: Tensor, columns: Tensor) -> None:
+    """Add the sums of F̂ over rows and over columns of this process's part."""
     width = tensor.part.shape[-1]
     for piece in tensor.pieces():
         if (moment := tensor.moment(piece.rows)) is None:
             return
         if (start := tensor.part.start) is None:
-            row, column = tensor.layout.numbers(piece.rows), tensor.layout.index(piece.rows, 1)
+            row, column = tensor.layout.row_index(piece.rows), tensor.layout.index(piece.rows, 1)
         else:  # entries in the order of the flattened whole, completed to rows
             first = start + piece.rows.start
             before, row_count = first % width, -(-(first % width + moment.numel()) // width)
             moment = F.pad(moment.flatten(), (before, row_count * width - before - moment.numel())).view(-1, width)
             row = torch.arange(row_count, device=moment.device) + first // width
             column = torch.arange(width, device=moment.device)
-        rows[0].index_add_(0, row.flatten(), moment.sum(dim=1, dtype=rows[0].dtype))
-        columns[0].index_add_(0, column.flatten(), moment.sum(dim=0, dtype=columns[0].dtype))
+        rows.index_add_(0, row.flatten(), moment.sum(dim=1, dtype=rows.dtype))
+        columns.index_add_(0, column.flatten(), moment.sum(dim=0, dtype=rows.dtype))
 
 
 def _add_stack(stack: ConstrainedTensor, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> None:
-    """Add the sums of each member of a stack, with as many operations as of one tensor."""
+    """Add those of each member of a stack, with as many operations as for one tensor."""
     if (moment := stack.moment(slice(None))) is None:
         return
     *_, height, width = stack.layout.shape

@@ -47,7 +47,7 @@ class Factors(NamedTuple):
 
     def hold(self, moment: Tensor, layout: Rows, rows: slice) -> Tensor:
         """Return rows of F̂, held towards the product; of a stack, these rows of each tensor."""
-        product = self.rows[:, layout.numbers(rows)] * self.columns[:, layout.index(rows, 1)]
+        product = self.rows[:, layout.row_index(rows)] * self.columns[:, layout.index(rows, 1)]
         dtype = torch.promote_types(moment.dtype, product.dtype)
         return torch.lerp(moment.to(dtype), product.view_as(moment).to(dtype), self.share).to(moment.dtype)
 

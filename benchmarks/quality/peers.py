@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from elsa_lightning import CausalLM
-from elsa_lightning.fisher import LEAST
+from elsa_lightning.fisher import share_of
 from elsa_lightning.forms.on_set import OnSet
 from elsa_lightning.layout.kernels import is_transposed
 from elsa_lightning.schedule import Schedule
@@ -171,9 +171,7 @@ class GradualPruning(Callback):
 
 def held(moment: Tensor, step: int) -> Tensor:
     """Return F̂ held towards the product of its row and column means, as Elsa's; see elsa_lightning/fisher.py."""
-    rows, share = moment.flatten(0, -2), OnSet.prior / (OnSet.prior + step)
-    if share < LEAST:
-        return moment
+    rows, share = moment.flatten(0, -2), share_of(OnSet.prior, step)
     product = torch.outer(rows.mean(dim=1), rows.mean(dim=0)) / rows.mean() if rows.any() else torch.ones_like(rows)
     return moment.lerp(product.view_as(moment), share)
 

@@ -144,6 +144,6 @@ class Rows:
         first = self.part.offsets[0] * math.prod(self.shape[1:-2]) if len(self.shape) > 2 else 0
         return row // self.shape[-2] + first
 
-    def numbers(self, rows: slice) -> Tensor:
+    def row_index(self, rows: slice) -> Tensor:
         """Return the indices of rows among those of all matrices of the whole tensor, as :meth:`index` does."""
         return self.index(rows, 2) * self.part.shape[-2] + self.index(rows, 0)
