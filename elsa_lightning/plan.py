@@ -184,7 +184,7 @@ def plan(
     stacked = min(STACK, sum(size for size in sizes if size <= SMALL))  # small tensors are stacked
     at_once = min(max([stacked, *sizes], default=0), PIECE)
     held = max((size for size in sizes if size <= HELD), default=0) if device != "cpu" else 0
-    masks = sum(-(-size // 8) for size in sizes)
+    masks = 2 * sum(-(-size // 8) for size in sizes)  # of one budget for all tensors, before and after its floor
     projecting = max(_PROJECTION * at_once + _KEPT * max(0, held - PIECE), _HELD * held) + _STACKED * stacked + masks
     by_rows = steps_rows(make_optimizer([nn.Parameter(torch.zeros(1, dtype=dtype))]))
     copied = sum(p.numel() for p in parameters if by_rows is None or not by_rows(p))  # during the optimizer step

@@ -107,7 +107,7 @@ def pruned(model: str, sparsity: float | None, folder: Path) -> Path:
 
     load: Any = AutoModelForCausalLM.from_pretrained
     made = load(model, dtype=torch.float32).eval()
-    project(made, Neurons(0.5) if sparsity is None else Unstructured(sparsity))
+    project(made, Neurons(0.5) if sparsity is None else Unstructured(sparsity, "tensor"))
     made.save_pretrained(folder)
     AutoTokenizer.from_pretrained(model).save_pretrained(folder)
     return folder

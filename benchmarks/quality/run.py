@@ -48,10 +48,10 @@ PEERS = (
 )  # fmt: skip
 ELSEWHERE = {"wanda-llmc": "wanda", "sparsegpt-llmc": "sparsegpt"}  # llm-compressor's own
 SMALL = "dense-small"
-ONWARD = ("sparsegpt+elsa", "sparsegpt+gradual")  # from the 70 % that SparseGPT cuts on
-AGAIN = {"elsa-again": "elsa", "gradual-again": "gradual"}  # the dense model trained anew, on the mask found
+ONWARD = ("sparsegpt+elsa-tensor", "sparsegpt+gradual")  # from the 70 % that SparseGPT cuts on
+AGAIN = {"elsa-again": "elsa-tensor", "gradual-again": "gradual"}  # the dense model trained anew, on the mask found
 FORMS = {"elsa-feedback": "feedback", "elsa-decoupled": "decoupled"}  # at their own penalty
-TRAINED = (*PEERS, SMALL, "elsa-coupled", *FORMS, "elsa", *LOW, *AGAIN, *ONWARD, "elsa-global")
+TRAINED = (*PEERS, SMALL, "elsa-coupled", *FORMS, "elsa-tensor", "elsa", *LOW, *AGAIN, *ONWARD)
 RATES = {0.6: (2.5e-4, 5e-4, 1e-3, 2e-3), 0.9: (1e-3, 2e-3, 4e-3, 8e-3)}  # tried at this sparsity
 BEYOND = 2  # further rates, while the best one is the first or the last
 SETTINGS = {  # every rate is tried with the first, then the best rate with the others, and the best of these again
@@ -173,16 +173,18 @@ class Arena:
             return GradualPruning(case.sparsity, scope, start=case.setting or 0.0)
         if method == "elsa":
             return ElsaCallback(case.sparsity)
-        if method == "elsa-global":
-            return ElsaCallback(constraint=Unstructured(case.sparsity, scope="model"))
+        alike = Unstructured(case.sparsity, scope="tensor")
+        if method == "elsa-tensor":
+            return ElsaCallback(constraint=alike)
         if case.method in LOW:
-            return ElsaCallback(case.sparsity, state_dtype=LOW[case.method])
+            return ElsaCallback(constraint=alike, state_dtype=LOW[case.method])
         if case.method in FORMS:
-            return ElsaCallback(case.sparsity, prox=FORMS[case.method])  # type: ignore[arg-type]
+            return ElsaCallback(constraint=alike, prox=FORMS[case.method])  # type: ignore[arg-type]
         if case.method.startswith("elsa-"):  # K in the published proportion: 32 of 4096 steps
             assert case.setting is not None
             return ElsaCallback(
-                case.sparsity, prox="coupled" if case.method == "elsa-coupled" else "published", penalty=case.setting,
+                constraint=alike, prox="coupled" if case.method == "elsa-coupled" else "published",
+                penalty=case.setting,
                 penalty_schedule="constant" if case.method.endswith("constant") else "cosine",
                 interval=case.interval or max(1, round(case.steps / 128)), ramp=0, frozen=0,
             )  # fmt: skip
@@ -199,7 +201,8 @@ class Arena:
         steps = self.arguments.trial_steps or case.steps
         distillation = self.arguments.trial_distillation
         trial = replace(
-            case, method="elsa" if case.method in LOW else case.method, sparsity=at, seed=TRIAL_SEED, steps=steps,
+            case, method="elsa-tensor" if case.method in LOW else case.method, sparsity=at, seed=TRIAL_SEED,
+            steps=steps,
             distillation=case.distillation if distillation is None else distillation, split="validation",
         )  # fmt: skip
         settings: tuple[float | None, ...] = SETTINGS[case.method][1] if case.method in SETTINGS else (None,)

@@ -58,16 +58,16 @@ from elsa_lightning.sets import Constraint
 from elsa_lightning.sets.structured import is_structured
 
 SETS: dict[str, tuple[Constraint, Constraint]] = {  # the gentler first
-    "unstructured": (Unstructured(0.7), Unstructured(0.9)),
+    "unstructured": (Unstructured(0.7, "tensor"), Unstructured(0.9, "tensor")),
     "unstructured, rows": (Unstructured(0.7, "row"), Unstructured(0.9, "row")),
     "unstructured, model": (Unstructured(0.7, "model", floor=0.02), Unstructured(0.9, "model", floor=0.02)),
-    "unstructured, depth": (Unstructured(0.7, depth=0.05), Unstructured(0.9, depth=0.05)),
+    "unstructured, depth": (Unstructured(0.7, "tensor", depth=0.05), Unstructured(0.9, "tensor", depth=0.05)),
     "n:m of 4": (NM(2, 4), NM(1, 4)),
     "n:m of 8": (NM(4, 8), NM(1, 8)),
     "blocks": (Block(0.5, 4, 4), Block(0.7, 4, 4)),
     "by pattern": (
-        ByPattern({"attn": NM(2, 4), "mlp": Unstructured(0.7)}),
-        ByPattern({"attn": NM(1, 4), "mlp": Unstructured(0.9)}),
+        ByPattern({"attn": NM(2, 4), "mlp": Unstructured(0.7, "tensor")}),
+        ByPattern({"attn": NM(1, 4), "mlp": Unstructured(0.9, "tensor")}),
     ),
     "neurons": (Neurons(0.25), Neurons(0.5)),
     "neurons and heads": (
@@ -77,7 +77,10 @@ SETS: dict[str, tuple[Constraint, Constraint]] = {  # the gentler first
     "layers": (Layers(0.25), Layers(0.5)),
     "bits": (Quantized(4, 32), Quantized(3, 32)),
     "2:4 and bits": (Quantized(4, 32, NM(2, 4)), Quantized(3, 32, NM(2, 4))),
-    "unstructured and bits": (Quantized(4, 32, Unstructured(0.7)), Quantized(4, 32, Unstructured(0.9))),
+    "unstructured and bits": (
+        Quantized(4, 32, Unstructured(0.7, "tensor")),
+        Quantized(4, 32, Unstructured(0.9, "tensor")),
+    ),
 }
 RATES = {"bits": 1e-4}  # in place of --lr: so little is cut that at the others' rate training would lose more than that
 SMALL = ("from-random", "cut-first")  # start with the smaller model

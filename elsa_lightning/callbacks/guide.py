@@ -56,7 +56,7 @@ class Guide(Callback):
             return f"{self.model} no further; the zeros that it has are kept"
         aim, set_ = str(elsa.constraint), elsa.constraint
         if isinstance(set_, Unstructured) and set_.sparsity is not None:
-            aim = f"{100 * set_.sparsity:.4g} % zeros" + (f" by {set_.scope}" if set_.scope != "tensor" else "")
+            aim = f"{100 * set_.sparsity:.4g} % zeros" + (f" in each {set_.scope}" if set_.scope != "model" else "")
         if self.sizes is None:
             return f"{self.model} to {aim}"
         return f"{self.model} to {aim} in {self.sizes[0]:,} of its {self.sizes[1]:,} weights"

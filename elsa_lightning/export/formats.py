@@ -148,11 +148,14 @@ def _skeleton(model: Any) -> Any:
 
 
 def _share(constraint: Constraint) -> float | None:
-    """Return the share of zeros of the sparsest tensor of a set, or None if the set alone does not determine it."""
+    """Return the share of zeros of the sparsest tensor of a set, or of all tensors if they share one budget.
+
+    None if the set alone does not determine it.
+    """
     if isinstance(constraint, Quantized):
         return None if constraint.inside is None else _share(constraint.inside)
     if isinstance(constraint, NM):
         return 1 - constraint.n / constraint.m
-    if isinstance(constraint, Unstructured) and constraint.scope != "model" and constraint.sparsity is not None:
+    if isinstance(constraint, Unstructured) and constraint.sparsity is not None:
         return constraint.sparsity + constraint.depth
     return None

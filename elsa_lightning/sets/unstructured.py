@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from elsa_lightning.errors import UserError
+from elsa_lightning.layout.lowbit import ones, pack, unpack
 from elsa_lightning.layout.rows import is_host
 from elsa_lightning.layout.sharded import exact_dtype, sent
 from elsa_lightning.sets import threshold
@@ -19,6 +20,7 @@ from elsa_lightning.sets.base import Constraint, Point, Points, check_set, dista
 from elsa_lightning.sets.checks import check_budget, check_fraction, entries_of, is_number
 from elsa_lightning.sets.threshold import Scores, largest, largest_of_each, largest_of_rows
 
+_FLOOR = 1 / 5  # with one budget for all tensors: the least share that survives, of the share in all
 AT_ONCE = 0.7  # sparsity at which a ramp begins: the first projection cuts so much, and entries may return later
 
 
@@ -33,9 +35,11 @@ class Unstructured(Constraint):
         sparsity: Fraction of zeros, 0 ≤ sparsity < 1. At least one entry survives.
         scope: Where the fraction holds. ``tensor``: in each tensor of n entries (in each expert of a fused tensor).
             ``row``: in the n inputs of each output. ``model``: in all tensors together, which share the budget by F v²
-            relative to the tensor's mean.
+            relative to the mean
+            of each tensor (of each expert of a fused tensor). One whose F v² are all 0 keeps the common share.
         keep: How many weights survive in all, instead of ``sparsity``, such as 30e6.
-        floor: With scope ``model``: the least share of a tensor that survives, so that none is emptied.
+        floor: With scope ``model``: the least share of a tensor that survives, so that none is emptied; by default a
+            fifth of the share that survives in all.
         ceiling: With scope ``model``: the largest share of a tensor that survives.
         depth: With scope ``tensor``: by how much the sparsity of the last block is above ``sparsity``, and that of the
             first below, linear in between; the overall fraction stays. A tensor's block is the first number in its
@@ -49,9 +53,9 @@ class Unstructured(Constraint):
     """
 
     sparsity: float | None = None
-    scope: Literal["tensor", "row", "model"] = "tensor"
+    scope: Literal["model", "tensor", "row"] = "model"
     keep: float | None = None
-    floor: float = 0.0
+    floor: float | None = None
     ceiling: float = 1.0
     depth: float = 0.0
     keep_bytes: float | None = None
@@ -68,19 +72,19 @@ class Unstructured(Constraint):
         check_budget("weights", "a fraction is sparsity", keep=self.keep, keep_bytes=self.keep_bytes)
         if self.scope not in ("tensor", "row", "model"):
             raise UserError(f"scope must be 'tensor', 'row' or 'model', got {self.scope!r}")
-        for name in ("floor", "ceiling", "depth"):
-            if not is_number(value := getattr(self, name)) or not -1 < value <= 1:
+        floor = 0.0 if self.floor is None else self.floor
+        for name, value in (("floor", floor), ("ceiling", self.ceiling), ("depth", self.depth)):
+            if not is_number(value) or not -1 < value <= 1:
                 raise UserError(f"{name} must be a share of a tensor's entries, such as 0.02, got {value!r}")
         kept = 1.0 if self.sparsity is None else 1 - self.sparsity
         if not (
-            0 <= self.floor <= self.ceiling <= 1
-            and (self.sparsity is None or self.floor - 1e-9 <= kept <= self.ceiling + 1e-9)
+            0 <= floor <= self.ceiling <= 1 and (self.sparsity is None or floor - 1e-9 <= kept <= self.ceiling + 1e-9)
         ):
             raise UserError(
                 f"floor and ceiling are shares that survive, and what survives in all, {kept:g}, must lie between; "
-                f"got floor={self.floor:g}, ceiling={self.ceiling:g}"
+                f"got floor={floor:g}, ceiling={self.ceiling:g}"
             )
-        if (self.floor > 0 or self.ceiling < 1) and self.scope != "model":
+        if (floor > 0 or self.ceiling < 1) and self.scope != "model":
             raise UserError(f"floor and ceiling are for scope='model'; with scope={self.scope!r} all are pruned alike")
         if self.depth and self.scope != "tensor":
             raise UserError(f"depth is for scope='tensor', got scope={self.scope!r}")
@@ -125,6 +129,10 @@ class Unstructured(Constraint):
             raise UserError("keep and keep_bytes need to know the tensors: use the set that sized(shapes) returns")
         return self.sparsity
 
+    @property
+    def _floor(self) -> float:
+        return _FLOOR * (1 - self._sparsity) if self.floor is None else self.floor
+
     def kept(self, entries: int) -> int:
         """Return how many of so many entries survive."""
         return max(1, entries - round(self._sparsity * entries))
@@ -141,15 +149,19 @@ class Unstructured(Constraint):
         ]
         scales = None
         if self.scope == "model":
-            scales = _scales(points).repeat_interleave(torch.tensor(stacks, device=points.device))
+            scales = _scales(points, starts, sizes)
+
+        places: list[tuple[slice | Tensor, bool]] = []  # of each piece: its matrices, and whether it counts here
 
         def scores(matrices: Collection[int] | None) -> Iterator[Scores]:
             of, firsts = points.holding(matrices, starts)
+            places.clear()
             for point in of.stacked():
                 shape = (point.piece.matrices, point.v.numel() // point.piece.matrices)
                 score = weighted(point.v, point.importance).reshape(shape)  # compared by magnitude
                 first, part = _matrices(point, firsts), point.part
                 found = Scores(score, point.v.float().reshape(shape), first, part.counts, part.order)
+                places.append((found.rows, part.counts))
                 yield found if scales is None else found._replace(score=score / scales[found.rows, None])
 
         def keep(pools: list[int], kept: list[int]) -> Iterator[Tensor]:
@@ -167,10 +179,22 @@ class Unstructured(Constraint):
                 yield from largest_of_each(scores, torch.tensor(kept))
             else:
                 yield from keep(each, kept)
-        elif self.floor > 0 or self.ceiling < 1:
-            yield from keep(each, self._bounded(points, starts, sizes, keep([0] * len(sizes), [self.kept(sum(sizes))])))
-        else:
-            yield from keep([0] * len(sizes), [self.kept(sum(sizes))])
+            return
+        masks = keep([0] * len(sizes), [self.kept(sum(sizes))])
+        if self._floor == 0 and self.ceiling == 1:
+            yield from masks
+            return
+        packed = [(pack(mask), mask.shape[1]) for mask in masks]
+        found = torch.zeros(len(sizes), dtype=exact_dtype(points.device), device=points.device)
+        for (rows, counts), (bits, _) in zip(places, packed, strict=True):  # of the last pass, which was over all
+            if counts:
+                found[rows] += ones(bits, len(bits))
+        bounded = self._bounded(torch.where(scales.isfinite(), points.add(found), -1).tolist(), sizes)
+        if bounded is not None:
+            yield from keep(each, bounded)
+            return
+        for bits, columns in packed:
+            yield unpack(bits, columns).contiguous()
 
     def _of_rows(self, points: Points) -> Iterator[Tensor]:
         for point in points.stacked():
@@ -198,24 +222,22 @@ class Unstructured(Constraint):
             low, high = (shift, high) if too_few else (low, shift)
         return [max(1, size - round(z * size)) for z, size in zip(zeros, sizes, strict=True)]
 
-    def _bounded(
-        self, points: Points, starts: Sequence[int], sizes: Sequence[int], masks: Iterator[Tensor]
-    ) -> list[int]:
-        """Return how many entries of each matrix survive: as many as in ``masks``, but within floor and ceiling.
+    def _bounded(self, wanted: Sequence[float], sizes: Sequence[int]) -> list[int] | None:
+        """Return how many entries of each matrix survive within floor and ceiling, or None if as many as ``wanted``.
 
         Matrices below their floor are raised to it at the expense of the others, in proportion to what these have
         above their own floor.
+
+        Args:
+            wanted: How many entries of each matrix are among the largest of all; −1 where scores say nothing, as of an
+                expert that no token was sent to: it keeps the common share.
+            sizes: How many entries each has.
         """
-        counts = torch.zeros(len(sizes), dtype=exact_dtype(points.device), device=points.device)
-        for point, mask in zip(points.stacked(), masks, strict=False):
-            if point.part.counts:
-                first, n = _matrices(point, starts), point.piece.matrices
-                rows = first if isinstance(first, Tensor) else slice(first, first + n)
-                counts[rows] += mask.reshape(n, -1).sum(dim=1)
-        next(masks, None)
-        wanted = [float(count) for count in points.add(counts)]
-        least = [max(1.0, math.ceil(self.floor * size - 1e-6)) for size in sizes]
+        floors = [self._floor if want >= 0 else 1 - self._sparsity for want in wanted]
+        least = [max(1.0, math.ceil(floor * size - 1e-6)) for floor, size in zip(floors, sizes, strict=True)]
         most = [max(low, math.floor(self.ceiling * size + 1e-6)) for low, size in zip(least, sizes, strict=True)]
+        if all(b <= w <= t for w, b, t in zip(wanted, least, most, strict=True)):
+            return None
         total = self.kept(sum(sizes))
         low, high = 0.0, 2.0  # below 1: share kept of what is above the floor; above 1: of the room to the ceiling
         for _ in range(60):
@@ -229,11 +251,6 @@ class Unstructured(Constraint):
         for index in sorted(range(len(kept)), key=lambda i: whole[i] - kept[i])[: max(0, total - sum(whole))]:
             whole[index] += whole[index] < most[index]
         return whole
-
-
-def _tensors(point: Point) -> slice | Tensor:
-    """Return the index of the tensor of a point, or those of its stack."""
-    return sent(point.stack, point.v.device) if point.stack else slice(point.tensor, point.tensor + 1)
 
 
 def _matrices(point: Point, starts: Sequence[int]) -> int | Tensor:
@@ -260,12 +277,21 @@ def one_of(sparsity: float | None, constraint: Constraint | None) -> Constraint:
     return constraint if constraint is not None else Unstructured(sparsity)
 
 
-def _scales(points: Points) -> Tensor:
-    """Return the root mean square of √F v of each tensor, float32 ``(tensors,)``."""
-    squares = torch.zeros(len(points.shapes), dtype=exact_dtype(points.device), device=points.device)
+def _scales(points: Points, starts: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """Return the root mean square of √F v of each matrix, or ∞ where that is 0; float32 ``(matrices,)``.
+
+    Args:
+        points: The points.
+        starts: Index of the first matrix of each tensor.
+        sizes: Entries of each matrix.
+    """
+    squares = torch.zeros(len(sizes), dtype=exact_dtype(points.device), device=points.device)
     for point in points.stacked():
         if point.part.counts:
-            each = distance(point.v, point.importance).to(squares.dtype).square()
-            squares[_tensors(point)] += each.reshape(max(1, len(point.stack)), -1).sum(dim=1)
-    sizes = torch.tensor([shape.numel() for shape in points.shapes], device=points.device)
-    return (points.add(squares) / sizes).sqrt().float().clamp_min(torch.finfo(torch.float32).tiny)
+            v, n = point.v.float(), point.piece.matrices
+            each = v.square() if point.importance is None else (point.importance * v).mul_(v)  # cheaper than the root
+            first = _matrices(point, starts)
+            rows = first if isinstance(first, Tensor) else slice(first, first + n)
+            squares[rows] += each.reshape(n, -1).sum(dim=1, dtype=squares.dtype)
+    scales = (points.add(squares) / sent(sizes, points.device)).sqrt().float()
+    return torch.where(scales > 0, scales, math.inf)

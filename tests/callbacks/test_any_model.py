@@ -140,10 +140,11 @@ def test_each_constrained_tensor_ends_with_its_zeros_also_resumed(name: str, tmp
         if key not in constrained:
             assert bool((p == 0).float().mean() < 0.5) or not p.any(), key
             continue
-        matrices = p if "experts" in key else p[None]
-        for matrix in matrices:
-            kept = max(1, matrix.numel() - round(0.9 * matrix.numel()))
-            assert int((matrix != 0).sum()) == kept, key
+        for matrix in p if "experts" in key else p[None]:
+            assert int((matrix != 0).sum()) >= 0.02 * matrix.numel(), key  # the floor
+    entries = sum(p.numel() for p in constrained.values())
+    kept = sum(int((p != 0).sum()) for p in constrained.values())
+    assert kept == entries - round(0.9 * entries)
     fit(tmp_path / "resumed", name, memory_format, resume=tmp_path / "whole/9.ckpt")
     assert_same_run(tmp_path / f"whole/{STEPS}.ckpt", tmp_path / f"resumed/{STEPS}.ckpt")
 
@@ -181,5 +182,5 @@ def test_one_network_of_a_gan_is_pruned_and_the_others_weights_are_not_spoken_of
     elsa = ElsaCallback(sparsity=0.75, optimizer_index=1)
     make_trainer(tmp_path, elsa, max_steps=2 * STEPS).fit(model)
     assert not any("LOW COVERAGE" in str(w.message) for w in recwarn)
-    assert [int((p != 0).sum()) for p in model.discriminator.parameters() if p.dim() == 2] == [32, 4]
+    assert sum(int((p != 0).sum()) for p in model.discriminator.parameters() if p.dim() == 2) == 36
     assert not any((p == 0).any() for name, p in model.generator.named_parameters() if before[name].all())

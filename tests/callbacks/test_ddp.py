@@ -63,7 +63,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert zeros(a) == zeros(b) == {"layers.0.weight": 3686, "layers.3.weight": 3686}
+    assert zeros(a) == zeros(b) and sum(zeros(a).values()) == 7373  # 90 % of 8192
     for name, p in a.items():
         torch.testing.assert_close(p, b[name], rtol=1e-7, atol=1e-9)
 

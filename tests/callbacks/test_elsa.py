@@ -31,8 +31,8 @@ def kept(numel: int, sparsity: float) -> int:
 
 
 def assert_exactly_sparse(state: dict[str, Tensor], sparsity: float) -> None:
-    for name in WEIGHTS:
-        assert int((state[name] != 0).sum()) == kept(state[name].numel(), sparsity), name
+    weights = [state[name] for name in WEIGHTS]
+    assert sum(int((w != 0).sum()) for w in weights) == kept(sum(w.numel() for w in weights), sparsity)
 
 
 def last_checkpoint(folder: Path) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def test_left_out_matrices_are_a_loud_warning() -> None:
         trainer(ElsaCallback(0.8), max_steps=1).fit(Fused(), plain_loader())
     module = Fused()
     trainer(ElsaCallback(0.5, targets=["experts"]), max_steps=1).fit(module, plain_loader())
-    assert (module.experts != 0).sum(dim=(1, 2)).tolist() == [192] * 4
+    assert int((module.experts != 0).sum()) == 768
     assert int((module.net[0].weight == 0).sum()) == 0
 
 

@@ -30,7 +30,7 @@ from tests.callbacks.tiny import (
     zeros,
 )
 
-EXACT = {"layers.0.weight": 3686, "layers.3.weight": 3686}  # 90 % of 4096
+EXACT = 7373  # 90 % of both, 8192
 UNFINISHED = "ignore:Elsa is unfinished:UserWarning"
 
 
@@ -91,13 +91,13 @@ def test_checkpoints_of_the_step_that_turned_out_the_last_have_the_zeros(
     trainer = make_trainer(tmp_path, *callbacks, checkpoint, max_epochs=10)
     trainer.fit(model, loader(), loader(2))
     assert trainer.global_step < 10 * BATCHES
-    assert zeros(model.state_dict()) == EXACT
+    assert sum(zeros(model.state_dict()).values()) == EXACT
     saved = {file: load(file) for file in tmp_path.glob("*.ckpt")}
     last = {file.name: s for file, s in saved.items() if s["global_step"] == trainer.global_step}
     for name, content in last.items():
-        assert zeros(content["state_dict"]) == EXACT, name
+        assert sum(zeros(content["state_dict"]).values()) == EXACT, name
     earlier = [s for s in saved.values() if s["global_step"] < min(trainer.global_step, full)]
-    assert all(zeros(s["state_dict"]) != EXACT for s in earlier)  # the run itself is left alone
+    assert all(sum(zeros(s["state_dict"]).values()) != EXACT for s in earlier)  # the run itself is left alone
     if stopper != "a request in the middle of an epoch" or "step" in saver:
         assert last
 
@@ -110,7 +110,7 @@ def test_an_early_stop_that_is_resumed_never_was(step: int, frozen: float, tmp_p
     with pytest.warns(UserWarning, match=f"unfinished: {step} of 18"):
         fit(tmp_path / "stopped", every_step(tmp_path / "stopped"), At(step, stop), **settings)
     saved = load(tmp_path / f"stopped/{step}.ckpt")
-    assert zeros(saved["state_dict"]) == EXACT
+    assert sum(zeros(saved["state_dict"]).values()) == EXACT
     fit(tmp_path / "on", every_step(tmp_path / "on"), resume=tmp_path / f"stopped/{step}.ckpt", **settings)
     assert_same_run(tmp_path / "on/18.ckpt", tmp_path / "whole/18.ckpt")
 
@@ -169,7 +169,7 @@ def test_a_last_epoch_that_is_cut_short_is_an_end_too(tmp_path: Path) -> None:
         make_trainer(tmp_path, elsa, checkpoint, max_epochs=2).fit(model, loader())
     assert elsa.admm is not None
     assert elsa.admm.suspended
-    assert zeros(load(tmp_path / "end.ckpt")["state_dict"]) == EXACT
+    assert sum(zeros(load(tmp_path / "end.ckpt")["state_dict"]).values()) == EXACT
 
 
 def test_an_end_that_no_checkpoint_holds_is_told(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_loss_that_diverges_ends_with_what_to_change(lr: float, tmp_path: Path
 def test_fast_dev_run_prunes_its_one_step(tmp_path: Path) -> None:
     model = Net()
     make_trainer(tmp_path, ElsaCallback(sparsity=0.9), fast_dev_run=True, max_epochs=5).fit(model, loader(), loader(1))
-    assert zeros(model.state_dict()) == EXACT
+    assert sum(zeros(model.state_dict()).values()) == EXACT
 
 
 def test_a_saver_can_watch_the_residual(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_the_loaders_length_is_not_needed_with_max_steps(tmp_path: Path) -> None
     model = Net()
     data = torch.utils.data.DataLoader(Endless(), batch_size=4)
     make_trainer(tmp_path, ElsaCallback(sparsity=0.9), max_steps=10, accumulate_grad_batches=2).fit(model, data)
-    assert zeros(model.state_dict()) == EXACT
+    assert sum(zeros(model.state_dict()).values()) == EXACT
 
 
 def test_a_step_without_finite_gradients_changes_nothing_and_is_told(
@@ -243,7 +243,7 @@ def test_a_step_without_finite_gradients_changes_nothing_and_is_told(
     trainer.fit(model, loader())
     assert_same(state(4), state(5))
     assert sum("after optimizer step 4 the gradients are not finite" in r.message for r in caplog.records) == 1
-    assert zeros(model.state_dict()) == EXACT
+    assert sum(zeros(model.state_dict()).values()) == EXACT
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -257,7 +257,7 @@ def test_a_signal_saves_and_ends_as_the_signal_does(signum: signal.Signals, tmp_
         fit(tmp_path, At(7, ask), SaveOnTerminate(str(tmp_path)))
     assert ended.value.code == 128 + signum
     assert signal.getsignal(signum) == former
-    assert zeros(load(tmp_path / "terminated-step=7.ckpt")["state_dict"]) == EXACT
+    assert sum(zeros(load(tmp_path / "terminated-step=7.ckpt")["state_dict"]).values()) == EXACT
     fit(tmp_path, every_step(tmp_path), resume=tmp_path / "terminated-step=7.ckpt")
     assert_same_run(tmp_path / "20.ckpt", tmp_path / "whole/20.ckpt")
 
@@ -274,7 +274,7 @@ def test_a_signal_before_the_least_number_of_steps_leaves_exact_zeros_too(
     fit(tmp_path / "whole", every_step(tmp_path / "whole"), **least)
     with pytest.raises(SystemExit), pytest.warns(UserWarning, match="terminated after optimizer step 7"):
         fit(tmp_path, At(7, ask), SaveOnTerminate(str(tmp_path)), **least)
-    assert zeros(load(tmp_path / "terminated-step=7.ckpt")["state_dict"]) == EXACT
+    assert sum(zeros(load(tmp_path / "terminated-step=7.ckpt")["state_dict"]).values()) == EXACT
     fit(tmp_path, every_step(tmp_path), resume=tmp_path / "terminated-step=7.ckpt", **least)
     assert_same_run(tmp_path / "20.ckpt", tmp_path / "whole/20.ckpt")
 

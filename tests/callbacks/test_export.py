@@ -85,7 +85,8 @@ def test_a_saved_model_reloads_with_the_trained_zeros(name: str, folders: dict[s
 
     sparse = sparse_tensors(loaded)
     assert len(sparse) == 2 * tensors
-    assert all(fraction == pytest.approx(0.75, abs=0.01) for fraction in sparse.values())
+    pruned = [loaded[key] for key in sparse]
+    assert sum(float((p == 0).sum()) for p in pruned) / sum(p.numel() for p in pruned) == pytest.approx(0.75, abs=1e-3)
 
     embeddings, head = reloaded.get_input_embeddings().weight, reloaded.get_output_embeddings().weight
     assert (embeddings is head) == tied

@@ -61,8 +61,11 @@ def test_demo_transformer(manual: bool, tmp_path: Path) -> None:
     make_trainer(tmp_path, ElsaCallback(sparsity=0.9), max_epochs=2).fit(model)
     # its decoder has one output per embedded token, so it is an LM head
     matrices = ("linear1.weight", "linear2.weight", "out_proj.weight", "in_proj_weight")
-    exact = {name: round(0.9 * p.numel()) for name, p in model.named_parameters() if name.endswith(matrices)}
-    assert len(exact) == 10 and zeros(model.state_dict()) == dense | exact
+    pruned = {name: p.numel() for name, p in model.named_parameters() if name.endswith(matrices)}
+    found = zeros(model.state_dict())
+    assert len(pruned) == 10 and sum(found[name] for name in pruned) == round(0.9 * sum(pruned.values()))
+    assert all(found[name] > 0.5 * entries for name, entries in pruned.items())
+    assert found | dict.fromkeys(pruned, 0) == dense
 
 
 # ---------------------------------------------------------------------- somebody's LightningCLI
@@ -109,7 +112,7 @@ def test_the_fragment_prunes_the_demo_transformer_and_its_run_resumes(tmp_path: 
     resumed = run_cli(DemoTransformer, *arguments, "--ckpt_path", str(tmp_path / "12.ckpt"))
     for name, p in whole.model.state_dict().items():
         assert torch.equal(p, resumed.model.state_dict()[name]), name
-    assert zeros(resumed.model.state_dict())["model.transformer.encoder.layers.0.linear1.weight"] == 346  # of 384
+    assert zeros(resumed.model.state_dict())["model.transformer.encoder.layers.0.linear1.weight"] > 192  # of 384
 
 
 def test_an_argument_of_the_fragment_can_be_changed(tmp_path: Path) -> None:

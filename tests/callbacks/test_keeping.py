@@ -28,7 +28,7 @@ from tests.callbacks.tiny import BATCHES, At, Net, assert_same_run, every_step, 
 from tests.callbacks.tiny import zeros as zeros_of
 
 WEIGHTS = ("layers.0.weight", "layers.3.weight")
-CUT = 64 * 64 - round(0.1 * 64 * 64)
+CUT = 2 * 64 * 64 - round(0.1 * 2 * 64 * 64)  # of both
 
 
 class ScheduleFree(Optimizer):
@@ -103,10 +103,10 @@ def test_weights_that_the_optimizer_swaps_in_are_sparse_from_when_the_mask_is_fi
     trainer.fit(model, loader(), loader(shuffle=False))
     late = [zeros for step, zeros in model.seen if step > 18]
     assert late
-    assert all(zeros[name] == CUT for zeros in late for name in WEIGHTS)
-    assert all(zeros_of(dict(model.named_parameters()))[name] == CUT for name in WEIGHTS)
+    assert all(sum(zeros[name] for name in WEIGHTS) == CUT for zeros in late)
+    assert sum(zeros_of(dict(model.named_parameters()))[name] for name in WEIGHTS) == CUT
     saved = load(tmp_path / f"{trainer.global_step}.ckpt")
-    assert all(zeros_of(saved["state_dict"])[name] == CUT for name in WEIGHTS)
+    assert sum(zeros_of(saved["state_dict"])[name] for name in WEIGHTS) == CUT
 
 
 def test_a_plain_loop_may_swap_after_the_end() -> None:
@@ -193,11 +193,11 @@ def test_weights_that_a_module_moves_are_sparse_again_and_it_is_told(when: str, 
     trainer = make_trainer(tmp_path, callback, saver, max_epochs=5)
     with pytest.warns(UserWarning, match=r"weights that the mask does not keep were moved .* are 0 again"):
         trainer.fit(model, loader(), loader(shuffle=False))
-    assert all(zeros_of(dict(model.named_parameters()))[name] == CUT for name in WEIGHTS)
+    assert sum(zeros_of(dict(model.named_parameters()))[name] for name in WEIGHTS) == CUT
     late = [zeros for step, zeros in model.seen if step > 18]
-    assert all(zeros[name] == CUT for zeros in late for name in WEIGHTS)
+    assert all(sum(zeros[name] for name in WEIGHTS) == CUT for zeros in late)
     saved = load(tmp_path / f"{trainer.global_step}.ckpt")
-    assert all(zeros_of(saved["state_dict"])[name] == CUT for name in WEIGHTS)
+    assert sum(zeros_of(saved["state_dict"])[name] for name in WEIGHTS) == CUT
 
 
 # ---------------------------------------------------------------------- monitors
@@ -222,9 +222,9 @@ def test_the_best_checkpoint_is_sparse(monitor: str, mode: str, keep: int, name:
     trainer.fit(model, loader(), loader(shuffle=False))
     best = load(Path(saver.best_model_path))
     assert best["global_step"] >= round(0.6 * 6 * BATCHES)
-    assert all(zeros_of(best["state_dict"])[name] == CUT for name in WEIGHTS)
+    assert sum(zeros_of(best["state_dict"])[name] for name in WEIGHTS) == CUT
     trainer.test(model, loader(shuffle=False), ckpt_path="best", verbose=False)
-    assert all(zeros_of(dict(model.named_parameters()))[name] == CUT for name in WEIGHTS)
+    assert sum(zeros_of(dict(model.named_parameters()))[name] for name in WEIGHTS) == CUT
     if keep == 1 and name == "best":
         assert Path(saver.best_model_path).name == "best.ckpt"
 
@@ -244,7 +244,7 @@ def test_a_run_that_is_resumed_while_dense_has_a_sparse_best_too(tmp_path: Path)
     second = make_trainer(tmp_path, ElsaCallback(0.9), second_saver, max_epochs=6)
     second.fit(Densest(), loader(), loader(shuffle=False), ckpt_path=tmp_path / "a" / "last.ckpt")
     best = load(Path(second_saver.best_model_path))
-    assert all(zeros_of(best["state_dict"])[name] == CUT for name in WEIGHTS)
+    assert sum(zeros_of(best["state_dict"])[name] for name in WEIGHTS) == CUT
 
 
 @pytest.mark.parametrize("resumed", [False, True])
@@ -261,14 +261,14 @@ def test_no_checkpoint_is_best_by_a_validation_before_the_mask(resumed: bool, tm
     if resumed:
         saver = run(tmp_path / "23.ckpt")  # the mask is fixed after 22 steps, an epoch has 6
     assert Path(saver.best_model_path).stem.removesuffix("-v1") == "best-step=25"  # it may be there already
-    assert saver.best_model_score is not None and float(saver.best_model_score) == pytest.approx(2 * CUT + 0.024)
+    assert saver.best_model_score is not None and float(saver.best_model_score) == pytest.approx(CUT + 0.024)
 
 
 def test_early_stopping_takes_no_validation_from_before_the_mask(tmp_path: Path) -> None:
     stopper = EarlyStopping("val_loss", patience=99, check_on_train_epoch_end=True)
     trainer = make_trainer(tmp_path, ElsaCallback(0.9), stopper, max_epochs=9, check_val_every_n_epoch=4)
     trainer.fit(Densest(), loader(), loader(shuffle=False))  # validated after steps 24 and 48, fixed after 33
-    assert float(stopper.best_score) == pytest.approx(2 * CUT + 0.048)
+    assert float(stopper.best_score) == pytest.approx(CUT + 0.048)
 
 
 def test_what_training_logs_counts_as_soon_as_the_mask_is_fixed(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_early_stopping_waits_for_the_mask_and_then_stops(tmp_path: Path) -> Non
     assert stopper.stopped_epoch == 6  # the mask is fixed after the last step of epoch 5, and the loss rises
     own = [c for c in trainer.callbacks if c in (after[0], stopper, after[1])]
     assert own == [after[0], stopper, after[1]]
-    assert all(zeros_of(dict(model.named_parameters()))[name] == CUT for name in WEIGHTS)
+    assert sum(zeros_of(dict(model.named_parameters()))[name] for name in WEIGHTS) == CUT
 
 
 def test_a_threshold_that_the_dense_model_reaches_stops_nothing(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_without_a_frozen_phase_the_last_is_the_best(tmp_path: Path) -> None:
         Densest(), loader(), loader(shuffle=False)
     )
     best = load(Path(saver.best_model_path))
-    assert all(zeros_of(best["state_dict"])[name] == CUT for name in WEIGHTS)
+    assert sum(zeros_of(best["state_dict"])[name] for name in WEIGHTS) == CUT
 
 
 def test_a_saver_that_keeps_the_latest_by_step_is_left_alone(tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_the_last_checkpoint_has_the_zeros_wherever_it_is(where: str, tmp_path: 
     trainer.fit(Net(), loader())
     with fsspec.open(f"{folder}/7.ckpt", "rb") as file:
         saved = torch.load(file, weights_only=True)
-    assert all(zeros_of(saved["state_dict"])[name] == CUT for name in WEIGHTS)
+    assert sum(zeros_of(saved["state_dict"])[name] for name in WEIGHTS) == CUT
 
 
 # ---------------------------------------------------------------------- steps of others
@@ -414,7 +414,7 @@ def test_accumulation_that_changes_is_planned(tmp_path: Path) -> None:
     model, callback = fit(tmp_path, schedule, max_epochs=5)
     assert callback.admm is not None
     assert callback.admm.total_steps == callback.admm.step == 2 * BATCHES + 3 * BATCHES // 3
-    assert all(zeros_of(dict(model.named_parameters()))[name] == CUT for name in WEIGHTS)
+    assert sum(zeros_of(dict(model.named_parameters()))[name] for name in WEIGHTS) == CUT
 
 
 @pytest.mark.parametrize(
@@ -497,7 +497,7 @@ def test_each_optimizer_has_its_callback_and_both_resume(tmp_path: Path) -> None
         return model
 
     model = run(tmp_path / "a")
-    assert int((model.generator.weight == 0).sum()) == CUT
+    assert int((model.generator.weight == 0).sum()) == 3686  # 90 % of 4096
     assert int((model.critic.weight == 0).sum()) == 2048
     middle = sorted((tmp_path / "a").glob("*.ckpt"), key=lambda p: int(p.stem))[9]
     resumed = run(tmp_path / "b", middle)

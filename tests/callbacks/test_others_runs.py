@@ -32,14 +32,14 @@ def test_evaluation_after_a_fit_takes_the_weights_as_they_are(tmp_path: Path) ->
     start = copy.deepcopy(net.state_dict())
     trainer = make_trainer(tmp_path, ElsaCallback(0.9), every_step(tmp_path), max_steps=STEPS)
     trainer.fit(net, loader(), loader(shuffle=False))
-    assert zeros(net.state_dict())["layers.3.weight"] == 3686
+    assert sum(zeros(net.state_dict()).values()) == 7373
     net.load_state_dict(start)
     found = trainer.validate(net, loader(shuffle=False), verbose=False)
     assert dense(net)
     assert found == make_trainer(tmp_path).validate(net, loader(shuffle=False), verbose=False)
     early = str(tmp_path / "5.ckpt")
     found = trainer.validate(net, loader(shuffle=False), ckpt_path=early, weights_only=True, verbose=False)
-    assert 0 < zeros(net.state_dict())["layers.3.weight"] < 3686
+    assert 0 < sum(zeros(net.state_dict()).values()) < 7373
     assert found == make_trainer(tmp_path).validate(net, loader(shuffle=False), verbose=False)
 
 
@@ -64,7 +64,7 @@ def test_a_run_that_raised_leaves_the_next_ones_alone(tmp_path: Path, ends: Any)
     make_trainer(tmp_path, max_steps=STEPS).fit(net, loader())
     assert dense(net)
     make_trainer(tmp_path, ElsaCallback(0.5), max_steps=STEPS).fit(net, loader())
-    assert zeros(net.state_dict()) == {"layers.0.weight": 2048, "layers.3.weight": 2048}
+    assert sum(zeros(net.state_dict()).values()) == 4096
 
 
 def test_a_model_whose_zeros_were_kept_until_its_run_raised_trains_densely_afterwards(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_the_steps_of_a_run_can_be_said_and_the_advice_says_how_many(tmp_path: P
     net, callback = Seldom(), ElsaCallback(0.9, total_steps=10)
     make_trainer(tmp_path, callback, max_epochs=1).fit(net, loader(batches=30))
     assert callback.admm is not None and callback.admm.finished and callback.admm.step == 10
-    assert zeros(net.state_dict())["layers.3.weight"] == 3686
+    assert sum(zeros(net.state_dict()).values()) == 7373
     with pytest.raises(UserError, match="total_steps must be 1 or more"):
         ElsaCallback(0.9, total_steps=0)
 
@@ -183,7 +183,7 @@ def test_a_finished_run_may_be_resumed_without_a_step(tmp_path: Path) -> None:
     make_trainer(tmp_path, ElsaCallback(0.9), every_step(tmp_path), max_steps=12).fit(net, loader())
     trainer = make_trainer(tmp_path, ElsaCallback(0.9), max_steps=12)
     trainer.fit(net, loader(), ckpt_path=str(tmp_path / "12.ckpt"), weights_only=True)
-    assert zeros(net.state_dict())["layers.3.weight"] == 3686
+    assert sum(zeros(net.state_dict()).values()) == 7373
     trainer = make_trainer(tmp_path, ElsaCallback(0.9), max_steps=6)
     with pytest.raises(UserError, match=r"of step 6, and max_steps=6, .* leave no further one, .* after 6 of 12 steps"):
         trainer.fit(net, loader(), ckpt_path=str(tmp_path / "6.ckpt"), weights_only=True)

@@ -120,7 +120,7 @@ def test_ctrl_c_leaves_exact_zeros_that_resume_exactly(step: int, uninterrupted:
     with pytest.raises(SystemExit), pytest.warns(UserWarning, match=f"unfinished: {step} of 20 optimizer steps"):
         fit(tmp_path, saver, At(step, interrupt))
     checkpoint = load(tmp_path / "interrupted.ckpt")
-    assert tiny.zeros(checkpoint["state_dict"]) == {"layers.0.weight": 3686, "layers.3.weight": 3686}
+    assert sum(tiny.zeros(checkpoint["state_dict"]).values()) == 7373  # 90 % of 8192
     state = checkpoint["callbacks"]["ElsaCallback"]["admm"]
     assert (state["step"], state["phase"]) == (step, "suspended")
 
@@ -202,7 +202,7 @@ def test_evaluating_a_checkpoint_does_not_make_the_next_fit_a_resumed_one(uninte
     model = Net()
     trainer.fit(model, loader())
     assert callback.admm is not None and callback.admm.step == 20
-    assert zeros(model.state_dict()) == {"layers.0.weight": 3686, "layers.3.weight": 3686}
+    assert sum(zeros(model.state_dict()).values()) == 7373
 
 
 def test_a_complete_run_that_is_resumed_stays_complete(uninterrupted: Path, tmp_path: Path) -> None:
@@ -223,9 +223,9 @@ def test_a_learning_rate_finder_sees_the_loop_without_pruning(tmp_path: Path) ->
             self.lr = 1e-3
 
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            seen.append(int((self.layers[0].weight == 0).sum()))
+            seen.append(sum(int((self.layers[i].weight == 0).sum()) for i in (0, 3)))
             return super().training_step(batch, batch_idx)
 
     model, finder = Watched(), LearningRateFinder(num_training_steps=10, attr_name="lr")
     make_trainer(tmp_path, finder, ElsaCallback(sparsity=0.9, interval=3), max_steps=20).fit(model, loader())
-    assert seen[:10] == [0] * 10 and seen[-1] == 3686
+    assert seen[:10] == [0] * 10 and seen[-1] == 7373

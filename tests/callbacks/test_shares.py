@@ -23,7 +23,7 @@ from tests.callbacks.tiny import make_trainer
     [
         Unstructured(0.9, "model", floor=0.05, ceiling=0.2),
         ByPattern({"attn": Unstructured(0.8, "model", floor=0.1), "mlp": Unstructured(0.95)}),
-        Unstructured(0.9, depth=0.05),
+        Unstructured(0.9, "tensor", depth=0.05),
     ],
     ids=["floor and ceiling", "patterns", "depth"],
 )
@@ -51,7 +51,9 @@ def test_shares_of_a_budget_are_logged_drawn_told_and_saved(
         assert all(kept[name] == pytest.approx(0.05, abs=1e-3) for name in kept if "mlp" in name)
     else:
         assert zeros == pytest.approx(round(0.9 * entries), abs=0 if constraint.scope == "model" else len(kept))
-        assert min(kept.values()) >= constraint.floor - 1e-9 and max(kept.values()) <= constraint.ceiling + 1e-9
+        assert (
+            min(kept.values()) >= (constraint.floor or 0.0) - 1e-9 and max(kept.values()) <= constraint.ceiling + 1e-9
+        )
     assert len(set(kept.values())) > 1
 
     rows = (tmp_path / "table/metrics.csv").read_text().splitlines()

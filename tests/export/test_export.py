@@ -215,7 +215,7 @@ def test_a_failure_while_writing_leaves_the_former_folder_and_nothing_else(tmp_p
         Unstructured(0.9),
         Unstructured(keep=30, scope="model", ceiling=0.5),
         NM(2, 4),
-        ByPattern({"attn|q": NM(2, 4), "mlp": Unstructured(0.5, depth=0.1)}),
+        ByPattern({"attn|q": NM(2, 4), "mlp": Unstructured(0.5, "tensor", depth=0.1)}),
     ],
 )
 def test_a_set_is_read_back_from_its_name(constraint: Any) -> None:

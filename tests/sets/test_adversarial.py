@@ -15,7 +15,7 @@ from elsa_lightning.sets import Constraint
 
 SETS: dict[str, Constraint] = {
     "tensor": Unstructured(0.5), "row": Unstructured(0.5, "row"), "model": Unstructured(0.5, "model", floor=0.1),
-    "depth": Unstructured(0.5, depth=0.2),
+    "depth": Unstructured(0.5, "tensor", depth=0.2),
     "nothing": Unstructured(0.0), "nearly all": Unstructured(0.999), "2:4": NM(2, 4), "4:4": NM(4, 4), "1:4": NM(1, 4),
     "blocks": Block(0.5, 2, 4), "no blocks": Block(0.0), "one block": Block(0.99, 64, 64),
     "grid": Quantized(4, 4), "grid 2:4": Quantized(3, None, NM(2, 4)), "ternary": Quantized(2, 4, Unstructured(0.5)),
@@ -58,7 +58,8 @@ def assert_in(constraint: Constraint, parameters: dict[str, nn.Parameter], admm:
                 for part in matrix if inside.scope == "row" else matrix[None]:
                     assert int((part != 0).sum()) <= inside.kept(part.numel())
         elif isinstance(inside, Unstructured):
-            assert sum(int((q != 0).sum()) for q in parameters.values()) <= inside.kept(sum(sizes))
+            matrices = sum(math.prod(q.shape[:-2]) for q in parameters.values())  # each keeps an entry
+            assert sum(int((q != 0).sum()) for q in parameters.values()) <= max(matrices, inside.kept(sum(sizes)))
     assert admm.stray() == 0
 
 

@@ -165,7 +165,9 @@ def test_a_ceiling_below_what_a_ramp_begins_with_is_raised_to_that() -> None:
 
 
 def test_bounds_that_do_not_bind_change_nothing() -> None:
-    free, bounded = (masks(Unstructured(0.5, "model", **bounds), *several()) for bounds in ({}, {"floor": 1e-3}))
+    free, bounded = (
+        masks(Unstructured(0.5, "model", **bounds), *several()) for bounds in ({"floor": 0.0}, {"floor": 1e-3})
+    )
     assert all(torch.equal(a, b) for a, b in zip(free, bounded, strict=True))
 
 
@@ -173,20 +175,20 @@ def test_a_profile_prunes_deeper_blocks_more_and_as_much_in_all() -> None:
     generator = torch.Generator().manual_seed(0)
     names = ["embed.proj", *(f"layers.{i}.mlp.0.weight" for i in range(5))]
     tensors = [(torch.randn(20, 10 * (1 + i % 2), generator=generator), None) for i in range(6)]
-    found = masks(Unstructured(0.6, depth=0.2), *tensors, names=names)
+    found = masks(Unstructured(0.6, "tensor", depth=0.2), *tensors, names=names)
     zeros = [1 - float(mask.float().mean()) for mask in found]
     assert zeros[1:] == sorted(zeros[1:])
     assert zeros[5] - zeros[1] == pytest.approx(0.4, abs=0.01)
     total = sum(v.numel() for v, _ in tensors)
     assert sum(int(mask.sum()) for mask in found) == pytest.approx(0.4 * total, abs=3)
-    flat = masks(Unstructured(0.6, depth=0.0), *tensors, names=names)
+    flat = masks(Unstructured(0.6, "tensor", depth=0.0), *tensors, names=names)
     assert {round(1 - float(mask.float().mean()), 3) for mask in flat} == {0.6}
 
 
 def test_a_profile_too_steep_for_its_sparsity_keeps_as_many_in_all() -> None:
     """The last blocks would lose more than all they have: they keep next to nothing, and the others make up for it."""
     tensors = [(torch.randn(40, 50, generator=torch.Generator().manual_seed(i)), None) for i in range(5)]
-    found = masks(Unstructured(0.9, depth=0.4), *tensors, names=[f"layers.{i}" for i in range(5)])
+    found = masks(Unstructured(0.9, "tensor", depth=0.4), *tensors, names=[f"layers.{i}" for i in range(5)])
     assert sum(int(mask.sum()) for mask in found) == pytest.approx(1000, abs=5)
     assert 1 <= int(found[-1].sum()) <= 2
 
@@ -273,7 +275,7 @@ def test_what_cannot_be_is_refused(make: Any, message: str) -> None:
 SETS: dict[str, Constraint] = {
     "2:4": NM(2, 4), "1:4": NM(1, 4), "blocks": Block(0.75, 2, 4), "rows": Unstructured(0.75, "row"),
     "floor": Unstructured(0.9, "model", floor=0.05), "keep": Unstructured(keep=100),
-    "depth": Unstructured(0.8, depth=0.1),
+    "depth": Unstructured(0.8, "tensor", depth=0.1),
     "mixed": ByPattern({"turned|kernels": NM(2, 4), "": Unstructured(0.75)}),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ class Keep(Unstructured):
     """So many entries of each matrix, rather than a fraction."""
 
     sparsity: float = 0.0
+    scope: Literal["model", "tensor", "row"] = "tensor"
     entries: int = 1
 
     def kept(self, entries: int) -> int:
@@ -83,7 +85,7 @@ def test_is_idempotent_and_the_identity_inside_the_set() -> None:
 @pytest.mark.parametrize(("sparsity", "kept"), [(0.0, 100), (0.5, 50), (0.9, 10), (0.999, 1), (0.014, 99), (0.016, 98)])
 def test_the_sparsity_is_counted_per_matrix(sparsity: float, kept: int) -> None:
     points = WholePoints([(torch.randn(10, 10), None), (torch.randn(3, 20, 5), torch.rand(3, 20, 5))])
-    matrix, experts = Unstructured(sparsity).support(points)
+    matrix, experts = Unstructured(sparsity, scope="tensor").support(points)
     assert int(matrix.sum()) == kept
     assert experts.view(3, 100).sum(dim=1).tolist() == [kept] * 3
 
@@ -107,7 +109,7 @@ def test_one_budget_for_all_tensors_keeps_the_largest_relative_scores(
     case: tuple[list[tuple[Tensor, Tensor]], int],
 ) -> None:
     points, zeros = case
-    masks = list(Unstructured(zeros / 30, scope="model").support(WholePoints(points)))
+    masks = list(Unstructured(zeros / 30, scope="model", floor=0.0).support(WholePoints(points)))
     entries = []
     for v, importance in points:
         score = v.abs() * importance.sqrt()
@@ -124,6 +126,47 @@ def test_one_budget_leaves_more_where_few_entries_carry_the_weight() -> None:
     points = WholePoints([(even, None), (uneven, None)])
     even_mask, uneven_mask = Unstructured(0.5, scope="model").support(points)
     assert int(even_mask.sum() + uneven_mask.sum()) == 400 and int(even_mask.sum()) > 300
+
+
+def test_by_default_all_tensors_share_one_budget_and_none_keeps_less_than_a_fifth_of_the_common_share() -> None:
+    generator = torch.Generator().manual_seed(0)
+    uneven = torch.randn(40, 50, generator=generator) ** 9
+    even, between = torch.ones(20, 50), torch.randn(2, 10, 50, generator=generator)
+    points = WholePoints(
+        [(uneven, None), (even * (1 + 1e-3 * torch.rand(20, 50, generator=generator)), None), (between, None)]
+    )
+    for sparsity in (0.5, 0.9, 0.99):
+        assert Unstructured(sparsity) == Unstructured(sparsity, "model")
+        kept = [int(mask.sum()) for mask in Unstructured(sparsity).support(points)]
+        assert sum(kept) == 4000 - round(sparsity * 4000)
+        least = 0.2 * (1 - sparsity)
+        assert kept[0] == pytest.approx(least * 2000, abs=1) or sparsity != 0.9  # a few entries are most of it
+        assert all(count >= least * size - 1e-6 for count, size in zip(kept, (2000, 1000, 1000), strict=True))
+        free = [int(mask.sum()) for mask in Unstructured(sparsity, floor=0.0).support(points)]
+        assert sum(free) == sum(kept) and free[0] <= kept[0]
+
+
+def test_what_has_no_scores_keeps_the_common_share() -> None:
+    """Squared gradients of 0, as of an expert that no token was sent to, say nothing of importance."""
+    generator = torch.Generator().manual_seed(0)
+    v, importance = torch.randn(3, 20, 50, generator=generator), torch.rand(3, 20, 50, generator=generator)
+    importance[1] = 0
+    other = torch.randn(20, 50, generator=generator), torch.rand(20, 50, generator=generator)
+    experts, matrix = Unstructured(0.9).support(WholePoints([(v, importance), other]))
+    kept = [int(mask.sum()) for mask in (*experts.view(3, 20, 50), matrix)]
+    assert sum(kept) == 400 and kept[1] == 100
+    largest = v[1].abs().flatten().topk(100).indices.sort().values
+    assert torch.equal(experts.view(3, -1)[1].nonzero().flatten(), largest)
+
+
+def test_experts_share_by_how_uneven_they_are_not_by_how_many_tokens_they_saw() -> None:
+    generator = torch.Generator().manual_seed(0)
+    v, importance = torch.randn(3, 20, 50, generator=generator), torch.rand(3, 20, 50, generator=generator)
+    masks = [
+        next(iter(Unstructured(0.9).support(WholePoints([(v, importance * seen.view(3, 1, 1))]))))
+        for seen in (torch.ones(3), torch.tensor([1.0, 1e-4, 1e4]))
+    ]
+    assert float((masks[0] != masks[1]).float().mean()) < 0.001  # the rest is rounding
 
 
 def test_an_unknown_scope_is_refused() -> None:
