@@ -355,7 +355,7 @@ def test_a_parameter_that_gets_gradients_late_or_never_ends_sparse(late: int | N
     p, loss = problem()
     q = nn.Parameter(torch.randn(6, 6, dtype=torch.float64))
     optimizer = torch.optim.Adam([p, q], lr=0.05)
-    admm = ADMM(optimizer, {"p": p, "q": q}, Unstructured(0.5), total_steps=30, schedule=Schedule(interval=2))
+    admm = ADMM(optimizer, {"p": p, "q": q}, Unstructured(0.5, "tensor"), total_steps=30, schedule=Schedule(interval=2))
     for step in range(30):
         optimizer.zero_grad()
         used = late is not None and step >= late

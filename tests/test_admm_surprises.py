@@ -242,7 +242,7 @@ def test_a_second_run_of_one_optimizer_begins_anew() -> None:
 def test_a_second_run_on_some_tensors_leaves_the_zeros_of_the_others() -> None:
     p, other = matrix(), matrix(seed=1)
     optimizer = torch.optim.Adam([p, other], lr=0.01)
-    first = ADMM(optimizer, {"p": p, "other": other}, Unstructured(0.5), total_steps=20)
+    first = ADMM(optimizer, {"p": p, "other": other}, Unstructured(0.5, "tensor"), total_steps=20)
     for _ in range(20):
         step(optimizer, p, other)
     first.finish()
@@ -473,7 +473,7 @@ def test_bfloat16_weights_are_themselves_as_soon_as_a_step_has_raised(scheduled:
 def test_a_late_first_gradient_does_not_cost_the_sparsity_of_optimizers_without_state(kind: Any, first: int) -> None:
     p, late = matrix(), matrix(seed=1)
     optimizer = kind([p, late], lr=0.001)
-    admm = ADMM(optimizer, {"p": p, "late": late}, Unstructured(0.5), total_steps=20)
+    admm = ADMM(optimizer, {"p": p, "late": late}, Unstructured(0.5, "tensor"), total_steps=20)
     for number in range(20):
         step(optimizer, p, *([late] if number >= first else []))
     assert kept(p) == 160 and kept(late) == (160 if first < 20 else 320)
@@ -668,7 +668,7 @@ def test_parameters_may_be_a_selection_or_pairs_and_each_once() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
     optimizer = torch.optim.Adam(model.parameters())
     for given in (select(model), ((name, p) for name, p in model.named_parameters() if p.dim() > 1)):
-        admm = ADMM(optimizer, given, Unstructured(0.5), total_steps=2)
+        admm = ADMM(optimizer, given, Unstructured(0.5, "tensor"), total_steps=2)
         admm.finish()
         assert kept(model[0].weight) == 64
     with pytest.raises(UserError, match="p and q are one parameter"):
@@ -849,7 +849,7 @@ def train_changed(change: Any, at: int, keep: bool = False) -> nn.Sequential:
         project(model, Unstructured(0.9))
         admm: ADMM = KeptZeros(optimizer, select(model).parameters)
     else:
-        admm = ADMM(optimizer, select(model).parameters, Unstructured(0.9), total_steps=12)
+        admm = ADMM(optimizer, select(model).parameters, Unstructured(0.9, "tensor"), total_steps=12)
     for step in range(12):
         if step == at:
             change(model, optimizer)

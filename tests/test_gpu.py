@@ -159,7 +159,7 @@ def fit(
 ) -> None:
     """Train to reproduce the input, maybe in float16; at one step the loss may be infinite."""
     optimizer = make(model.parameters())
-    admm = ADMM(optimizer, select(model).parameters, Unstructured(0.8), total_steps=STEPS, schedule=SCHEDULE)
+    admm = ADMM(optimizer, select(model).parameters, Unstructured(0.8, "tensor"), total_steps=STEPS, schedule=SCHEDULE)
     generator = torch.Generator().manual_seed(3)
     for step in range(STEPS + (broken is not None)):
         x = torch.randn(16, 64, generator=generator).to(device)

@@ -22,7 +22,7 @@ def model() -> nn.Sequential:
 
 def test_each_tensor_gets_what_the_set_says_by_magnitude() -> None:
     one, dense = model(), model()
-    shares = project(one, Unstructured(0.75))
+    shares = project(one, Unstructured(0.75, "tensor"))
     assert shares == dict.fromkeys(["0.weight", "2.weight", "3.weight"], 0.75)
     for index in (0, 2, 3):
         x, before = one[index].weight, dense[index].weight
@@ -38,7 +38,7 @@ def test_importance_decides_instead(memory: torch.memory_format) -> None:
     one[3].to(memory_format=memory)
     keep = {name: torch.rand(p.shape) < 0.25 for name, p in one.named_parameters() if p.dim() > 1}
     dense = {name: p.detach().clone() for name, p in one.named_parameters()}
-    shares = project(one, Unstructured(0.5), importance={name: mask.float() for name, mask in keep.items()})
+    shares = project(one, Unstructured(0.5, "tensor"), importance={name: mask.float() for name, mask in keep.items()})
     for name, share in shares.items():
         x, want = one.get_parameter(name), keep[name]
         assert share == 0.5

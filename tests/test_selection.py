@@ -247,7 +247,7 @@ def test_a_layer_that_is_taken_for_the_head_by_its_shape_and_is_most_of_the_mode
 def trains(model: nn.Module, selection: Selection, loss: Any) -> None:
     """Prune for some steps, and look at the zeros."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    admm = ADMM(optimizer, selection.parameters, Unstructured(0.5), total_steps=6)
+    admm = ADMM(optimizer, selection.parameters, Unstructured(0.5, "tensor"), total_steps=6)
     for _ in range(6):
         optimizer.zero_grad()
         loss(model).backward()

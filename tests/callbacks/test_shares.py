@@ -22,7 +22,7 @@ from tests.callbacks.tiny import make_trainer
     "constraint",
     [
         Unstructured(0.9, "model", floor=0.05, ceiling=0.2),
-        ByPattern({"attn": Unstructured(0.8, "model", floor=0.1), "mlp": Unstructured(0.95)}),
+        ByPattern({"attn": Unstructured(0.8, "model", floor=0.1), "mlp": Unstructured(0.95, "tensor")}),
         Unstructured(0.9, "tensor", depth=0.05),
     ],
     ids=["floor and ceiling", "patterns", "depth"],

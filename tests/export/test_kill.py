@@ -1,6 +1,7 @@
 """A kill at any moment leaves the whole old export or the whole new one, and nothing for long."""
 
 import os
+import select
 import shutil
 import signal
 import sys
@@ -48,6 +49,10 @@ def killed(call: Callable[[], Any], parent: Path, moment: int) -> int | None:
             os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as said:
+        if not select.select([said], [], [], 120)[0]:  # a lock that another thread held while forking is never released
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            return killed(call, parent, moment)
         told = said.read()
     _, status = os.waitpid(process, 0)
     assert told or os.WIFSIGNALED(status), "it failed by itself"

@@ -55,7 +55,7 @@ def model(memory_format: torch.memory_format = ROWS, dtype: torch.dtype = torch.
 
 
 def attach(net: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> ADMM:
-    return ADMM(optimizer, select(net).parameters, Unstructured(0.9), total_steps=STEPS, **options)
+    return ADMM(optimizer, select(net).parameters, Unstructured(0.9, "tensor"), total_steps=STEPS, **options)
 
 
 def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:

@@ -262,7 +262,7 @@ def test_each_tensor_has_the_set_of_its_first_pattern() -> None:
         (lambda: Unstructured(0.5, keep_bytes=3), "one of the three"),
         (lambda: Unstructured(keep_bytes=0.1), "keep_bytes must be a number of bytes, 1 or more"),
         (lambda: Unstructured(keep=0.5), "a fraction is sparsity"),
-        (lambda: Unstructured(0.5, floor=0.1), "floor and ceiling are for scope='model'"),
+        (lambda: Unstructured(0.5, "row", floor=0.1), "floor and ceiling are for scope='model'"),
         (lambda: Unstructured(0.5, "model", floor=0.6), "must lie between"),
         (lambda: Unstructured(0.5, "row", depth=0.1), "depth is for scope='tensor'"),
     ],
