@@ -99,7 +99,7 @@ def test_paper_config_holds_the_published_hyperparameters(config: Path) -> None:
     cli = built(config)
     sparsity, lr, penalty = PUBLISHED[config.stem]
     schedule = elsa(cli).schedule
-    assert elsa(cli).constraint == Unstructured(sparsity)
+    assert elsa(cli).constraint == Unstructured(sparsity, scope="tensor")
     assert elsa(cli).prox == "published"
     assert (schedule.penalty, schedule.shape, schedule.interval) == (penalty, "constant", 32)
     assert (schedule.ramp, schedule.frozen) == (0, 0)

@@ -66,7 +66,7 @@ class ElsaCallback(Callback):
     once, by magnitude.
 
     Args:
-        sparsity: Fraction of zeros in each constrained tensor, 0 ≤ sparsity < 1.
+        sparsity: Fraction of zeros in all constrained tensors together, 0 ≤ sparsity < 1.
         constraint: The set of sparse weights, if it is not ``Unstructured(sparsity)``. Give one of the two.
         penalty: How strongly the weights, or the dual of pruned weights, are bound to the set: κ, without a unit, for
             ``linearized``, ``decoupled`` and ``feedback``; the published λ for ``coupled`` and ``published``. None

@@ -46,7 +46,7 @@ class ElsaTrainerCallback(TrainerCallback, ExportableState):
     result, so the best metric, ``load_best_model_at_end`` and ``EarlyStoppingCallback`` count only from there on.
 
     Args:
-        sparsity: Fraction of zeros in each constrained tensor, 0 ≤ sparsity < 1.
+        sparsity: Fraction of zeros in all constrained tensors together, 0 ≤ sparsity < 1.
         constraint: The set of sparse weights, if it is not ``Unstructured(sparsity)``. Give one of the two.
         penalty: See :class:`~elsa_lightning.ElsaCallback`, as for all arguments below.
         penalty_schedule: How the penalty reaches that value.
