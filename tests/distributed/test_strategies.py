@@ -38,7 +38,7 @@ MATRIX = [f"{how}-{run}" for how, run in product(STRATEGIES, RUNS)]
 OTHERS: dict[str, dict[str, Any]] = {
     "coupled": {"prox": "coupled", "penalty": 0.05},
     "accumulated": {"accumulate": 2, "steps": 6},
-    "chosen rate": {"learning_rate": "auto"},  # from all processes' weights
+    "chosen rate": {"learning_rate": "auto", "ignore": ["fixed", "unused"]},  # from all processes' weights
     "broken": {"broken": [3]},  # the last process's loss is NaN at step 3
 }
 LOW: dict[str, dict[str, Any]] = {
@@ -133,8 +133,9 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: tuple[fl
 
 def assert_alike(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     """Fail unless nearly the same weights are kept: rounding decides about a few."""
+    assert sum(int((p == 0).sum()) for p in a.values()) == sum(int((b[name] == 0).sum()) for name in a)
     for name, p in a.items():
-        assert int((p == 0).sum()) == int((b[name] == 0).sum()), name
+        assert abs(int((p == 0).sum()) - int((b[name] == 0).sum())) <= 0.01 * p.numel(), name
         assert ((p != 0) == (b[name] != 0)).double().mean() > 0.9, name
 
 
@@ -157,7 +158,7 @@ def test_two_processes_find_what_one_finds(case: str, folder: Path) -> None:
         assert_close(one["weights"], two["weights"], tolerance)
         assert_close(one["state"], two["state"], tolerance)
         return
-    for part in (one, two):  # FSDP1 gives it a gradient of 0, and the others none
+    for part in (one, two):  # FSDP1 gives it a gradient of 0, and the others none, so there it is left out
         del part["weights"]["unused.weight"]
     if "8bit" in name:  # blocks of 256 begin elsewhere
         assert_alike(one["weights"], two["weights"])
@@ -225,8 +226,8 @@ def test_a_language_model_is_loaded_distilled_measured_and_exported(how: str, fo
     assert two.lm_head.weight is two.model.embed_tokens.weight
     for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5, msg=name)
-        if "_proj" in name:
-            assert int((q == 0).sum()) == round(0.8 * q.numel())
+    pruned = [q for name, q in two.named_parameters() if "_proj" in name]
+    assert sum(int((q == 0).sum()) for q in pruned) == round(0.8 * sum(q.numel() for q in pruned))
 
 
 def test_a_killed_process_ends_all_and_costs_what_came_after_the_last_checkpoint(folder: Path, tmp_path: Path) -> None:

@@ -216,10 +216,17 @@ def run(
         elsa.pop("dtype", "float64"),
         elsa.pop("accumulate", 1),
     )
-    options = {"sparsity": 0.9, "interval": 2, "targets": ["all-linear", "experts"], "ignore": ["fixed"]}
+    options: dict[str, Any] = {
+        "sparsity": 0.9,
+        "interval": 2,
+        "targets": ["all-linear", "experts"],
+        "ignore": ["fixed"],
+    }
     keep, clip = elsa.pop("keep", False), elsa.pop("clip", 1.0)
     if (bits := elsa.pop("bits", None)) is not None:
         elsa |= {"sparsity": None, "constraint": Quantized(bits, None, Unstructured(0.9))}
+    if how.startswith("fsdp1"):  # which gives it gradients, of 0, so that it would take part in the budget
+        options["ignore"].append("unused")
     callback = KeepMask() if keep else ElsaCallback(**(options | elsa))
     saver = ModelCheckpoint(
         folder / name, "{step}", auto_insert_metric_name=False, every_n_train_steps=1, save_top_k=-1
