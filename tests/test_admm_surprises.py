@@ -131,7 +131,13 @@ def test_float64_weights_on_a_grid_take_a_state_of_few_bits(state_dtype: Any) ->
     assert ends[1] == pytest.approx(ends[0], rel=0.02)
 
 
-SETS = [Unstructured(0.5), Unstructured(0.5, scope="row"), Unstructured(0.5, scope="model"), NM(2, 4), Block(0.5, 4, 4)]
+SETS = [
+    Unstructured(0.5),
+    Unstructured(0.5, scope="row"),
+    Unstructured(0.5, scope="tensor"),
+    NM(2, 4),
+    Block(0.5, 4, 4),
+]
 
 
 @pytest.mark.parametrize("constraint", [*SETS, Quantized(4, 20, inside=NM(2, 4)), Quantized(4, 20)])

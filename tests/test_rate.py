@@ -21,7 +21,7 @@ from tests.callbacks import tiny
 from tests.callbacks.tiny import assert_same_run, every_step, fit
 
 
-@pytest.mark.parametrize("constraint", [Unstructured(0.75), NM(1, 4), Unstructured(0.5, "model"), Quantized(3, 8)])
+@pytest.mark.parametrize("constraint", [Unstructured(0.75), NM(1, 4), Unstructured(0.5, "tensor"), Quantized(3, 8)])
 def test_damage_is_what_the_projection_takes(constraint: Constraint) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 24, bias=False), nn.Linear(24, 8, bias=False))

@@ -39,7 +39,9 @@ def trained(constraint: Constraint, steps: int = 24, late: int = 4, **options: A
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("prox", ["linearized", "feedback", "decoupled", "coupled"])
-@pytest.mark.parametrize("constraint", [Unstructured(0.75), Unstructured(0.75, scope="model", floor=0.1)])
+@pytest.mark.parametrize(
+    "constraint", [Unstructured(0.75), Unstructured(0.75, scope="tensor"), Unstructured(0.75, floor=0.1)]
+)
 def test_together_they_end_as_each_by_itself(
     constraint: Constraint, prox: Any, state_dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

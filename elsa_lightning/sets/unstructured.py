@@ -35,8 +35,7 @@ class Unstructured(Constraint):
         sparsity: Fraction of zeros, 0 ≤ sparsity < 1. At least one entry survives.
         scope: Where the fraction holds. ``tensor``: in each tensor of n entries (in each expert of a fused tensor).
             ``row``: in the n inputs of each output. ``model``: in all tensors together, which share the budget by F v²
-            relative to the mean
-            of each tensor (of each expert of a fused tensor). One whose F v² are all 0 keeps the common share.
+            relative to its mean over the tensor (the expert). One whose F v² are all 0 keeps the common share.
         keep: How many weights survive in all, instead of ``sparsity``, such as 30e6.
         floor: With scope ``model``: the least share of a tensor that survives, so that none is emptied; by default a
             fifth of the share that survives in all.

@@ -83,7 +83,7 @@ def llama() -> nn.Module:
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Constraint, dict[str, Any]]] = {
-    "tensor": (Plain, Unstructured(0.5), {}),
+    "tensor": (Plain, Unstructured(0.5, scope="tensor"), {}),
     "row": (Plain, Unstructured(0.5, scope="row"), {}),
     "model": (Plain, Unstructured(0.5, scope="model"), {}),
     "bounded": (Plain, Unstructured(0.5, scope="model", floor=0.2, ceiling=0.8), {}),

@@ -14,7 +14,7 @@ from elsa_lightning.schedule import Schedule
 from elsa_lightning.sets import Constraint
 
 SETS: dict[str, Constraint] = {
-    "tensor": Unstructured(0.5), "row": Unstructured(0.5, "row"), "model": Unstructured(0.5, "model", floor=0.1),
+    "tensor": Unstructured(0.5, "tensor"), "row": Unstructured(0.5, "row"), "model": Unstructured(0.5, "model", floor=0.1),
     "depth": Unstructured(0.5, "tensor", depth=0.2),
     "nothing": Unstructured(0.0), "nearly all": Unstructured(0.999), "2:4": NM(2, 4), "4:4": NM(4, 4), "1:4": NM(1, 4),
     "blocks": Block(0.5, 2, 4), "no blocks": Block(0.0), "one block": Block(0.99, 64, 64),
@@ -101,7 +101,7 @@ def test_a_gradient_that_comes_when_the_mask_is_fixed_or_never_is_no_way_out(nam
 
 
 COLUMNS: dict[str, Constraint] = {
-    "tensor": Unstructured(0.5), "row": Unstructured(0.5, "row"), "model": Unstructured(0.5, "model"),
+    "tensor": Unstructured(0.5, "tensor"), "row": Unstructured(0.5, "row"), "model": Unstructured(0.5, "model"),
     "a number": Unstructured(keep=2), "bytes": Unstructured(keep_bytes=8), "1:1": NM(1, 1), "blocks": Block(0.5, 3, 2),
     "grid": Quantized(3), "grid of pairs": Quantized(4, 1, Unstructured(0.5)),
 }  # fmt: skip

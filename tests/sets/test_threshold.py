@@ -235,7 +235,13 @@ def test_what_is_held_a_matrix_at_a_time_is_what_is_found_in_passes() -> None:
         assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("constraint", [Unstructured(0.7), Unstructured(0.3), Unstructured(0.7, "tensor", depth=0.2)])
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        *(Unstructured(s, scope) for s in (0.7, 0.3) for scope in ("model", "tensor")),
+        Unstructured(0.7, "tensor", depth=0.2),
+    ],
+)
 def test_a_set_supports_the_same_on_a_gpu(constraint: Unstructured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "PIECE_ON_CPU", 500)  # so that matrices come in pieces
     generator = torch.Generator().manual_seed(0)
