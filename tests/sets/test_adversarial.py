@@ -14,7 +14,7 @@ from elsa_lightning.schedule import Schedule
 from elsa_lightning.sets import Constraint
 
 SETS: dict[str, Constraint] = {
-    "tensor": Unstructured(0.5, "tensor"), "row": Unstructured(0.5, "row"), "model": Unstructured(0.5, "model", floor=0.1),
+    "tensor": Unstructured(0.5, "tensor"), "row": Unstructured(0.5, "row"), "model": Unstructured(0.5, floor=0.1),
     "depth": Unstructured(0.5, "tensor", depth=0.2),
     "nothing": Unstructured(0.0), "nearly all": Unstructured(0.999), "2:4": NM(2, 4), "4:4": NM(4, 4), "1:4": NM(1, 4),
     "blocks": Block(0.5, 2, 4), "no blocks": Block(0.0), "one block": Block(0.99, 64, 64),
