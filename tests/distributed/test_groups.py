@@ -23,6 +23,7 @@ from elsa_lightning.layout.fsdp1 import mark_slices, settle
 from elsa_lightning.layout.sharded import part_of
 from elsa_lightning.schedule import Schedule
 from elsa_lightning.tensors import MASK
+from tests.distributed.worker import leave
 
 STEPS = 12
 
@@ -263,4 +264,4 @@ if __name__ == "__main__":
     for situation in SITUATIONS:
         situation(dist.get_rank())
         dist.barrier()
-    dist.destroy_process_group()
+    leave()

@@ -121,4 +121,4 @@ if __name__ == "__main__":
             torch.save((masked, whole), target / f"{case}.pt")
             shrink(trained, whole).save_pretrained(target / case)
         dist.barrier()
-    dist.destroy_process_group()  # its threads must not outlive the interpreter
+    worker.leave()
