@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from elsa_lightning import __version__
 from elsa_lightning.commands import CommandParser, nearest
 from elsa_lightning.errors import for_users
 
+_processes: list[int] = []  # how many a run had that came to its end
 OF_A_TRAINER = ("fit", "plan", "validate", "test", "predict")
 HELP = """usage: elsa COMMAND [options]        (elsa COMMAND --help explains them)
 
@@ -69,6 +71,7 @@ def main(args: list[str] | None = None) -> None:
     arguments = [_shipped(argument) for argument in (sys.argv[1:] if args is None else args)]
     if args is None:  # LightningCLI reads sys.argv
         sys.argv[1:] = arguments
+        atexit.register(_leave)  # first, and so called last
     try:
         _run(arguments, from_shell=args is None)
     except Exception as error:
@@ -77,6 +80,17 @@ def main(args: list[str] | None = None) -> None:
             raise
         print(f"elsa: error: {explanation}", file=sys.stderr)
         raise SystemExit(1) from error
+
+
+def _leave() -> None:
+    """Leave without the interpreter's own end, if a run over several processes came to its end.
+
+    Threads of torch outlive the interpreter, and std::terminate makes a failure of the exit now and then.
+    """
+    if _processes:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _run(arguments: list[str], from_shell: bool) -> None:
@@ -95,6 +109,9 @@ def _run(arguments: list[str], from_shell: bool) -> None:
         meant = f"; did you mean {near}?" if near else f"; there are {', '.join(sorted(known))}"
         CommandParser("elsa").error(f"unknown command: {first}{meant}" if first else f"give a command{meant}")
     import_module("elsa_lightning.training").run(arguments, from_shell)
+    processes = import_module("torch.distributed")
+    if processes.is_available() and processes.is_initialized():
+        _processes.append(processes.get_world_size())
     return None
 
 

@@ -556,3 +556,29 @@ def test_every_error_that_the_package_raises_on_purpose_is_made_for_users() -> N
 @pytest.mark.parametrize("given", [None, "last", "registry:model:version:1"])
 def test_checkpoints_that_lightning_finds_by_itself_are_left_to_it(given: str | None) -> None:
     check_checkpoint(given, Trainer(accelerator="cpu", logger=False))
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_run_over_processes_leaves_once_all_else_has_ended(processes: int, tmp_path: Path) -> None:
+    """Without the interpreter's end, in which threads of torch abort now and then."""
+    (tmp_path / "ends.py").write_text(
+        "import atexit, sys\n"
+        "import torch.distributed as dist\n"
+        "from elsa_lightning import cli, training\n"
+        "class Last:\n"
+        "    def __del__(self):\n"
+        "        print('the interpreter ended')\n"
+        "def run(arguments, from_shell):\n"
+        "    if int(sys.argv[2]):\n"
+        "        dist.init_process_group('gloo', init_method=f'file://{sys.argv[3]}', rank=0, world_size=1)\n"
+        "    atexit.register(print, 'a logger ended')\n"
+        "training.run = run\n"
+        "last = Last()\n"
+        "cli.main()\n"
+    )
+    command = [sys.executable, "ends.py", "fit", str(processes), str(tmp_path / "store")]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path.cwd())}, capture_output=True, text=True
+    )
+    expected = ["a logger ended"] if processes else ["a logger ended", "the interpreter ended"]
+    assert done.returncode == 0 and done.stdout.splitlines() == expected, done.stderr
