@@ -1,6 +1,6 @@
 """Makes ``python -m elsa_lightning`` the same as the command ``elsa``."""
 
-from elsa_lightning.cli import main
+from elsa_lightning.cli import command
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -15,7 +15,6 @@ from elsa_lightning import __version__
 from elsa_lightning.commands import CommandParser, nearest
 from elsa_lightning.errors import for_users
 
-_processes: list[int] = []  # how many a run had that came to its end
 OF_A_TRAINER = ("fit", "plan", "validate", "test", "predict")
 HELP = """usage: elsa COMMAND [options]        (elsa COMMAND --help explains them)
 
@@ -71,7 +70,6 @@ def main(args: list[str] | None = None) -> None:
     arguments = [_shipped(argument) for argument in (sys.argv[1:] if args is None else args)]
     if args is None:  # LightningCLI reads sys.argv
         sys.argv[1:] = arguments
-        atexit.register(_leave)  # first, and so called last
     try:
         _run(arguments, from_shell=args is None)
     except Exception as error:
@@ -82,15 +80,24 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(1) from error
 
 
-def _leave() -> None:
-    """Leave without the interpreter's own end, if a run over several processes came to its end.
+def command() -> None:
+    """Run the command ``elsa``: :func:`main`, and the end of the process.
 
-    Threads of torch outlive the interpreter, and std::terminate makes a failure of the exit now and then.
+    A run over several processes that came to its end leaves without the interpreter's own: threads of torch outlive
+    that, and std::terminate makes a failure of it now and then.
     """
-    if _processes:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    leaves = False
+
+    def leave() -> None:
+        if leaves:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
+    atexit.register(leave)  # before all others, and so called after them
+    main()
+    processes = sys.modules.get("torch.distributed")
+    leaves = processes is not None and processes.is_available() and processes.is_initialized()
 
 
 def _run(arguments: list[str], from_shell: bool) -> None:
@@ -109,9 +116,6 @@ def _run(arguments: list[str], from_shell: bool) -> None:
         meant = f"; did you mean {near}?" if near else f"; there are {', '.join(sorted(known))}"
         CommandParser("elsa").error(f"unknown command: {first}{meant}" if first else f"give a command{meant}")
     import_module("elsa_lightning.training").run(arguments, from_shell)
-    processes = import_module("torch.distributed")
-    if processes.is_available() and processes.is_initialized():
-        _processes.append(processes.get_world_size())
     return None
 
 

@@ -574,7 +574,7 @@ def test_a_run_over_processes_leaves_once_all_else_has_ended(processes: int, tmp
         "    atexit.register(print, 'a logger ended')\n"
         "training.run = run\n"
         "last = Last()\n"
-        "cli.main()\n"
+        "cli.command()\n"
     )
     command = [sys.executable, "ends.py", "fit", str(processes), str(tmp_path / "store")]
     done = subprocess.run(

@@ -184,8 +184,7 @@ class Arena:
             assert case.setting is not None
             return ElsaCallback(
                 constraint=alike, prox="coupled" if case.method == "elsa-coupled" else "published",
-                penalty=case.setting,
-                penalty_schedule="constant" if case.method.endswith("constant") else "cosine",
+                penalty=case.setting, penalty_schedule="constant" if case.method.endswith("constant") else "cosine",
                 interval=case.interval or max(1, round(case.steps / 128)), ramp=0, frozen=0,
             )  # fmt: skip
         return None
@@ -202,8 +201,8 @@ class Arena:
         distillation = self.arguments.trial_distillation
         trial = replace(
             case, method="elsa-tensor" if case.method in LOW else case.method, sparsity=at, seed=TRIAL_SEED,
-            steps=steps,
-            distillation=case.distillation if distillation is None else distillation, split="validation",
+            steps=steps, split="validation",
+            distillation=case.distillation if distillation is None else distillation,
         )  # fmt: skip
         settings: tuple[float | None, ...] = SETTINGS[case.method][1] if case.method in SETTINGS else (None,)
         best = self._best(replace(trial, lr=lr, setting=settings[0]) for lr in RATES[at])

@@ -41,6 +41,11 @@ HELD = 1 << 26  # entries of the largest matrix whose scores a GPU holds at once
 _FEW, _FEW_ENOUGH = 1 / 4, 1 << 16  # largest share, and in any case allowed number, of entries kept from a pass
 
 
+def rows_of(first: int | Tensor, matrices: int) -> slice | Tensor:
+    """Return the indices of so many matrices among all, given the first of consecutive ones or the index of each."""
+    return first if isinstance(first, Tensor) else slice(first, first + matrices)
+
+
 class Scores(NamedTuple):
     """Scores of the local entries of one or some consecutive matrices; a matrix may come in several pieces.
 
@@ -61,7 +66,7 @@ class Scores(NamedTuple):
     @property
     def rows(self) -> slice | Tensor:
         """The indices of the matrices among all."""
-        return self.first if isinstance(self.first, Tensor) else slice(self.first, self.first + len(self.score))
+        return rows_of(self.first, len(self.score))
 
 
 _Entries = tuple[Scores, Tensor, Tensor | None]  # entries, their integer keys, and which take part (None for all)

@@ -18,7 +18,7 @@ from elsa_lightning.layout.sharded import exact_dtype, sent
 from elsa_lightning.sets import threshold
 from elsa_lightning.sets.base import Constraint, Point, Points, check_set, distance, weighted
 from elsa_lightning.sets.checks import check_budget, check_fraction, entries_of, is_number
-from elsa_lightning.sets.threshold import Scores, largest, largest_of_each, largest_of_rows
+from elsa_lightning.sets.threshold import Scores, largest, largest_of_each, largest_of_rows, rows_of
 
 _FLOOR = 1 / 5  # with one budget for all tensors: the least share that survives, of the share in all
 AT_ONCE = 0.7  # sparsity at which a ramp begins: the first projection cuts so much, and entries may return later
@@ -146,10 +146,7 @@ class Unstructured(Constraint):
         sizes = [
             shape[-2] * shape[-1] for shape, stack in zip(points.shapes, stacks, strict=True) for _ in range(stack)
         ]
-        scales = None
-        if self.scope == "model":
-            scales = _scales(points, starts, sizes)
-
+        scales = _scales(points, starts, sizes) if self.scope == "model" else None
         places: list[tuple[slice | Tensor, bool]] = []  # of each piece: its matrices, and whether it counts here
 
         def scores(matrices: Collection[int] | None) -> Iterator[Scores]:
@@ -184,11 +181,11 @@ class Unstructured(Constraint):
             yield from masks
             return
         packed = [(pack(mask), mask.shape[1]) for mask in masks]
-        found = torch.zeros(len(sizes), dtype=exact_dtype(points.device), device=points.device)
+        survive = torch.zeros(len(sizes), dtype=exact_dtype(points.device), device=points.device)
         for (rows, counts), (bits, _) in zip(places, packed, strict=True):  # of the last pass, which was over all
             if counts:
-                found[rows] += ones(bits, len(bits))
-        bounded = self._bounded(torch.where(scales.isfinite(), points.add(found), -1).tolist(), sizes)
+                survive[rows] += ones(bits, len(bits))
+        bounded = self._bounded(torch.where(scales.isfinite(), points.add(survive), -1).tolist(), sizes)
         if bounded is not None:
             yield from keep(each, bounded)
             return
@@ -289,8 +286,6 @@ def _scales(points: Points, starts: Sequence[int], sizes: Sequence[int]) -> Tens
         if point.part.counts:
             v, n = point.v.float(), point.piece.matrices
             each = v.square() if point.importance is None else (point.importance * v).mul_(v)  # cheaper than the root
-            first = _matrices(point, starts)
-            rows = first if isinstance(first, Tensor) else slice(first, first + n)
-            squares[rows] += each.reshape(n, -1).sum(dim=1, dtype=squares.dtype)
+            squares[rows_of(_matrices(point, starts), n)] += each.reshape(n, -1).sum(dim=1, dtype=squares.dtype)
     scales = (points.add(squares) / sent(sizes, points.device)).sqrt().float()
     return torch.where(scales > 0, scales, math.inf)
