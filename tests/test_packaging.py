@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import elsa_lightning
+
 ROOT = Path(__file__).parents[1]
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -63,10 +65,13 @@ def test_installed_command_finds_its_configuration_and_model(installed: Path, tm
     assert Path(folder.strip()) == installed / "elsa_lightning/models/pydocs-2m"
 
 
-def test_installed_metadata_names_script_python_and_licence(wheel: Path) -> None:
+def test_installed_script_runs(installed: Path, tmp_path: Path) -> None:
+    said = run(str(installed / "bin" / "elsa"), "--version", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert said.strip() == f"elsa {elsa_lightning.__version__}"
+
+
+def test_installed_metadata_names_python_and_licence(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = (archive.read(n).decode() for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
-        (scripts,) = (archive.read(n).decode() for n in archive.namelist() if n.endswith(".dist-info/entry_points.txt"))
-    assert "elsa = elsa_lightning.cli:main" in scripts
     assert "Requires-Python: >=3.11" in metadata
     assert "License-Expression: MIT" in metadata
