@@ -406,7 +406,7 @@ class ADMM:
         Called before the first step, its ``rate`` is the peak learning rate with which Adam can make up for the cut.
         """
         points = updates.LivePoints(
-            list(self.tensors.values()), lambda t, rows: t.x(rows), lambda *_: None, self.tensors.processes
+            list(self.tensors.values()), lambda t, rows: t.x(rows), None, self.tensors.processes
         )
         whole, cut, entries = updates.damage(self.constraint, points).tolist()
         sizes = [(math.prod(t.part.shape), t.inputs) for t in self.tensors.values()]

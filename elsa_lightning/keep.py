@@ -308,7 +308,7 @@ class KeptZeros(ADMM):
     def _set_aside(self, tensors: Sequence[ConstrainedTensor]) -> None:
         if tensors:
             weights, processes = (lambda tensor, rows: tensor.x(rows)), self.tensors.processes
-            points = updates.LivePoints(tensors, weights, lambda *_: None, processes)
+            points = updates.LivePoints(tensors, weights, None, processes)
             for tensor, packed in zip(tensors, updates.decide(self.constraint, points), strict=True):
                 tensor.aside = packed
 

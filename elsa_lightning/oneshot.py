@@ -58,7 +58,8 @@ def project(
     def cost(tensor: ConstrainedTensor, rows: slice) -> Tensor | None:
         return tensor.layout.take(weights[tensor], rows) if weights else None
 
-    points = updates.LivePoints(list(tensors.values()), lambda tensor, rows: tensor.x(rows), cost, tensors.processes)
+    costs = cost if weights else None
+    points = updates.LivePoints(list(tensors.values()), lambda tensor, rows: tensor.x(rows), costs, tensors.processes)
     packed = updates.decide(tensors.constraint, points)
     for place, (tensor, bits) in enumerate(zip(tensors.values(), packed, strict=True)):
         exact.cut(tensors.constraint, tensor, place, bits, cost, keeps=False, resumable=False)

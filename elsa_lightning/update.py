@@ -30,18 +30,20 @@ class LivePoints(Points):
     Args:
         tensors: The constrained tensors.
         value: Returns v of some rows of a tensor.
-        importance: Returns F̂ of these rows.
+        importance: Returns F̂ of these rows; None if no tensor has one.
         processes: The processes that hold the tensors.
         guesses: Thresholds of the last projection; see :class:`~elsa_lightning.sets.base.Points`.
         stacks: Whether ``value`` accepts a :class:`~elsa_lightning.stacks.Stack` of small tensors.
     """
 
     def __init__(
-        self, tensors: Sequence[ConstrainedTensor], value: Value, importance: Importance, processes: Processes,
+        self, tensors: Sequence[ConstrainedTensor], value: Value, importance: Importance | None, processes: Processes,
         guesses: dict[Hashable, Tensor] | None = None, stacks: bool = False,
     ) -> None:  # fmt: skip
         self.guesses, self.stacks = guesses, stacks
-        self.tensors, self.value, self.importance, self.processes = list(tensors), value, importance, processes
+        self.tensors, self.value, self.processes = list(tensors), value, processes
+        self.importance: Importance = (lambda *_: None) if importance is None else importance
+        self.unweighted = importance is None
         self.names = [tensor.name for tensor in tensors]
         self.shapes = [tensor.part.shape for tensor in tensors]
         self.transposed = [tensor.layout.transposed for tensor in tensors]
@@ -69,7 +71,8 @@ class LivePoints(Points):
     def only(self, indices: Sequence[int]) -> LivePoints:
         """Return some of the tensors."""
         tensors = [self.tensors[i] for i in indices]
-        return LivePoints(tensors, self.value, self.importance, self.processes, self.guesses, self.stacks)
+        importance = None if self.unweighted else self.importance
+        return LivePoints(tensors, self.value, importance, self.processes, self.guesses, self.stacks)
 
     def add(self, t: Tensor) -> Tensor:
         """Return the sum over the processes."""

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, PreTrainedTokenizerFast, Qwen2Config
+from transformers import GPT2Config, MixtralConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from elsa_lightning import CalibrationData, CausalLM
 
-SECOND, THIRD = "packages-1m", "docstrings-1m"
+SECOND, THIRD, FOURTH = "packages-1m", "docstrings-1m", "mixture-2m"
 END = "<|endoftext|>"
 
 
@@ -53,7 +53,7 @@ def docstrings(limit: int = 8_000_000) -> Iterator[str]:
 
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
-TEXTS = {SECOND: sources, THIRD: docstrings}
+TEXTS = {SECOND: sources, THIRD: docstrings, FOURTH: docstrings}
 CONFIGS = {
     SECOND: GPT2Config(
         vocab_size=2048, n_positions=256, n_embd=128, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0,
@@ -63,6 +63,12 @@ CONFIGS = {
         vocab_size=2048, max_position_embeddings=256, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True,
         architectures=["Qwen2ForCausalLM"],
+    ),
+    FOURTH: MixtralConfig(
+        vocab_size=2048, max_position_embeddings=256, hidden_size=128, intermediate_size=128, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2,
+        output_router_logits=True, router_aux_loss_coef=0.02, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True,
+        architectures=["MixtralForCausalLM"],
     ),
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from elsa_lightning import CausalLM
+from elsa_lightning import CausalLM, Unstructured
 from elsa_lightning.fisher import share_of
 from elsa_lightning.forms.on_set import OnSet
 from elsa_lightning.layout.kernels import is_transposed
@@ -139,7 +139,7 @@ class GradualPruning(Callback):
 
     Args:
         sparsity: Fraction of zeros.
-        scope: ``tensor``: in each tensor. ``model``: in all together, by scores relative to the tensor's mean.
+        scope: ``tensor``: in each tensor. ``model``: in all together, with Elsa's own set.
         start: Sparsity that the ramp begins with; Elsa's is 0.7.
         power: Of F̂ in the score F̂^power · w²: ½ as in Elsa, 1 for the Fisher score.
     """
@@ -158,13 +158,13 @@ class GradualPruning(Callback):
         if self.schedule.projects_at(step, total):
             now = self.start + (self.sparsity - self.start) * self.schedule.tightness_at(step, total)
             state = trainer.optimizers[0].state
-            scores = [p.square() * held(state[p]["exp_avg_sq"], step) ** self.power for p in parameters]
+            costs = [held(state[p]["exp_avg_sq"], step) ** self.power for p in parameters]
             if self.scope == "tensor":
-                self.masks = [largest(score, now) for score in scores]
+                self.masks = [largest(p.square() * cost, now) for p, cost in zip(parameters, costs, strict=True)]
             else:
-                kept = largest(torch.cat([(score / score.mean()).flatten() for score in scores]), now)
-                parts = kept.split([score.numel() for score in scores])
-                self.masks = [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
+                points = WholePoints([(p.detach(), cost) for p, cost in zip(parameters, costs, strict=True)])
+                masks = Unstructured(now).support(points)
+                self.masks = [mask.view(p.shape) for p, mask in zip(parameters, masks, strict=True)]
         for p, mask in zip(parameters, self.masks, strict=True):
             p.mul_(mask)
 

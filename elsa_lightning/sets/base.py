@@ -76,9 +76,11 @@ class Points(ABC):
         device: The device of the entries.
         guesses: Thresholds of the last projection, which save :func:`elsa_lightning.sets.threshold.largest` a pass;
             None if thresholds are not carried over.
+        unweighted: Whether it is known that a tensor has no importance.
     """
 
     guesses: dict[Hashable, Tensor] | None = None
+    unweighted: bool = False
     names: Sequence[str]
     shapes: Sequence[torch.Size]
     transposed: Sequence[bool]
@@ -134,6 +136,7 @@ class WholePoints(Points):
         self.shapes = [v.shape for v, _ in tensors]
         self.transposed = transposed or [False] * len(tensors)
         self.device = tensors[0][0].device
+        self.unweighted = any(importance is None for _, importance in tensors)
 
     def __iter__(self) -> Iterator[Point]:
         """Yield each tensor as one point."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,9 +33,10 @@ class Unstructured(Constraint):
 
     Args:
         sparsity: Fraction of zeros, 0 ≤ sparsity < 1. At least one entry survives.
-        scope: Where the fraction holds. ``tensor``: in each tensor of n entries (in each expert of a fused tensor).
-            ``row``: in the n inputs of each output. ``model``: in all tensors together, which share the budget by F v²
-            relative to its mean over the tensor (the expert). One whose F v² are all 0 keeps the common share.
+        scope: Where the fraction holds. ``model``: in all n entries of all tensors. ``tensor``: in each tensor of n
+            entries (in each expert of a fused tensor). ``row``: in the n inputs of each output. With ``model`` a matrix
+            whose F vᵢ² are all 0 keeps the common share; if one tensor has no F, magnitudes are not comparable, and
+            all are ranked by F v² relative to its mean over the matrix.
         keep: How many weights survive in all, instead of ``sparsity``, such as 30e6.
         floor: With scope ``model``: the least share of a tensor that survives, so that none is emptied; by default a
             fifth of the share that survives in all.
@@ -146,18 +147,20 @@ class Unstructured(Constraint):
         sizes = [
             shape[-2] * shape[-1] for shape, stack in zip(points.shapes, stacks, strict=True) for _ in range(stack)
         ]
-        scales = _scales(points, starts, sizes) if self.scope == "model" else None
-        places: list[tuple[slice | Tensor, bool]] = []  # of each piece: its matrices, and whether it counts here
+        scales: Tensor | None = None
+        seen: list[_Seen] = []  # of each piece in the last pass
 
         def scores(matrices: Collection[int] | None) -> Iterator[Scores]:
             of, firsts = points.holding(matrices, starts)
-            places.clear()
+            seen.clear()
             for point in of.stacked():
                 shape = (point.piece.matrices, point.v.numel() // point.piece.matrices)
                 score = weighted(point.v, point.importance).reshape(shape)  # compared by magnitude
                 first, part = _matrices(point, firsts), point.part
                 found = Scores(score, point.v.float().reshape(shape), first, part.counts, part.order)
-                places.append((found.rows, part.counts))
+                if self.scope == "model":
+                    speaks = (score.amax(dim=1) != 0) | (score.amin(dim=1) != 0)  # any() takes ten times as long
+                    seen.append(_Seen(found.rows, part.counts, speaks, point.importance is None))
                 yield found if scales is None else found._replace(score=score / scales[found.rows, None])
 
         def keep(pools: list[int], kept: list[int]) -> Iterator[Tensor]:
@@ -168,7 +171,7 @@ class Unstructured(Constraint):
             )
 
         each = list(range(len(sizes)))
-        if scales is None:
+        if self.scope == "tensor":
             kept = self._by_depth(points.names, stacks, sizes) if self.depth else [self.kept(size) for size in sizes]
             few = is_host(points.device) or points.device.type == "mps"  # their topk finds few entries
             if points.parts == 1 and not few and max(sizes) <= threshold.HELD:
@@ -176,16 +179,22 @@ class Unstructured(Constraint):
             else:
                 yield from keep(each, kept)
             return
-        masks = keep([0] * len(sizes), [self.kept(sum(sizes))])
-        if self._floor == 0 and self.ceiling == 1:
-            yield from masks
-            return
-        packed = [(pack(mask), mask.shape[1]) for mask in masks]
-        survive = torch.zeros(len(sizes), dtype=exact_dtype(points.device), device=points.device)
-        for (rows, counts), (bits, _) in zip(places, packed, strict=True):  # of the last pass, which was over all
-            if counts:
-                survive[rows] += ones(bits, len(bits))
-        bounded = self._bounded(torch.where(scales.isfinite(), points.add(survive), -1).tolist(), sizes)
+        former: dict[Hashable, Tensor] = {} if points.guesses is None else points.guesses
+        unweighted, before = points.unweighted, (*points.names, "unweighted")
+        unweighted |= before in former
+        while True:  # once, unless the guess was wrong
+            scales = _scales(points, starts, sizes) if unweighted else None
+            masks = keep([0] * len(sizes), [self.kept(sum(sizes))])
+            packed = [(pack(mask), mask.shape[1]) for mask in masks]
+            *wanted, without = _survivors(points, seen, [bits for bits, _ in packed], len(sizes))
+            if bool(without) == unweighted:
+                break
+            unweighted = not unweighted
+        if scales is None:
+            former.pop(before, None)
+        else:
+            former[before] = scales
+        bounded = self._bounded(wanted, sizes)
         if bounded is not None:
             yield from keep(each, bounded)
             return
@@ -230,7 +239,9 @@ class Unstructured(Constraint):
             sizes: How many entries each has.
         """
         floors = [self._floor if want >= 0 else 1 - self._sparsity for want in wanted]
-        least = [max(1.0, math.ceil(floor * size - 1e-6)) for floor, size in zip(floors, sizes, strict=True)]
+        least = [
+            max(float(floor > 0), math.ceil(floor * size - 1e-6)) for floor, size in zip(floors, sizes, strict=True)
+        ]
         most = [max(low, math.floor(self.ceiling * size + 1e-6)) for low, size in zip(least, sizes, strict=True)]
         if all(b <= w <= t for w, b, t in zip(wanted, least, most, strict=True)):
             return None
@@ -273,8 +284,45 @@ def one_of(sparsity: float | None, constraint: Constraint | None) -> Constraint:
     return constraint if constraint is not None else Unstructured(sparsity)
 
 
+class _Seen(NamedTuple):
+    """What a pass saw of a piece.
+
+    Attributes:
+        rows: Indices of its matrices.
+        counts: Whether this process counts its entries.
+        speaks: Whether some score of each matrix is not 0, bool ``(matrices,)``.
+        unweighted: Whether it has no F.
+    """
+
+    rows: slice | Tensor
+    counts: bool
+    speaks: Tensor
+    unweighted: bool
+
+
+def _survivors(points: Points, seen: Sequence[_Seen], packed: Sequence[Tensor], matrices: int) -> list[float]:
+    """Return how many entries of each matrix survive, −1 if all its scores are 0; and at last whether one has no F.
+
+    Args:
+        points: The points.
+        seen: What the pass that made the masks saw of each piece.
+        packed: The mask of each piece.
+        matrices: How many there are.
+    """
+    survive = torch.zeros(matrices + 1, dtype=exact_dtype(points.device), device=points.device)
+    speak = torch.zeros_like(survive)
+    for piece, bits in zip(seen, packed, strict=True):
+        if piece.counts:
+            survive[piece.rows] += ones(bits, len(bits))
+            speak[piece.rows] += piece.speaks
+    survive[-1] = any(piece.unweighted for piece in seen)
+    speak[-1] = 1
+    survive, speak = points.add(torch.stack([survive, speak]))
+    return torch.where(speak > 0, survive, -1).tolist()
+
+
 def _scales(points: Points, starts: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    """Return the root mean square of √F v of each matrix, or ∞ where that is 0; float32 ``(matrices,)``.
+    """Return the root mean square of √F v of each matrix, or 1 where that is 0; float32 ``(matrices,)``.
 
     Args:
         points: The points.
@@ -288,4 +336,4 @@ def _scales(points: Points, starts: Sequence[int], sizes: Sequence[int]) -> Tens
             each = v.square() if point.importance is None else (point.importance * v).mul_(v)  # cheaper than the root
             squares[rows_of(_matrices(point, starts), n)] += each.reshape(n, -1).sum(dim=1, dtype=squares.dtype)
     scales = (points.add(squares) / sent(sizes, points.device)).sqrt().float()
-    return torch.where(scales > 0, scales, math.inf)
+    return torch.where(scales > 0, scales, 1)
