@@ -24,10 +24,10 @@ def test_a_step_sums_one_number_and_a_projection_some_bins(processes: int, bench
     shapes = [torch.Size((100, 16))] * 5 + [torch.Size((3, 100, 16))]
     ordinary, update = benchmark.as_process_of(processes, lambda mesh: benchmark.traffic(shapes, processes, mesh))
     assert ordinary == [4]  # whether the gradients are finite
-    each = 8 * 8  # bytes of a number of each matrix, of which there are 8: its scale, its kept entries
+    each = 8 * 2 * (8 + 1)  # bytes of two numbers of each matrix, of which there are 8, and of whether one has no F
     bins = [8 * (2048 + 1), 8 * (4096 + 1)]  # bytes around the threshold of the last projection, common to all
     numbers = 6 * 12 * 8  # bytes of what is counted of each tensor: residuals, norms, kept entries
-    assert update == [4, each, *bins, each, numbers]
+    assert update == [4, *bins, each, numbers]
 
 
 def test_the_shards_of_all_processes_make_the_whole(benchmark: Any, tiny_llama: str) -> None:
