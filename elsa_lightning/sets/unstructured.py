@@ -20,7 +20,7 @@ from elsa_lightning.sets.base import Constraint, Point, Points, check_set, dista
 from elsa_lightning.sets.checks import check_budget, check_fraction, entries_of, is_number
 from elsa_lightning.sets.threshold import Scores, largest, largest_of_each, largest_of_rows, rows_of
 
-_FLOOR = 1 / 5  # with one budget for all tensors: the least share that survives, of the share in all
+_FLOOR = 1 / 20  # with one budget for all tensors: the least share that survives, of the share in all
 AT_ONCE = 0.7  # sparsity at which a ramp begins: the first projection cuts so much, and entries may return later
 
 
@@ -39,7 +39,7 @@ class Unstructured(Constraint):
             all are ranked by F v² relative to its mean over the matrix.
         keep: How many weights survive in all, instead of ``sparsity``, such as 30e6.
         floor: With scope ``model``: the least share of a tensor that survives, so that none is emptied; by default a
-            fifth of the share that survives in all.
+            twentieth of the share that survives in all.
         ceiling: With scope ``model``: the largest share of a tensor that survives.
         depth: With scope ``tensor``: by how much the sparsity of the last block is above ``sparsity``, and that of the
             first below, linear in between; the overall fraction stays. A tensor's block is the first number in its

@@ -151,9 +151,9 @@ def test_one_budget_leaves_more_where_few_entries_carry_the_weight() -> None:
     assert int(even_mask.sum() + uneven_mask.sum()) == 400 and int(even_mask.sum()) > 300
 
 
-def test_by_default_all_tensors_share_one_budget_and_none_keeps_less_than_a_fifth_of_the_common_share() -> None:
+def test_by_default_all_tensors_share_one_budget_and_none_keeps_less_than_a_twentieth_of_the_common_share() -> None:
     generator = torch.Generator().manual_seed(0)
-    uneven = torch.randn(40, 50, generator=generator) ** 9
+    uneven = torch.randn(40, 50, generator=generator) ** 15
     even, between = torch.ones(20, 50), torch.randn(2, 10, 50, generator=generator)
     points = WholePoints(
         [(uneven, None), (even * (1 + 1e-3 * torch.rand(20, 50, generator=generator)), None), (between, None)]
@@ -162,7 +162,7 @@ def test_by_default_all_tensors_share_one_budget_and_none_keeps_less_than_a_fift
         assert Unstructured(sparsity) == Unstructured(sparsity, "model")
         kept = [int(mask.sum()) for mask in Unstructured(sparsity).support(points)]
         assert sum(kept) == 4000 - round(sparsity * 4000)
-        least = 0.2 * (1 - sparsity)
+        least = 0.05 * (1 - sparsity)
         assert kept[0] == pytest.approx(least * 2000, abs=1) or sparsity != 0.9  # a few entries are most of it
         assert all(count >= least * size - 1e-6 for count, size in zip(kept, (2000, 1000, 1000), strict=True))
         free = [int(mask.sum()) for mask in Unstructured(sparsity, floor=0.0).support(points)]
@@ -188,7 +188,7 @@ def test_an_expert_that_saw_few_tokens_keeps_less_but_not_less_than_its_floor() 
     seen = importance * torch.tensor([1.0, 0.5, 1e-6]).view(3, 1, 1)
     (mask,) = Unstructured(0.9).support(WholePoints([(v, seen)]))
     kept = mask.view(3, -1).sum(dim=1).tolist()
-    assert sum(kept) == 300 and kept[0] > kept[1] > kept[2] == 20
+    assert sum(kept) == 300 and kept[0] > kept[1] > kept[2] == 5
 
 
 def test_an_unknown_scope_is_refused() -> None:
