@@ -87,8 +87,8 @@ class Health:
         shares, rows = (counts[:, 0] / counts[:, 1]).tolist(), (counts[:, 2] / counts[:, 3].clamp_min(1)).tolist()
         if names := [name for name, share in zip(tensors, shares, strict=True) if share < _DEAD * kept]:
             message = (
-                f"hardly anything is left of {some(names)}. Give every tensor the same sparsity (scope 'tensor'), or "
-                f"leave these dense (ignore)"
+                f"hardly anything is left of {some(names)}: the loss asks least of these. To keep more, raise the "
+                f"set's floor, give every tensor the same sparsity (scope 'tensor'), or leave these dense (ignore)"
             )
             yield "dead", message
         if names := [name for name, share in zip(tensors, rows, strict=True) if share > _EMPTY_ROWS]:

@@ -74,3 +74,19 @@ def test_each_trouble_is_told_once(accumulate: int) -> None:
         accumulate_grad_batches=accumulate,
     )
     assert len({m.split(":")[1][:20] for m in messages}) == len(messages) > 0
+
+
+def test_a_tensor_that_the_loss_hardly_needs_is_named_with_how_to_keep_more_of_it() -> None:
+    class Idle(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.idle = nn.Linear(16, 16)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            noise: Tensor = self.idle(torch.ones(16)).square().sum()
+            return super().training_step(batch, batch_idx) + 1e-12 * noise
+
+    messages = said(ElsaCallback(0.8), Idle())
+    (message,) = [m for m in messages if "hardly anything is left of idle.weight: " in m]
+    assert "raise the set's floor" in message
+    assert not [m for m in said(ElsaCallback(constraint=Unstructured(0.8, floor=0.1)), Idle()) if "hardly" in m]
