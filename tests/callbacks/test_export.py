@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 from torch.utils.data import DataLoader
 
-from elsa_lightning import CausalLM, ElsaCallback
+from elsa_lightning import CausalLM, ElsaCallback, Unstructured
 from elsa_lightning.callbacks import SaveHuggingFace
 from tests.callbacks.tiny import At, Crash, Net, crash, loader, make_trainer
 
@@ -58,7 +58,7 @@ def tokens(batches: int = 12) -> DataLoader[torch.Tensor]:
 def prune(model: LightningModule, folder: Path, *callbacks: Any) -> None:
     seed_everything(0, verbose=False)
     callbacks = (SaveHuggingFace(str(folder / "hf")), *callbacks)
-    elsa = ElsaCallback(sparsity=0.75)
+    elsa = ElsaCallback(constraint=Unstructured(0.75, scope="tensor"))
     make_trainer(folder, *callbacks, elsa, max_steps=12).fit(model, tokens())
 
 
@@ -100,7 +100,7 @@ def test_a_run_that_stops_early_is_saved_with_its_zeros(folders: dict[str, str],
 
     callbacks = (
         SaveHuggingFace(str(tmp_path / "hf")),
-        ElsaCallback(sparsity=0.75),
+        ElsaCallback(constraint=Unstructured(0.75, scope="tensor")),
         EarlyStopping("train/loss", stopping_threshold=1e9),  # after the first epoch, when all others were told of it
     )
     make_trainer(tmp_path, *callbacks, max_epochs=3).fit(CausalLM(name=folders["llama"]), tokens())

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from transformers import AutoModelForCausalLM
 
-from elsa_lightning import CausalLM, ElsaCallback
+from elsa_lightning import CausalLM, ElsaCallback, Unstructured
 from elsa_lightning.adapters import merge_and_keep_zeros
 from elsa_lightning.callbacks import SaveHuggingFace
 from tests.callbacks.test_export import ARCHITECTURES, folders, sparse_tensors, tokens  # noqa: F401
@@ -20,7 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:SaveHuggingFace:UserWarning", "i
 
 def fit(module: LightningModule, folder: Path, *callbacks: Any, targets: list[str] | None = None) -> None:
     seed_everything(0, verbose=False)
-    make_trainer(folder, ElsaCallback(0.75, targets=targets), *callbacks, max_steps=6).fit(module, tokens())
+    elsa = ElsaCallback(constraint=Unstructured(0.75, scope="tensor"), targets=targets)
+    make_trainer(folder, elsa, *callbacks, max_steps=6).fit(module, tokens())
 
 
 def in_dtype(folder: str, dtype: torch.dtype, target: Path) -> str:

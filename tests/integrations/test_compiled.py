@@ -114,8 +114,9 @@ def test_a_compiled_language_model_is_saved_and_loaded_by_its_own_names(tiny_lla
                 super().configure_model()
                 self.model = torch.compile(self.model, backend="eager")  # type: ignore[assignment, arg-type]
 
+    elsa = ElsaCallback(constraint=Unstructured(0.75, scope="tensor"))
     module, trainer = Compiled(tiny_llama), make_trainer(
-        tmp_path, ElsaCallback(0.75), SaveHuggingFace(str(tmp_path / "hf")), max_steps=3
+        tmp_path, elsa, SaveHuggingFace(str(tmp_path / "hf")), max_steps=3
     )  # fmt: skip
     trainer.fit(module, tokens())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
