@@ -159,8 +159,8 @@ class Unstructured(Constraint):
                 first, part = _matrices(point, firsts), point.part
                 found = Scores(score, point.v.float().reshape(shape), first, part.counts, part.order)
                 if self.scope == "model":
-                    speaks = (score.amax(dim=1) != 0) | (score.amin(dim=1) != 0)  # any() takes ten times as long
-                    seen.append(_Seen(found.rows, part.counts, speaks, point.importance is None))
+                    ends = score.amin(dim=1), score.amax(dim=1)  # ten times as fast as any(dim=1)
+                    seen.append(_Seen(found.rows, part.counts, ends, point.importance is None))
                 yield found if scales is None else found._replace(score=score / scales[found.rows, None])
 
         def keep(pools: list[int], kept: list[int]) -> Iterator[Tensor]:
@@ -290,13 +290,13 @@ class _Seen(NamedTuple):
     Attributes:
         rows: Indices of its matrices.
         counts: Whether this process counts its entries.
-        speaks: Whether some score of each matrix is not 0, bool ``(matrices,)``.
+        ends: The least and the largest score of each matrix, ``(matrices,)`` each.
         unweighted: Whether it has no F.
     """
 
     rows: slice | Tensor
     counts: bool
-    speaks: Tensor
+    ends: tuple[Tensor, Tensor]
     unweighted: bool
 
 
@@ -314,7 +314,7 @@ def _survivors(points: Points, seen: Sequence[_Seen], packed: Sequence[Tensor], 
     for piece, bits in zip(seen, packed, strict=True):
         if piece.counts:
             survive[piece.rows] += ones(bits, len(bits))
-            speak[piece.rows] += piece.speaks
+            speak[piece.rows] += (piece.ends[0] != 0) | (piece.ends[1] != 0)
     survive[-1] = any(piece.unweighted for piece in seen)
     speak[-1] = 1
     survive, speak = points.add(torch.stack([survive, speak]))
