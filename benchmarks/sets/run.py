@@ -60,7 +60,7 @@ from elsa_lightning.sets.structured import is_structured
 SETS: dict[str, tuple[Constraint, Constraint]] = {  # the gentler first
     "unstructured": (Unstructured(0.7, "tensor"), Unstructured(0.9, "tensor")),
     "unstructured, rows": (Unstructured(0.7, "row"), Unstructured(0.9, "row")),
-    "unstructured, model": (Unstructured(0.7, "model", floor=0.02), Unstructured(0.9, "model", floor=0.02)),
+    "unstructured, model": (Unstructured(0.7), Unstructured(0.9)),
     "unstructured, depth": (Unstructured(0.7, "tensor", depth=0.05), Unstructured(0.9, "tensor", depth=0.05)),
     "n:m of 4": (NM(2, 4), NM(1, 4)),
     "n:m of 8": (NM(4, 8), NM(1, 8)),
