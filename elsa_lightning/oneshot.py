@@ -55,14 +55,15 @@ def project(
     tensors = ConstrainedTensors(torch.optim.SGD(parameters.values(), lr=0.0), parameters, constraint, "float32")
     weights = {} if importance is None else {t: _laid_out(importance[name], t.p) for name, t in tensors.items()}
 
-    def cost(tensor: ConstrainedTensor, rows: slice) -> Tensor | None:
-        return tensor.layout.take(weights[tensor], rows) if weights else None
+    def cost(tensor: ConstrainedTensor, rows: slice) -> Tensor:
+        return tensor.layout.take(weights[tensor], rows)
 
-    costs = cost if weights else None
-    points = updates.LivePoints(list(tensors.values()), lambda tensor, rows: tensor.x(rows), costs, tensors.processes)
+    points = updates.LivePoints(
+        list(tensors.values()), lambda tensor, rows: tensor.x(rows), cost if weights else None, tensors.processes
+    )
     packed = updates.decide(tensors.constraint, points)
     for place, (tensor, bits) in enumerate(zip(tensors.values(), packed, strict=True)):
-        exact.cut(tensors.constraint, tensor, place, bits, cost, keeps=False, resumable=False)
+        exact.cut(tensors.constraint, tensor, place, bits, points.importance, keeps=False, resumable=False)
     tensors.remove()
     shares = {}
     for name, p in parameters.items():

@@ -47,6 +47,7 @@ LOW: dict[str, dict[str, Any]] = {
 }
 EXACT = 1e-12, 1e-12  # float64 sums in another order
 ROUNDED = 1e-4, 1e-6  # float32
+IN_8_BITS = ROUNDED, 1e-3
 MAIN = "float32-adam"
 
 
@@ -120,17 +121,17 @@ def load(folder: Path, name: str) -> Any:
     return torch.load(folder / f"{name}.pt", weights_only=True)
 
 
-def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: tuple[float, float]) -> None:
-    """Fail unless all is close; a code of 8-bit moments may be rounded otherwise now and then, and moves its weight."""
+def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: tuple[float, float], few: float = 0.0) -> None:
+    """Fail unless all is close, but for a share of ``few`` entries, whose 8-bit codes were rounded otherwise."""
+    rtol, atol = (1e-2, 1e-3) if few else tolerance
     assert a.keys() == b.keys()
     for name, t in a.items():
         if t.is_floating_point() and t.itemsize >= 4:
+            torch.testing.assert_close(t, b[name], rtol=rtol, atol=atol, msg=name)
             apart = ~torch.isclose(t, b[name], rtol=tolerance[0], atol=tolerance[1])
-            if tolerance != ROUNDED or apart.double().mean() > 1e-3:
-                torch.testing.assert_close(t, b[name], rtol=tolerance[0], atol=tolerance[1], msg=name)
-            torch.testing.assert_close(t, b[name], rtol=1e-2, atol=1e-3, msg=name)
+            assert apart.double().mean() <= few, name
         elif name.endswith(("state1", "state2")):  # codes of nearly equal numbers
-            assert ((t.int() - b[name].int()).abs() > 1).double().mean() <= 1e-3, name
+            assert ((t.int() - b[name].int()).abs() > 1).double().mean() <= few, name
         else:
             assert torch.equal(t, b[name]), name
 
@@ -158,9 +159,9 @@ def test_two_processes_find_what_one_finds(case: str, folder: Path) -> None:
     entries = sum(p.numel() for p in pruned)
     assert sum(int((p != 0).sum()) for p in pruned) == entries - round(0.9 * entries)
     if how != "fsdp1":
-        tolerance = ROUNDED if "8bit" in name else EXACT
-        assert_close(one["weights"], two["weights"], tolerance)
-        assert_close(one["state"], two["state"], tolerance)
+        allowed = IN_8_BITS if "8bit" in name else (EXACT, 0.0)
+        assert_close(one["weights"], two["weights"], *allowed)
+        assert_close(one["state"], two["state"], *allowed)
         return
     for part in (one, two):  # FSDP1 gives it a gradient of 0, and the others none, so there it is left out
         del part["weights"]["unused.weight"]
@@ -213,9 +214,9 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one_to_the_bit(case: str, folde
 def test_a_run_goes_on_with_another_number_of_processes_or_strategy(case: str, folder: Path) -> None:
     name = "-".join(case.split("-")[:2])
     one, resumed = load(folder, f"one-{name}"), load(folder, case)
-    tolerance = ROUNDED if "8bit" in name else EXACT
-    assert_close(one["weights"], resumed["weights"], tolerance)
-    assert_close(one["state"], resumed["state"], tolerance)
+    allowed = IN_8_BITS if "8bit" in name else (EXACT, 0.0)
+    assert_close(one["weights"], resumed["weights"], *allowed)
+    assert_close(one["state"], resumed["state"], *allowed)
 
 
 def test_fsdp1_goes_on_with_another_number_of_processes(folder: Path) -> None:
